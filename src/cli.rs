@@ -1,0 +1,39 @@
+//! The command line: arguments, and one module per subcommand.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod check_config;
+mod infer;
+mod models;
+mod serve;
+
+#[derive(Parser)]
+#[command(name = "tidegate", version, about = "Model-serving gateway for ONNX models")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the gateway until SIGTERM or SIGINT, then drain and exit
+    Serve(serve::Args),
+    /// Validate a configuration, print every problem at once and what is unsafe
+    CheckConfig(check_config::Args),
+    /// Inspect a model file or validate a whole repository
+    Models(models::Args),
+    /// Send one request and print the answer
+    Infer(infer::Args),
+}
+
+/// Parses the arguments and runs; 0 on success, 1 on a failed check, 2 on wrong usage.
+pub fn run() -> ExitCode {
+    match Cli::parse().command {
+        Command::Serve(args) => serve::run(args),
+        Command::CheckConfig(args) => check_config::run(&args),
+        Command::Models(args) => models::run(&args),
+        Command::Infer(args) => infer::run(&args),
+    }
+}

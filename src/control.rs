@@ -1,0 +1,3 @@
+//! Decides which versions exist: reads the repository, loads, warms and retires.
+
+pub mod manifest;

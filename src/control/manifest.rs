@@ -1,0 +1,1 @@
+//! How a model is to be served: `config.pbtxt` and `tidegate.toml`, merged.

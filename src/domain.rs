@@ -1,0 +1,27 @@
+//! The nouns of the product: names, tensors, signatures, requests, completions, error kinds.
+//!
+//! No IO, no async, no protocol. Everything above imports from here and this imports nothing of
+//! ours.
+
+mod completion;
+mod datatype;
+mod error;
+mod index;
+mod names;
+mod request;
+mod settings;
+mod signature;
+mod tensor;
+
+pub use completion::{Arm, Completion, Outcome, Protocol, RouteReason, Timings, TraceContext};
+pub use datatype::DataType;
+pub use error::{ErrorKind, Failure};
+pub use index::{IndexEntry, ModelControl, ModelFile, VersionState};
+pub use names::{Digest, Label, ModelName, NameError, Version, VersionRef};
+pub use request::{
+    Answer, AnswerHead, CallMeta, Deadline, InferRequest, Inputs, NamedTensor, ParameterValue, Parameters,
+    RequestedOutput,
+};
+pub use settings::{BatchSettings, EngineChoice, ModelSettings, Provider, VersionPolicy, WarmupSettings};
+pub use signature::{Dim, Signature, TensorSpec};
+pub use tensor::{BytesElements, RANK_MAX, Shape, Tensor, TensorError};

@@ -1,0 +1,131 @@
+//! One finished request, whole: what metrics, access log, traces and the ledger read.
+
+use std::time::{Duration, SystemTime};
+
+use uuid::Uuid;
+
+use super::{Digest, ErrorKind, Label, ModelName, Tensor, Version};
+
+/// Which share of the traffic a request belonged to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Arm {
+    Stable,
+    Canary,
+    /// The caller named the version or label.
+    Pinned,
+    /// A routing rule's name.
+    Rule(Label),
+}
+
+impl Arm {
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::Stable => "stable",
+            Self::Canary => "canary",
+            Self::Pinned => "pinned",
+            Self::Rule(name) => name.as_str(),
+        }
+    }
+}
+
+/// Why the route table picked this version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RouteReason {
+    /// No traffic table: the highest ready version.
+    Latest,
+    Version,
+    Label(Label),
+}
+
+/// Dialect that the caller spoke.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    Http,
+    Grpc,
+    GrpcStream,
+}
+
+impl Protocol {
+    pub const ALL: [Self; 3] = [Self::Http, Self::Grpc, Self::GrpcStream];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Grpc => "grpc",
+            Self::GrpcStream => "grpc_stream",
+        }
+    }
+}
+
+/// Where a request's time went. Parts that it never reached are zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// From the queue to a worker, without the batch window.
+    pub queue: Duration,
+    /// Held back for others to join the batch.
+    pub batch_wait: Duration,
+    /// Joining inputs.
+    pub compute_input: Duration,
+    /// In the model.
+    pub compute_infer: Duration,
+    /// Cutting outputs.
+    pub compute_output: Duration,
+    /// From arrival to the answer's being ready.
+    pub total: Duration,
+}
+
+impl Timings {
+    /// Our own share: all but the waiting and the model.
+    pub fn overhead(&self) -> Duration {
+        self.total.saturating_sub(self.queue + self.batch_wait + self.compute_infer)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Ok,
+    Failed { kind: ErrorKind, message: String },
+}
+
+impl Outcome {
+    /// `ok`, or the error's stable word.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Failed { kind, .. } => kind.code(),
+        }
+    }
+}
+
+/// W3C trace context of the caller, and our own span in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceContext {
+    pub trace_id: u128,
+    /// The caller's span; ours is its child.
+    pub parent_span: u64,
+    pub sampled: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Completion {
+    pub prediction_id: Uuid,
+    pub request_id: String,
+    pub received_at: SystemTime,
+    pub model: ModelName,
+    pub version: Option<Version>,
+    pub digest: Option<Digest>,
+    pub arm: Option<Arm>,
+    pub reason: Option<RouteReason>,
+    pub protocol: Protocol,
+    pub principal: Option<String>,
+    pub trace: Option<TraceContext>,
+    pub outcome: Outcome,
+    pub timings: Timings,
+    /// Rows this request brought; 1 for a model without a batch dimension.
+    pub rows: usize,
+    /// Rows of the batch it ran in; 0 when it never ran.
+    pub batch_size: usize,
+    /// In the signature's order; empty when they were never bound.
+    pub inputs: Vec<Tensor>,
+    pub outputs: Vec<Tensor>,
+}

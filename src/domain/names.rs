@@ -1,0 +1,218 @@
+//! Names that cross a boundary, checked once.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// Longest model name or label, in bytes.
+pub const NAME_LEN_MAX: usize = 128;
+
+/// Name of a served model, as it stands in URLs, metric labels and folder names.
+///
+/// One to 128 bytes of `[A-Za-z0-9._-]` that start with a letter, digit or `_`: always one path
+/// segment, never `..`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ModelName(Arc<str>);
+
+/// Name of a version label (`stable`, `canary`, any): as a model name, and not only digits.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Label(Arc<str>);
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    #[error("name is empty")]
+    Empty,
+    #[error("name has {len} bytes, the limit is {NAME_LEN_MAX}")]
+    TooLong { len: usize },
+    #[error("name must start with a letter, a digit or '_'")]
+    BadStart,
+    #[error("name has a character other than letters, digits, '.', '_' and '-' at byte {at}")]
+    BadByte { at: usize },
+    #[error("version must be a positive integer or a label")]
+    BadVersion,
+}
+
+fn checked(text: &str) -> Result<Arc<str>, NameError> {
+    if text.len() > NAME_LEN_MAX {
+        return Err(NameError::TooLong { len: text.len() });
+    }
+    let first = *text.as_bytes().first().ok_or(NameError::Empty)?;
+    if !first.is_ascii_alphanumeric() && first != b'_' {
+        return Err(NameError::BadStart);
+    }
+    match text.bytes().position(|b| !b.is_ascii_alphanumeric() && !b"._-".contains(&b)) {
+        Some(at) => Err(NameError::BadByte { at }),
+        None => Ok(text.into()),
+    }
+}
+
+impl FromStr for ModelName {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        checked(text).map(Self)
+    }
+}
+
+impl FromStr for Label {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        if text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(NameError::BadVersion);
+        }
+        checked(text).map(Self)
+    }
+}
+
+macro_rules! text_name {
+    ($name:ty) => {
+        impl $name {
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
+            }
+        }
+    };
+}
+text_name!(ModelName);
+text_name!(Label);
+
+/// Number of a model version; positive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Version(u64);
+
+impl Version {
+    pub fn new(number: u64) -> Option<Self> {
+        (number > 0).then_some(Self(number))
+    }
+
+    pub fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl FromStr for Version {
+    type Err = NameError;
+
+    /// Plain decimal digits without a leading zero, so that a folder name has one reading.
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let plain = text.bytes().all(|byte| byte.is_ascii_digit()) && !text.starts_with('0');
+        let number = plain.then(|| text.parse().ok()).flatten();
+        number.and_then(Self::new).ok_or(NameError::BadVersion)
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What a caller may put where a version goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VersionRef {
+    Number(Version),
+    Label(Label),
+}
+
+impl VersionRef {
+    /// `None` for an empty text, which leaves the choice to the traffic table.
+    pub fn parse(text: &str) -> Result<Option<Self>, NameError> {
+        if text.is_empty() {
+            return Ok(None);
+        }
+        match text.parse() {
+            Ok(version) => Ok(Some(Self::Number(version))),
+            Err(_) => text.parse().map(|label| Some(Self::Label(label))),
+        }
+    }
+}
+
+impl fmt::Display for VersionRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(version) => version.fmt(f),
+            Self::Label(label) => label.fmt(f),
+        }
+    }
+}
+
+/// SHA-256 of a model artifact; shown as `sha256:<hex>`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Digest([u8; 32]);
+
+impl Digest {
+    pub fn new(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    pub fn hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// From 64 hexadecimal digits, with or without the `sha256:` prefix.
+    pub fn parse(text: &str) -> Option<Self> {
+        let hex = text.strip_prefix("sha256:").unwrap_or(text);
+        if hex.len() != 64 || !hex.is_ascii() {
+            return None;
+        }
+        let mut bytes = [0; 32];
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).ok()?;
+        }
+        Some(Self(bytes))
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sha256:{}", self.hex())
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_one_path_segment() {
+        for good in ["iris", "a", "0", "_x", "My.Model-2_b"] {
+            assert!(good.parse::<ModelName>().is_ok(), "{good}");
+        }
+        for bad in ["", ".", "..", "-a", "a/b", "a\0", "é", &"x".repeat(129)] {
+            assert!(bad.parse::<ModelName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_version_has_one_reading() {
+        assert_eq!("7".parse::<Version>().unwrap().get(), 7);
+        for bad in ["", "0", "07", "+7", "7 ", "-1", "18446744073709551616"] {
+            assert!(bad.parse::<Version>().is_err(), "{bad}");
+        }
+        assert_eq!(VersionRef::parse("").unwrap(), None);
+        assert!(matches!(VersionRef::parse("stable"), Ok(Some(VersionRef::Label(_)))));
+        assert!(VersionRef::parse("00").is_err());
+    }
+}

@@ -1,0 +1,109 @@
+//! A prediction request and its answer, free of any protocol.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::{
+    Arm, Digest, Failure, ModelName, Protocol, Signature, Tensor, TraceContext, Version, VersionRef,
+};
+
+/// A tensor and the name that the model knows it by.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedTensor {
+    pub name: String,
+    pub tensor: Tensor,
+}
+
+/// Value of a request or tensor parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ParameterValue {
+    Bool(bool),
+    Int(i64),
+    Uint(u64),
+    Double(f64),
+    String(String),
+}
+
+/// Parameters in the order they came.
+pub type Parameters = Vec<(String, ParameterValue)>;
+
+/// Where a request's tensors come from.
+pub enum Inputs {
+    /// The caller named and typed them.
+    Named(Vec<NamedTensor>),
+    /// They can only be typed by the model's signature (a raw body, `instances`, a data frame).
+    Deferred(Box<dyn FnOnce(&Signature) -> Result<Vec<NamedTensor>, Failure> + Send>),
+}
+
+/// One output that the caller asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RequestedOutput {
+    pub name: String,
+    /// Give the best `n` classes as `value:index[:label]` instead of the tensor; at least 1.
+    pub classification: Option<usize>,
+}
+
+/// One prediction to make.
+pub struct InferRequest {
+    pub model: ModelName,
+    /// `None` leaves the choice to the traffic table.
+    pub version: Option<VersionRef>,
+    /// The caller's own id, echoed; empty when there was none.
+    pub id: String,
+    pub inputs: Inputs,
+    /// Empty asks for every output, in the model's order.
+    pub outputs: Vec<RequestedOutput>,
+    pub parameters: Parameters,
+}
+
+/// What transport knows of a call before its body is read.
+#[derive(Clone, Debug)]
+pub struct CallMeta {
+    pub protocol: Protocol,
+    pub received: Instant,
+    /// How long the caller wants to wait at most, from its headers.
+    pub timeout: Option<Duration>,
+    pub trace: Option<TraceContext>,
+    /// From `tidegate-sticky-key` or the configured header.
+    pub sticky_key: Option<String>,
+    /// Who is calling; `None` when nobody had to say.
+    pub principal: Option<String>,
+}
+
+/// Absolute end of what the caller waits for, made on arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Deadline {
+    pub received: Instant,
+    pub at: Instant,
+}
+
+impl Deadline {
+    pub fn new(received: Instant, wait: Duration) -> Self {
+        Self { received, at: received + wait }
+    }
+
+    pub fn passed(&self, now: Instant) -> bool {
+        self.at <= now
+    }
+}
+
+/// What every answer to a prediction carries, a failed one too, once the model is known.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AnswerHead {
+    pub prediction_id: Uuid,
+    pub version: Option<Version>,
+    pub digest: Option<Digest>,
+    pub arm: Option<Arm>,
+}
+
+/// A finished prediction.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub head: AnswerHead,
+    pub model: ModelName,
+    pub id: String,
+    /// In the order asked for, or the model's.
+    pub outputs: Vec<NamedTensor>,
+}

@@ -1,0 +1,111 @@
+//! How one model is to be served: what `config.pbtxt` and `tidegate.toml` say, merged.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Which engine a model runs on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineChoice {
+    /// ONNX Runtime when it is there, tract otherwise.
+    #[default]
+    Auto,
+    Ort,
+    Tract,
+}
+
+/// Execution provider of ONNX Runtime, in order of preference.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Provider {
+    Cpu,
+    Cuda { device_id: i32, memory_max_bytes: Option<usize> },
+}
+
+/// How requests are joined. `size_max` 1 means they never are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BatchSettings {
+    /// Most rows in one batch.
+    pub size_max: usize,
+    /// Most rows that one request may bring; more is refused. At least `size_max`.
+    pub rows_max: usize,
+    /// Sizes at which a batch is closed at once; empty: only when full or due.
+    pub preferred: Vec<usize>,
+    /// How long the first request of a batch may be held back for others.
+    pub wait_max: Duration,
+    /// Most requests waiting.
+    pub queue_max: usize,
+    /// Longest time in the queue when the request sets none; `None`: only the deadline counts.
+    pub queue_wait_max: Option<Duration>,
+    /// A request's own timeout may shorten the wait.
+    pub allow_timeout_override: bool,
+    /// Answers leave in the order that requests came.
+    pub preserve_ordering: bool,
+    /// Number of priorities; 0 means all are equal. 1 is the highest.
+    pub priority_levels: u32,
+    pub priority_default: u32,
+}
+
+impl Default for BatchSettings {
+    /// No delay: a batch is what waits when a worker is free.
+    fn default() -> Self {
+        Self {
+            size_max: 64,
+            rows_max: 4096,
+            preferred: Vec::new(),
+            wait_max: Duration::ZERO,
+            queue_max: 1024,
+            queue_wait_max: None,
+            allow_timeout_override: true,
+            preserve_ordering: false,
+            priority_levels: 0,
+            priority_default: 0,
+        }
+    }
+}
+
+/// What is run before a version takes traffic.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarmupSettings {
+    /// Runs with zeros for each batch size tried.
+    pub runs: usize,
+}
+
+impl Default for WarmupSettings {
+    fn default() -> Self {
+        Self { runs: 2 }
+    }
+}
+
+/// Everything about serving one model, with defaults filled in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelSettings {
+    pub engine: EngineChoice,
+    /// Empty: the CPU.
+    pub providers: Vec<Provider>,
+    /// Sessions, each with a worker thread; `None`: as many as the thread budget allows.
+    pub instances: Option<usize>,
+    /// Threads inside one run; `None`: 1.
+    pub intra_threads: Option<usize>,
+    pub batch: BatchSettings,
+    /// `Some(false)`: never join requests, whatever the graph looks like. `Some(true)`: the first
+    /// dimension is the batch. `None`: infer it from the graph.
+    pub batched: Option<bool>,
+    pub warmup: WarmupSettings,
+    /// Class names per output, for the classification extension.
+    pub labels: Vec<(String, Vec<String>)>,
+    /// File of the model inside a version folder; `None`: `model.onnx`.
+    pub model_file: Option<String>,
+    /// Triton's `version_policy`; `None`: the latest only is served by default but all are loaded.
+    pub versions: Option<VersionPolicy>,
+    /// Deadline when the caller sets none, and the longest one that it may set.
+    pub timeout_max: Option<Duration>,
+}
+
+/// Which of a model's versions are loaded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VersionPolicy {
+    Latest(usize),
+    All,
+    Specific(Vec<u64>),
+}

@@ -1,0 +1,97 @@
+//! Runs a batch on a loaded model: synchronous, no queue, no clock.
+//!
+//! ```text
+//! Backend ──load──▶ Model ──session──▶ Session (one per inference thread) ──run──▶ tensors
+//! ```
+//!
+//! Invariants:
+//! - Row `i` of the outputs belongs to row `i` of the inputs, whatever else is in the batch.
+//! - Bad input and a failing model are errors, never panics.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::domain::{ErrorKind, Provider, Signature, Tensor};
+
+pub mod fake;
+pub mod onnx;
+#[cfg(feature = "ort")]
+pub mod ort;
+#[cfg(feature = "tract")]
+pub mod tract;
+
+/// A kind of engine, ready to load models.
+pub trait Backend: Send + Sync {
+    /// `onnxruntime` or `tract`.
+    fn name(&self) -> &'static str;
+    /// Version of the library in use.
+    fn version(&self) -> String;
+    /// Reads and optimises a model; slow.
+    fn load(&self, artifact: &Artifact, options: &LoadOptions) -> Result<Arc<dyn Model>, EngineError>;
+}
+
+/// A verified, private copy of a model's files.
+#[derive(Clone, Debug)]
+pub struct Artifact {
+    /// The model file; external data lies beside it.
+    pub path: PathBuf,
+    /// A folder for what the engine derives from this model (optimised graphs); may be removed.
+    pub derived: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Threads inside one run; at least 1.
+    pub intra_threads: usize,
+    /// Sessions that will be made, so that an engine knows if sharing weights pays.
+    pub sessions: usize,
+    /// In order of preference; empty: the CPU.
+    pub providers: Vec<Provider>,
+}
+
+/// A loaded model: what sessions share.
+pub trait Model: Send + Sync {
+    fn signature(&self) -> &Signature;
+    /// A new session on the shared weights.
+    fn session(&self) -> Result<Box<dyn Session>, EngineError>;
+    /// Providers in use and other facts an operator wants to see, one line each.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+/// One thread's way to run the model.
+pub trait Session: Send {
+    /// Inputs in the signature's order; outputs likewise.
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError>;
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The file is no model that any engine can read.
+    #[error("model is broken: {0}")]
+    Broken(String),
+    /// This engine lacks something that another may have.
+    #[error("{engine} cannot run this model: {missing}")]
+    Unsupported { engine: &'static str, missing: String },
+    #[error("engine {engine} is not available: {reason}")]
+    NotAvailable { engine: &'static str, reason: String },
+    #[error("input '{name}': {reason}")]
+    Input { name: String, reason: String },
+    #[error("run failed: {0}")]
+    Run(String),
+    #[error("{0}")]
+    Io(String),
+}
+
+impl EngineError {
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Input { .. } => ErrorKind::InvalidInput,
+            Self::Unsupported { .. } => ErrorKind::Unsupported,
+            Self::NotAvailable { .. } => ErrorKind::Unavailable,
+            Self::Run(_) => ErrorKind::ModelFailed,
+            Self::Broken(_) | Self::Io(_) => ErrorKind::Internal,
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Reads what we need of an ONNX file without any runtime.

@@ -1,0 +1,110 @@
+//! Turns bytes into typed requests and results into bytes. Only these modules know a protocol.
+//!
+//! ```text
+//! listener ──▶ http  (REST, KServe v1, MLflow, SageMaker) ──┐
+//!     └──────▶ grpc  (Open Inference Protocol v2)  ─────────┴─▶ gateway::Gateway
+//! ```
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use crate::gateway::Gateway;
+
+pub mod grpc;
+pub mod http;
+pub mod listener;
+pub mod meta;
+pub mod shm;
+pub mod status;
+pub mod toggles;
+
+/// Body of every answer.
+pub type Body = tonic::body::Body;
+
+/// Name that server metadata gives.
+pub const SERVER_NAME: &str = "tidegate";
+
+/// What both protocols stand on.
+pub struct Api {
+    pub gateway: Arc<Gateway>,
+    pub health: Arc<Health>,
+    pub shm: shm::SharedMemory,
+    pub toggles: toggles::Toggles,
+    pub settings: Settings,
+}
+
+/// Limits of the data plane.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Largest request body, decoded, in bytes; over it: 413 / RESOURCE_EXHAUSTED.
+    pub body_max_bytes: usize,
+    /// Largest ratio of decoded to encoded body bytes, beyond the first MiB.
+    pub compression_ratio_max: usize,
+    /// Answers smaller than this are never compressed.
+    pub compress_min_bytes: usize,
+    /// Repository load and unload from the data plane.
+    pub model_control: bool,
+    /// Request header (lower case) that holds the sticky key beside `tidegate-sticky-key`.
+    pub sticky_header: Option<String>,
+    /// `ModelStreamInfer` answers in MLServer's form instead of Triton's.
+    pub mlserver_stream: bool,
+    /// Requests of one gRPC stream that run at once.
+    pub stream_concurrency_max: usize,
+    /// Time for a connection to send a request's headers.
+    pub header_timeout: Duration,
+    /// HTTP/2 streams per connection.
+    pub http2_streams_max: u32,
+    /// Open connections on all data listeners; more wait to be accepted.
+    pub connections_max: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            body_max_bytes: 64 << 20,
+            compression_ratio_max: 100,
+            compress_min_bytes: 1024,
+            model_control: false,
+            sticky_header: None,
+            mlserver_stream: false,
+            stream_concurrency_max: 64,
+            header_timeout: Duration::from_secs(10),
+            http2_streams_max: 256,
+            connections_max: 8192,
+        }
+    }
+}
+
+/// Whether the process lives and wants traffic.
+#[derive(Debug, Default)]
+pub struct Health {
+    state: AtomicU8,
+}
+
+const STARTING: u8 = 0;
+const READY: u8 = 1;
+const DRAINING: u8 = 2;
+
+impl Health {
+    pub fn is_ready(&self) -> bool {
+        self.state.load(Ordering::Acquire) == READY
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.state.load(Ordering::Acquire) == DRAINING
+    }
+
+    /// Has no effect once draining.
+    pub fn set_ready(&self) {
+        let from = (STARTING, READY);
+        let swap = self.state.compare_exchange(from.0, from.1, Ordering::AcqRel, Ordering::Acquire);
+        if swap.is_ok() {
+            tracing::info!("ready");
+        }
+    }
+
+    pub fn set_draining(&self) {
+        self.state.store(DRAINING, Ordering::Release);
+    }
+}
