@@ -1,0 +1,46 @@
+# The two commands are `make run` and `make test`; the rest are their parts.
+CARGO ?= cargo
+PYTHON ?= python3
+VENV := tests/.venv
+STAMP := $(VENV)/installed
+
+.PHONY: help run build ort test test-rust test-clients lint models
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+run: build ## build in release, serve models/ and print a first request
+	@scripts/run.sh target/release/tidegate models
+
+build: ort ## the release binary
+	$(CARGO) build --release --locked
+
+ort: ## ONNX Runtime's shared library into .cache/ (nothing to do when it is there)
+	@scripts/fetch-onnxruntime.sh
+
+test: test-rust test-clients ## everything that tests need, then all tests
+
+test-rust: ort ## unit, property and integration tests in Rust
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		echo '$(CARGO) nextest run --locked'; $(CARGO) nextest run --locked; \
+	else \
+		echo '$(CARGO) test --locked (cargo-nextest is not installed)'; $(CARGO) test --locked --lib --bins --tests; \
+	fi
+	$(CARGO) test --locked --doc
+
+test-clients: ort $(STAMP) ## real clients against the built binary
+	$(CARGO) build --locked
+	$(VENV)/bin/python -m pytest -q tests/clients
+
+$(STAMP): tests/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-virtualenv -r $<
+	touch $@
+
+lint: ## formatting, clippy with warnings as errors, licences and sources of dependencies
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) deny --locked check bans licenses sources
+
+models: ## train models/ again (needs the packages of models/requirements.txt)
+	$(PYTHON) models/train.py
