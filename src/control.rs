@@ -1,3 +1,86 @@
 //! Decides which versions exist: reads the repository, loads, warms and retires.
+//!
+//! ```text
+//! scan ─▶ fetch (private copy, digest) ─▶ probe (child process) ─▶ load ─▶ warm ─▶ publish
+//! ```
+//!
+//! Invariants:
+//! - Everything that can fail happens before the table is swapped; the swap cannot fail.
+//! - Only a verified, private copy of a model is ever loaded.
+//! - A broken model is reported with its reason and never stops the others or the gateway.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::domain::{EngineChoice, ModelName};
 
 pub mod manifest;
+mod registry;
+
+pub use registry::Registry;
+
+/// What the registry needs to know of the configuration.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Folder of models: `<model>/<version>/model.onnx`.
+    pub repository: PathBuf,
+    /// Where the copies and verdicts are kept; made when missing.
+    pub state_dir: PathBuf,
+    /// Engine of the models that do not choose one themselves.
+    pub engine: EngineChoice,
+    /// ONNX Runtime's shared library, for the child process.
+    pub ort_library: Option<PathBuf>,
+    /// Threads that all models together may compute with; at least 1.
+    pub threads: usize,
+    pub probe: ProbeLimits,
+    /// Largest model, external data included.
+    pub model_size_max: u64,
+    /// Load each new model in a child process first. Off only for trusted repositories.
+    pub probe_enabled: bool,
+    /// Program that the child process runs; `None`: this program's own file.
+    pub probe_program: Option<PathBuf>,
+    /// Model that `/invocations` means; `None`: the only one, if there is only one.
+    pub default_model: Option<ModelName>,
+    /// Longest wait for a retired version's requests.
+    pub drain_max: Duration,
+}
+
+impl Settings {
+    /// The defaults, over one repository and one state folder.
+    pub fn new(repository: impl Into<PathBuf>, state_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            repository: repository.into(),
+            state_dir: state_dir.into(),
+            engine: EngineChoice::Auto,
+            ort_library: None,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            probe: ProbeLimits::default(),
+            model_size_max: 16 << 30,
+            probe_enabled: true,
+            probe_program: None,
+            default_model: None,
+            drain_max: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What a model may use while it is tried in a child process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ProbeLimits {
+    /// Address space of the child, and the largest file that it may write.
+    pub memory_max_bytes: u64,
+    /// Processor time, all threads together.
+    pub cpu_max: Duration,
+    /// Time on the clock.
+    pub wall_max: Duration,
+}
+
+impl Default for ProbeLimits {
+    fn default() -> Self {
+        Self {
+            memory_max_bytes: 4 << 30,
+            cpu_max: Duration::from_secs(120),
+            wall_max: Duration::from_secs(60),
+        }
+    }
+}
