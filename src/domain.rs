@@ -19,9 +19,11 @@ pub use error::{ErrorKind, Failure};
 pub use index::{IndexEntry, ModelControl, ModelFile, VersionState};
 pub use names::{Digest, Label, ModelName, NameError, Version, VersionRef};
 pub use request::{
-    Answer, AnswerHead, CallMeta, Deadline, InferRequest, Inputs, NamedTensor, ParameterValue, Parameters,
-    RequestedOutput,
+    Answer, AnswerHead, CallMeta, Deadline, InferRequest, Inputs, NamedTensor, ParameterValue,
+    Parameters, RequestedOutput, TypeInputs,
 };
-pub use settings::{BatchSettings, EngineChoice, ModelSettings, Provider, VersionPolicy, WarmupSettings};
+pub use settings::{
+    BatchSettings, EngineChoice, ModelSettings, Provider, VersionPolicy, WarmupSettings,
+};
 pub use signature::{Dim, Signature, TensorSpec};
 pub use tensor::{BytesElements, RANK_MAX, Shape, Tensor, TensorError};

@@ -12,8 +12,8 @@ use uuid::Uuid;
 
 use crate::domain::{
     Answer, AnswerHead, CallMeta, Completion, Deadline, ErrorKind, Failure, InferRequest, Inputs,
-    ModelControl, ModelName, NamedTensor, Outcome, ParameterValue, RequestedOutput, Tensor, Timings,
-    VersionRef,
+    ModelControl, ModelName, NamedTensor, Outcome, ParameterValue, RequestedOutput, Tensor,
+    Timings, VersionRef,
 };
 use crate::observe::Observer;
 use crate::route::{Pick, Published, RouteTable, Served};
@@ -89,7 +89,11 @@ impl Gateway {
     /// # Errors
     /// A failure with everything that the answer's headers need. When the returned future is
     /// dropped, the request is withdrawn and recorded as cancelled.
-    pub async fn infer(&self, meta: CallMeta, request: InferRequest) -> Result<Answer, Box<Refused>> {
+    pub async fn infer(
+        &self,
+        meta: CallMeta,
+        request: InferRequest,
+    ) -> Result<Answer, Box<Refused>> {
         let InferRequest { model, version, id, inputs, outputs, parameters } = request;
         let mut record = Record::new(&self.observer, &meta, model, id);
         let done = self.run(&mut record, &meta, version, inputs, &outputs, &parameters).await;

@@ -3,15 +3,15 @@
 //! Modules in reading order; `docs/architecture.md` has the picture and the import arrows that
 //! `tests/tidy.rs` checks.
 
+pub mod app;
+pub mod batch;
+pub mod cli;
+pub mod config;
+pub mod control;
 pub mod domain;
 pub mod engine;
-pub mod observe;
-pub mod batch;
-pub mod route;
 pub mod gateway;
-pub mod control;
-pub mod transport;
-pub mod config;
-pub mod app;
-pub mod cli;
+pub mod observe;
 pub mod proto;
+pub mod route;
+pub mod transport;

@@ -1,12 +1,6 @@
 //! Generated protobuf code, in one place with lints off.
 
-#[expect(
-    unreachable_pub,
-    clippy::all,
-    clippy::pedantic,
-    rustdoc::all,
-    reason = "generated code"
-)]
+#[expect(unreachable_pub, clippy::all, clippy::pedantic, rustdoc::all, reason = "generated code")]
 #[allow(clippy::allow_attributes, unfulfilled_lint_expectations, reason = "generated code varies")]
 mod generated {
     pub mod inference {

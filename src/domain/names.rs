@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 /// Longest model name or label, in bytes.
-pub const NAME_LEN_MAX: usize = 128;
+const NAME_LEN_MAX: usize = 128;
 
 /// Name of a served model, as it stands in URLs, metric labels and folder names.
 ///

@@ -29,12 +29,15 @@ pub enum ParameterValue {
 /// Parameters in the order they came.
 pub type Parameters = Vec<(String, ParameterValue)>;
 
+/// Makes a request's tensors once the model, and so its signature, is known.
+pub type TypeInputs = Box<dyn FnOnce(&Signature) -> Result<Vec<NamedTensor>, Failure> + Send>;
+
 /// Where a request's tensors come from.
 pub enum Inputs {
     /// The caller named and typed them.
     Named(Vec<NamedTensor>),
     /// They can only be typed by the model's signature (a raw body, `instances`, a data frame).
-    Deferred(Box<dyn FnOnce(&Signature) -> Result<Vec<NamedTensor>, Failure> + Send>),
+    Deferred(TypeInputs),
 }
 
 /// One output that the caller asked for.

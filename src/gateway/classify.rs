@@ -9,7 +9,7 @@ use crate::domain::{DataType, Failure, Shape, Tensor};
 ///
 /// # Errors
 /// `InvalidInput` for a `BYTES` output.
-pub fn top_classes(
+pub(super) fn top_classes(
     name: &str,
     tensor: &Tensor,
     count: usize,
@@ -30,7 +30,8 @@ pub fn top_classes(
             elements.push(format!("{}:{at}{label}", shown(tensor.datatype(), row[at])));
         }
     }
-    let shape = if batched { Shape::from_slice(&[rows, count]) } else { Shape::from_slice(&[count]) };
+    let shape =
+        if batched { Shape::from_slice(&[rows, count]) } else { Shape::from_slice(&[count]) };
     Tensor::from_elements(shape, &elements)
         .map_err(|error| Failure::invalid(format!("output '{name}': {error}")))
 }
@@ -85,9 +86,9 @@ mod tests {
 
     #[test]
     fn the_best_come_first_and_nan_last() {
-        let data: Vec<u8> = [0.1_f32, f32::NAN, 0.7, 0.7].iter().flat_map(|x| x.to_le_bytes()).collect();
-        let scores =
-            Tensor::new(DataType::Fp32, Shape::from_slice(&[1, 4]), data.into()).unwrap();
+        let data: Vec<u8> =
+            [0.1_f32, f32::NAN, 0.7, 0.7].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let scores = Tensor::new(DataType::Fp32, Shape::from_slice(&[1, 4]), data.into()).unwrap();
         let labels = ["a".to_owned(), "b".to_owned(), "c".to_owned()];
         let best = top_classes("p", &scores, 9, &labels, true).unwrap();
         assert_eq!(best.shape(), [1, 4]);

@@ -19,7 +19,9 @@ pub fn status(kind: ErrorKind) -> (StatusCode, Code) {
         Kind::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, Code::ResourceExhausted),
         Kind::UnsupportedMedia => (StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::InvalidArgument),
         Kind::RateLimited => (StatusCode::TOO_MANY_REQUESTS, Code::ResourceExhausted),
-        Kind::Unavailable | Kind::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable),
+        Kind::Unavailable | Kind::Overloaded => {
+            (StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable)
+        }
         Kind::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, Code::DeadlineExceeded),
         // Nobody is there to read it; 499 is what proxies log for it.
         Kind::Cancelled => (StatusCode::BAD_REQUEST, Code::Cancelled),

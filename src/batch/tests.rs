@@ -1,0 +1,164 @@
+use std::sync::atomic::AtomicBool;
+
+use super::*;
+use crate::domain::{DataType, Digest, Shape};
+use crate::engine::Model;
+use crate::engine::fake::FakeModel;
+use crate::observe::Observer;
+
+fn row(values: &[f32]) -> Tensor {
+    let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Tensor::new(DataType::Fp32, Shape::from_slice(&[values.len() / 2, 2]), data.into()).unwrap()
+}
+
+fn floats(tensor: &Tensor) -> Vec<f32> {
+    tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
+fn lane_of(sessions: Vec<Box<dyn Session>>, batch: BatchSettings) -> Lane {
+    let model: ModelName = "fake".parse().unwrap();
+    let version = Version::new(1).unwrap();
+    let observer = Observer::default();
+    let stats = VersionStats::new(&observer, &model, version, &Digest::new([0; 32]), "fake");
+    let budget = Arc::new(ThreadBudget::new(2));
+    Lane::new(LaneParts { model, version, batch, batched: true, sessions, stats, budget }).unwrap()
+}
+
+fn lane(model: &FakeModel, sessions: usize, batch: BatchSettings) -> Lane {
+    lane_of((0..sessions).map(|_| model.session().unwrap()).collect(), batch)
+}
+
+fn soon() -> Deadline {
+    Deadline::new(Instant::now(), Duration::from_secs(20))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everyone_gets_their_own_rows_back() {
+    let mut model = FakeModel::new(2, 0.5);
+    model.cost = Duration::from_millis(2);
+    let lane = Arc::new(lane(&model, 2, BatchSettings::default()));
+    let mut calls = Vec::new();
+    for i in 0..100_u8 {
+        let lane = Arc::clone(&lane);
+        calls.push(tokio::spawn(async move {
+            let rows = usize::from(i % 3) + 1;
+            let values = vec![f32::from(i); 2 * rows];
+            let ran = lane.infer(vec![row(&values)], soon(), 0).await.unwrap();
+            assert_eq!(floats(&ran.outputs[0]), vec![f32::from(i) + 0.5; 2 * rows]);
+            ran.batch_size
+        }));
+    }
+    let mut largest = 0;
+    for call in calls {
+        largest = largest.max(call.await.unwrap());
+    }
+    assert!(largest > 3, "requests that wait together run together, largest was {largest}");
+    assert!(model.runs.load(Ordering::Relaxed) < 100);
+    assert_eq!(model.rows.load(Ordering::Relaxed), 34 + 2 * 33 + 3 * 33);
+    assert_eq!(lane.in_flight(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_queue_answers_and_the_dead_never_run() {
+    let mut model = FakeModel::new(2, 0.0);
+    model.cost = Duration::from_millis(100);
+    let batch = BatchSettings { size_max: 1, queue_max: 2, ..BatchSettings::default() };
+    let lane = Arc::new(lane(&model, 1, batch));
+    let mut calls = Vec::new();
+    for _ in 0..3 {
+        let lane = Arc::clone(&lane);
+        calls.push(tokio::spawn(async move { lane.infer(vec![row(&[0.0; 2])], soon(), 0).await }));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let refused = lane.infer(vec![row(&[0.0; 2])], soon(), 0).await.unwrap_err();
+    assert!(matches!(refused, BatchError::QueueFull { queue_max: 2, .. }), "{refused:?}");
+    assert!(refused.into_failure().retry_after.is_some());
+    // The one that waits longest leaves; what took its place has too little time.
+    calls.remove(2).abort();
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let late = Deadline::new(Instant::now(), Duration::from_millis(10));
+    let expired = lane.infer(vec![row(&[0.0; 2])], late, 0).await.unwrap_err();
+    assert_eq!(expired.kind(), ErrorKind::DeadlineExceeded);
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    assert_eq!(model.runs.load(Ordering::Relaxed), 2, "only the two that were waited for ran");
+}
+
+/// Fails or panics on any batch that holds a NaN.
+struct Picky(Arc<AtomicBool>);
+
+impl Session for Picky {
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        std::thread::sleep(Duration::from_millis(5));
+        if floats(&inputs[0]).iter().any(|x| x.is_nan()) {
+            assert!(!self.0.load(Ordering::Relaxed), "told to panic");
+            return Err(EngineError::Run("NaN".to_owned()));
+        }
+        Ok(inputs.to_vec())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_poisoned_row_leaves_its_neighbours_whole() {
+    for panics in [false, true] {
+        let session = Picky(Arc::new(AtomicBool::new(panics)));
+        let lane = Arc::new(lane_of(vec![Box::new(session)], BatchSettings::default()));
+        let calls: Vec<_> = (0..32_u8)
+            .map(|i| {
+                let lane = Arc::clone(&lane);
+                let x = if i == 7 { f32::NAN } else { f32::from(i) };
+                tokio::spawn(async move { lane.infer(vec![row(&[x; 2])], soon(), 0).await })
+            })
+            .collect();
+        for (i, call) in (0_u8..).zip(calls) {
+            match call.await.unwrap() {
+                Ok(ran) => assert_eq!(floats(&ran.outputs[0]), [f32::from(i); 2]),
+                Err(error) => assert_eq!((i, error.kind()), (7, ErrorKind::ModelFailed)),
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_lane_finishes_what_waits() {
+    let mut model = FakeModel::new(2, 1.0);
+    model.cost = Duration::from_millis(30);
+    let batch = BatchSettings { size_max: 1, ..BatchSettings::default() };
+    let shared = Arc::new(lane(&model, 1, batch));
+    let calls: Vec<_> = (0..4)
+        .map(|_| {
+            let lane = Arc::clone(&shared);
+            tokio::spawn(async move { lane.infer(vec![row(&[0.0; 2])], soon(), 0).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    drop(shared);
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    assert_eq!(model.runs.load(Ordering::Relaxed), 4);
+}
+
+#[tokio::test]
+async fn limits_are_answered() {
+    let model = FakeModel::new(2, 0.0);
+    let batch = BatchSettings {
+        size_max: 2,
+        rows_max: 3,
+        priority_levels: 2,
+        priority_default: 1,
+        ..BatchSettings::default()
+    };
+    let lane = lane(&model, 1, batch);
+    let many = lane.infer(vec![row(&[0.0; 8])], soon(), 0).await.unwrap_err();
+    assert!(matches!(many, BatchError::TooManyRows { rows: 4, rows_max: 3 }));
+    let alone = lane.infer(vec![row(&[0.0; 6])], soon(), 0).await.unwrap();
+    assert_eq!(alone.batch_size, 3, "over size_max but allowed: runs alone");
+    let level = lane.infer(vec![row(&[0.0; 2])], soon(), 3).await.unwrap_err();
+    assert_eq!(level.kind(), ErrorKind::InvalidInput);
+    let past = Deadline::new(Instant::now(), Duration::ZERO);
+    let late = lane.infer(vec![row(&[0.0; 2])], past, 0).await.unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::DeadlineExceeded);
+}
