@@ -289,6 +289,8 @@ def risk():
         target_opset={"": OPSET, "ai.onnx.ml": ML_OPSET},
     )
     model.ir_version = IR_VERSION
+    # The converter names the graph at random.
+    model.graph.name = "risk"
     for value in [*model.graph.input, *model.graph.output]:
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     onnx.checker.check_model(model)
