@@ -15,6 +15,7 @@ pub mod grpc;
 pub mod http;
 pub mod listener;
 pub mod meta;
+pub mod model_config;
 pub mod shm;
 pub mod status;
 pub mod toggles;
