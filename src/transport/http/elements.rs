@@ -1,0 +1,368 @@
+//! Tensor elements between JSON text and the typed little-endian form.
+//!
+//! Reading goes over text that `serde_json` has already found to be well formed, without
+//! recursion and straight into the tensor's buffer, so nesting costs no stack and numbers are
+//! rounded once: `f32` from its digits, not by way of `f64`.
+//!
+//! Invariants:
+//! - A value that the datatype cannot hold is refused, never narrowed.
+//! - What is written reads back as the same bytes.
+
+use smallvec::SmallVec;
+
+use crate::domain::{BytesElements, DataType, RANK_MAX, Shape, Tensor};
+
+/// Most characters of a bad value that an error shows.
+const SHOWN_MAX: usize = 40;
+
+/// Why JSON data is no tensor, or a tensor has no JSON form.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ElementError {
+    #[error("data is nested deeper than {RANK_MAX} levels")]
+    Depth,
+    #[error(
+        "data is ragged: a list at level {level} has {got} elements, one before it has {expected}"
+    )]
+    Ragged { level: usize, expected: usize, got: usize },
+    #[error("data mixes lists and values at level {level}")]
+    Mixed { level: usize },
+    #[error("element {index} is {got}, expected {expected}")]
+    Value { index: usize, got: String, expected: &'static str },
+    #[error("data has more than the {limit} elements that the shape says")]
+    TooMany { limit: usize },
+    #[error("datatype {0} has no JSON form, use the binary tensor extension")]
+    NoJson(DataType),
+    #[error(
+        "element {index} is {got}, which JSON cannot carry, ask for this output as binary data"
+    )]
+    NotFinite { index: usize, got: String },
+    #[error("element {index} is not UTF-8, ask for this output as binary data")]
+    NotText { index: usize },
+}
+
+/// How data was nested: the length of the lists at each level.
+pub type Nesting = SmallVec<[usize; 4]>;
+
+/// Appends the elements of `text`, a well-formed JSON value, to `out`; gives how it was nested.
+///
+/// A bare value has no level; an empty list ends its branch, so levels below it stay unknown.
+///
+/// # Errors
+/// Ragged or mixed nesting, values that `datatype` cannot hold, more than `limit` elements.
+pub fn read(
+    text: &str,
+    datatype: DataType,
+    limit: usize,
+    out: &mut Vec<u8>,
+) -> Result<Nesting, ElementError> {
+    if matches!(datatype, DataType::Fp16 | DataType::Bf16) {
+        return Err(ElementError::NoJson(datatype));
+    }
+    let mut walk = Walk::default();
+    let bytes = text.as_bytes();
+    let mut at = 0;
+    while let Some(&byte) = bytes.get(at) {
+        match byte {
+            b' ' | b'\t' | b'\n' | b'\r' | b',' => at += 1,
+            b'[' => {
+                walk.open()?;
+                at += 1;
+            }
+            b']' => {
+                walk.close()?;
+                at += 1;
+            }
+            _ => {
+                let index = walk.value()?;
+                if index >= limit {
+                    return Err(ElementError::TooMany { limit });
+                }
+                let end = at + token_len(&bytes[at..]);
+                push(&text[at..end], datatype, index, out)?;
+                at = end;
+            }
+        }
+    }
+    Ok(walk.levels.into_iter().map_while(|level| level).collect())
+}
+
+/// State of the walk over nested lists.
+#[derive(Default)]
+struct Walk {
+    /// Length of the lists at each level, once one has ended.
+    levels: SmallVec<[Option<usize>; 4]>,
+    /// Elements so far of each list that is open.
+    open: SmallVec<[usize; 4]>,
+    /// Level of the values, once one was seen.
+    values_at: Option<usize>,
+    count: usize,
+}
+
+impl Walk {
+    fn open(&mut self) -> Result<(), ElementError> {
+        let level = self.open.len();
+        if level >= RANK_MAX {
+            return Err(ElementError::Depth);
+        }
+        if self.values_at.is_some_and(|values| level >= values) {
+            return Err(ElementError::Mixed { level });
+        }
+        if let Some(length) = self.open.last_mut() {
+            *length += 1;
+        }
+        self.open.push(0);
+        if self.levels.len() <= level {
+            self.levels.push(None);
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<(), ElementError> {
+        let Some(got) = self.open.pop() else { return Ok(()) };
+        let level = self.open.len();
+        match self.levels[level].replace(got) {
+            Some(expected) if expected != got => Err(ElementError::Ragged { level, expected, got }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Counts a value; gives its index.
+    fn value(&mut self) -> Result<usize, ElementError> {
+        let level = self.open.len();
+        // As many levels as were ever open: no list beside a value, before it or after.
+        if self.levels.len() != level {
+            return Err(ElementError::Mixed { level });
+        }
+        self.values_at = Some(level);
+        if let Some(length) = self.open.last_mut() {
+            *length += 1;
+        }
+        self.count += 1;
+        Ok(self.count - 1)
+    }
+}
+
+/// Length of the value that starts here; objects run to the end of the text and are refused.
+fn token_len(bytes: &[u8]) -> usize {
+    match bytes.first() {
+        Some(b'"') => {
+            let mut at = 1;
+            while let Some(&byte) = bytes.get(at) {
+                match byte {
+                    b'\\' => at += 2,
+                    b'"' => return at + 1,
+                    _ => at += 1,
+                }
+            }
+            bytes.len()
+        }
+        Some(b'{') => bytes.len(),
+        _ => {
+            let ends =
+                |byte: &u8| matches!(byte, b',' | b']' | b'}' | b' ' | b'\t' | b'\n' | b'\r');
+            bytes.iter().position(ends).unwrap_or(bytes.len()).max(1)
+        }
+    }
+}
+
+/// Appends one JSON value.
+pub(super) fn push(
+    token: &str,
+    datatype: DataType,
+    index: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), ElementError> {
+    match datatype {
+        DataType::Bool => match token {
+            "true" => out.push(1),
+            "false" => out.push(0),
+            _ => return Err(bad(index, token, "true or false")),
+        },
+        DataType::Bytes => push_string(token, index, out)?,
+        _ => push_number(token, datatype, index, out)?,
+    }
+    Ok(())
+}
+
+fn push_string(token: &str, index: usize, out: &mut Vec<u8>) -> Result<(), ElementError> {
+    let inner = token.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    let Some(inner) = inner else { return Err(bad(index, token, "a string")) };
+    if !inner.contains('\\') {
+        return push_bytes(inner.as_bytes(), index, out);
+    }
+    match serde_json::from_str::<String>(token) {
+        Ok(text) => push_bytes(text.as_bytes(), index, out),
+        Err(_) => Err(bad(index, token, "a string of whole Unicode characters")),
+    }
+}
+
+/// Appends one `BYTES` element.
+pub(super) fn push_bytes(
+    element: &[u8],
+    index: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), ElementError> {
+    let len = u32::try_from(element.len())
+        .map_err(|_| bad(index, "too long", "a string of less than 4 GiB"))?;
+    out.extend_from_slice(&len.to_le_bytes());
+    out.extend_from_slice(element);
+    Ok(())
+}
+
+/// Appends a number given by its digits.
+pub(super) fn push_number(
+    token: &str,
+    datatype: DataType,
+    index: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), ElementError> {
+    macro_rules! integer {
+        ($number:ty, $expected:literal) => {
+            match token.parse::<$number>() {
+                Ok(number) if !token.starts_with('+') => {
+                    out.extend_from_slice(&number.to_le_bytes());
+                }
+                _ => return Err(bad(index, token, $expected)),
+            }
+        };
+    }
+    macro_rules! float {
+        ($number:ty, $expected:literal) => {
+            // Rust reads "inf" and "nan" too, and overflow as infinity.
+            match token.parse::<$number>() {
+                Ok(number) if number.is_finite() => out.extend_from_slice(&number.to_le_bytes()),
+                _ => return Err(bad(index, token, $expected)),
+            }
+        };
+    }
+    match datatype {
+        DataType::Uint8 => integer!(u8, "an integer from 0 to 255"),
+        DataType::Uint16 => integer!(u16, "an integer from 0 to 65535"),
+        DataType::Uint32 => integer!(u32, "an integer from 0 to 4294967295"),
+        DataType::Uint64 => integer!(u64, "an integer from 0 to 18446744073709551615"),
+        DataType::Int8 => integer!(i8, "an integer from -128 to 127"),
+        DataType::Int16 => integer!(i16, "an integer from -32768 to 32767"),
+        DataType::Int32 => integer!(i32, "an integer from -2147483648 to 2147483647"),
+        DataType::Int64 => {
+            integer!(i64, "an integer from -9223372036854775808 to 9223372036854775807");
+        }
+        DataType::Fp32 => float!(f32, "a finite number within FP32"),
+        DataType::Fp64 => float!(f64, "a finite number within FP64"),
+        DataType::Fp16 | DataType::Bf16 | DataType::Bool | DataType::Bytes => {
+            return Err(ElementError::NoJson(datatype));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn bad(index: usize, got: &str, expected: &'static str) -> ElementError {
+    let mut shown: String = got.chars().take(SHOWN_MAX).collect();
+    if shown.len() < got.len() {
+        shown.push('…');
+    }
+    ElementError::Value { index, got: shown, expected }
+}
+
+/// Appends `tensor` as one flat list.
+///
+/// # Errors
+/// Datatypes, numbers and strings that JSON cannot carry.
+pub fn write_flat(tensor: &Tensor, out: &mut Vec<u8>) -> Result<(), ElementError> {
+    write(tensor, &[tensor.elements()], out)
+}
+
+/// Appends `tensor` as lists nested as its shape; a scalar as a bare value.
+///
+/// # Errors
+/// As [`write_flat`].
+pub fn write_nested(tensor: &Tensor, out: &mut Vec<u8>) -> Result<(), ElementError> {
+    write(tensor, &Shape::from_slice(tensor.shape()), out)
+}
+
+fn write(tensor: &Tensor, shape: &[usize], out: &mut Vec<u8>) -> Result<(), ElementError> {
+    let data = tensor.data();
+    macro_rules! plain {
+        ($number:ty, $size:literal) => {{
+            let mut chunks = data.as_chunks::<$size>().0.iter();
+            lists(shape, out, &mut |out| {
+                if let Some(chunk) = chunks.next() {
+                    json(&<$number>::from_le_bytes(*chunk), out);
+                }
+                Ok(())
+            })
+        }};
+    }
+    macro_rules! float {
+        ($number:ty, $size:literal) => {{
+            let mut chunks = data.as_chunks::<$size>().0.iter().enumerate();
+            lists(shape, out, &mut |out| {
+                let Some((index, chunk)) = chunks.next() else { return Ok(()) };
+                let number = <$number>::from_le_bytes(*chunk);
+                if !number.is_finite() {
+                    return Err(ElementError::NotFinite { index, got: number.to_string() });
+                }
+                json(&number, out);
+                Ok(())
+            })
+        }};
+    }
+    match tensor.datatype() {
+        DataType::Bool => {
+            let mut bytes = data.iter();
+            lists(shape, out, &mut |out| {
+                json(&bytes.next().is_some_and(|byte| *byte == 1), out);
+                Ok(())
+            })
+        }
+        DataType::Uint8 => plain!(u8, 1),
+        DataType::Uint16 => plain!(u16, 2),
+        DataType::Uint32 => plain!(u32, 4),
+        DataType::Uint64 => plain!(u64, 8),
+        DataType::Int8 => plain!(i8, 1),
+        DataType::Int16 => plain!(i16, 2),
+        DataType::Int32 => plain!(i32, 4),
+        DataType::Int64 => plain!(i64, 8),
+        DataType::Fp32 => float!(f32, 4),
+        DataType::Fp64 => float!(f64, 8),
+        DataType::Bytes => {
+            let mut elements = BytesElements::new(data).filter_map(Result::ok).enumerate();
+            lists(shape, out, &mut |out| {
+                let Some((index, element)) = elements.next() else { return Ok(()) };
+                let text =
+                    std::str::from_utf8(element).map_err(|_| ElementError::NotText { index })?;
+                json(text, out);
+                Ok(())
+            })
+        }
+        DataType::Fp16 | DataType::Bf16 => Err(ElementError::NoJson(tensor.datatype())),
+    }
+}
+
+/// Calls `element` once per element of `shape`, with brackets and commas around. The depth is a
+/// tensor's rank, so at most [`RANK_MAX`].
+fn lists(
+    shape: &[usize],
+    out: &mut Vec<u8>,
+    element: &mut dyn FnMut(&mut Vec<u8>) -> Result<(), ElementError>,
+) -> Result<(), ElementError> {
+    let Some((&length, inner)) = shape.split_first() else { return element(out) };
+    out.push(b'[');
+    for at in 0..length {
+        if at > 0 {
+            out.push(b',');
+        }
+        if inner.is_empty() {
+            element(out)?;
+        } else {
+            lists(inner, out, element)?;
+        }
+    }
+    out.push(b']');
+    Ok(())
+}
+
+/// Appends a value as JSON; floats in the fewest digits that read back the same.
+pub(super) fn json<T: serde::Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) {
+    // Neither a Vec nor a number, text or boolean can fail.
+    serde_json::to_writer(out, value).expect("plain values are written to memory");
+}

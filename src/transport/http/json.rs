@@ -1,0 +1,245 @@
+//! The JSON part of an inference request.
+//!
+//! Invariants:
+//! - Memory is bounded by the body: `data` is borrowed and read straight into tensor buffers.
+//! - A key given twice, a value of the wrong kind or a shape that lies is refused. Keys that the
+//!   protocol does not know are skipped, as its other servers do.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::marker::PhantomData;
+
+use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use super::elements;
+use crate::domain::{DataType, Failure, ParameterValue, Parameters, Shape, Tensor};
+
+/// Most parameters of one request or tensor.
+const PARAMETERS_MAX: usize = 256;
+
+/// A request as it stands in the JSON.
+#[derive(Debug, Deserialize)]
+pub struct RequestJson<'a> {
+    pub id: Option<String>,
+    #[serde(default)]
+    pub parameters: ParametersJson,
+    #[serde(borrow)]
+    pub inputs: Vec<Object<InputJson<'a>>>,
+    #[serde(default)]
+    pub outputs: Option<Vec<Object<OutputJson>>>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct InputJson<'a> {
+    pub name: String,
+    pub shape: Vec<i64>,
+    #[serde(borrow)]
+    datatype: Cow<'a, str>,
+    #[serde(default)]
+    pub parameters: ParametersJson,
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct OutputJson {
+    pub name: String,
+    #[serde(default)]
+    pub parameters: ParametersJson,
+}
+
+/// Reads the JSON of a request; the data of its inputs is read later.
+///
+/// # Errors
+/// `InvalidInput` with line and column.
+pub fn parse(json: &[u8]) -> Result<RequestJson<'_>, Failure> {
+    from_slice::<Object<RequestJson<'_>>>(json).map(|Object(request)| request)
+}
+
+/// Any JSON body.
+pub(super) fn from_slice<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Result<T, Failure> {
+    serde_json::from_slice(json).map_err(|error| Failure::invalid(format!("request body: {error}")))
+}
+
+impl InputJson<'_> {
+    pub fn datatype(&self) -> Result<DataType, Failure> {
+        self.datatype.parse().map_err(|error| self.invalid(&error))
+    }
+
+    pub fn wire_shape(&self) -> Result<Shape, Failure> {
+        Tensor::shape_from_wire(&self.shape).map_err(|error| self.invalid(&error))
+    }
+
+    pub fn has_data(&self) -> bool {
+        self.data.is_some()
+    }
+
+    /// The tensor in `data`.
+    pub fn tensor(&self) -> Result<Tensor, Failure> {
+        let (datatype, shape) = (self.datatype()?, self.wire_shape()?);
+        let text = self.data.map_or("[]", RawValue::get);
+        if !text.starts_with('[') {
+            return Err(self.invalid(&"data must be a list"));
+        }
+        let elements = shape.iter().try_fold(1_usize, |product, &dim| product.checked_mul(dim));
+        let elements = elements.unwrap_or(usize::MAX);
+        // An element takes two characters at least, so a lying shape reserves no more than the
+        // body's own size.
+        let likely = elements.min(text.len() / 2).saturating_mul(datatype.size().unwrap_or(8));
+        let mut data = Vec::with_capacity(likely);
+        let nesting = elements::read(text, datatype, elements, &mut data)
+            .map_err(|error| self.invalid(&error))?;
+        if nesting.len() > 1 && nesting[..] != shape[..] && !cut_short(&nesting, &shape) {
+            return Err(self.invalid(&format_args!(
+                "data is nested as {:?}, the shape is {:?}",
+                &nesting[..],
+                &shape[..]
+            )));
+        }
+        Tensor::new(datatype, shape, Bytes::from(data)).map_err(|error| self.invalid(&error))
+    }
+
+    pub fn invalid(&self, what: &dyn fmt::Display) -> Failure {
+        Failure::invalid(format!("input '{}': {what}", self.name))
+    }
+}
+
+/// Lists that hold nothing hide the levels below them: `[[], []]` is of shape `[2, 0, 3]`.
+fn cut_short(nesting: &[usize], shape: &[usize]) -> bool {
+    nesting.last() == Some(&0) && shape.starts_with(nesting)
+}
+
+/// A JSON object and nothing else; `serde` alone would take a list for a struct too.
+#[derive(Debug)]
+pub struct Object<T>(pub T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Only<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Only<T> {
+            type Value = T;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map))
+            }
+        }
+        deserializer.deserialize_map(Only(PhantomData)).map(Object)
+    }
+}
+
+/// Members of an object in their order, values unread, names unique.
+#[derive(Debug)]
+pub(super) struct Members<'a>(pub(super) Vec<(Cow<'a, str>, &'a RawValue)>);
+
+/// Most members of an object that is read member by member.
+const MEMBERS_MAX: usize = 10_000;
+
+impl<'de> Deserialize<'de> for Members<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct All;
+        impl<'de> Visitor<'de> for All {
+            type Value = Members<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
+                let mut members = Vec::new();
+                let mut seen = std::collections::HashSet::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if members.len() == MEMBERS_MAX {
+                        return Err(A::Error::custom(format_args!(
+                            "more than {MEMBERS_MAX} members in one object"
+                        )));
+                    }
+                    if !seen.insert(name.clone()) {
+                        return Err(A::Error::custom(format_args!("duplicate member `{name}`")));
+                    }
+                    members.push((Cow::Owned(name), map.next_value()?));
+                }
+                Ok(Members(members))
+            }
+        }
+        deserializer.deserialize_map(All)
+    }
+}
+
+/// Parameters: an object of strings, numbers and booleans.
+#[derive(Debug, Default)]
+pub struct ParametersJson(pub Parameters);
+
+impl<'de> Deserialize<'de> for ParametersJson {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct All;
+        impl<'de> Visitor<'de> for All {
+            type Value = Parameters;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of parameters")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Parameters, A::Error> {
+                let mut all = Parameters::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if all.len() == PARAMETERS_MAX {
+                        return Err(A::Error::custom(format_args!(
+                            "more than {PARAMETERS_MAX} parameters"
+                        )));
+                    }
+                    if all.iter().any(|(have, _)| *have == name) {
+                        return Err(A::Error::custom(format_args!("duplicate parameter `{name}`")));
+                    }
+                    let Value(value) = map.next_value()?;
+                    all.push((name, value));
+                }
+                Ok(all)
+            }
+        }
+        deserializer.deserialize_map(All).map(Self)
+    }
+}
+
+struct Value(ParameterValue);
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Scalar;
+        impl Visitor<'_> for Scalar {
+            type Value = ParameterValue;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a parameter: string, number or boolean")
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<ParameterValue, E> {
+                Ok(ParameterValue::Bool(value))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<ParameterValue, E> {
+                Ok(ParameterValue::Uint(value))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<ParameterValue, E> {
+                Ok(ParameterValue::Int(value))
+            }
+
+            fn visit_f64<E>(self, value: f64) -> Result<ParameterValue, E> {
+                Ok(ParameterValue::Double(value))
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<ParameterValue, E> {
+                Ok(ParameterValue::String(value.to_owned()))
+            }
+        }
+        deserializer.deserialize_any(Scalar).map(Self)
+    }
+}

@@ -1,0 +1,184 @@
+//! What is served: metadata, readiness, configuration, statistics, health.
+
+use http::StatusCode;
+use serde_json::{Value, json};
+
+use super::reply::Reply;
+use crate::domain::{Failure, ModelName, TensorSpec, VersionRef, VersionState};
+use crate::observe::{BatchStat, DurationStat, StatsSnapshot};
+use crate::route::Served;
+use crate::transport::{Api, SERVER_NAME};
+
+/// Extensions of the protocol that work here.
+pub(super) const EXTENSIONS: [&str; 11] = [
+    "classification",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
+    "model_configuration",
+    "system_shared_memory",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+    "trace",
+    "logging",
+];
+
+pub(super) fn server() -> Reply {
+    let version = env!("CARGO_PKG_VERSION");
+    Reply::value(&json!({"name": SERVER_NAME, "version": version, "extensions": EXTENSIONS}))
+}
+
+/// The bodies satisfy clients that read `live`, `ready` or only the status.
+pub(super) fn live() -> Reply {
+    Reply::value(&json!({"live": true}))
+}
+
+pub(super) fn ready(api: &Api) -> Reply {
+    let ready = api.health.is_ready();
+    let body = json!({"live": true, "ready": ready}).to_string();
+    Reply::json(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, body)
+}
+
+pub(super) fn list(api: &Api) -> Reply {
+    let table = api.gateway.table();
+    let names: Vec<&str> = table.models.keys().map(ModelName::as_str).collect();
+    Reply::value(&json!({"models": names}))
+}
+
+pub(super) fn metadata(
+    api: &Api,
+    model: &ModelName,
+    version: Option<&VersionRef>,
+) -> Result<Reply, Failure> {
+    let table = api.gateway.table();
+    let served = table.pick(model, version)?.served;
+    let routes = table.models.get(model);
+    let versions: Vec<String> = routes
+        .map(|routes| routes.versions.keys().map(ToString::to_string).collect())
+        .unwrap_or_default();
+    Ok(Reply::value(&json!({
+        "name": served.model,
+        "versions": versions,
+        "platform": format!("{}_onnx", served.engine),
+        "inputs": tensors(&served.signature.inputs),
+        "outputs": tensors(&served.signature.outputs),
+    })))
+}
+
+fn tensors(specs: &[TensorSpec]) -> Value {
+    let tensor = |spec: &TensorSpec| json!({"name": spec.name, "datatype": spec.datatype.name(), "shape": spec.wire_shape()});
+    specs.iter().map(tensor).collect()
+}
+
+/// 200 when ready, 503 when known but not ready, 404 when unknown.
+pub(super) fn model_ready(
+    api: &Api,
+    model: &ModelName,
+    version: Option<&VersionRef>,
+) -> Result<Reply, Failure> {
+    let picked = api.gateway.served(model, version);
+    let index = if picked.is_ok() { Vec::new() } else { api.gateway.control().index() };
+    let known = index.iter().any(|entry| {
+        entry.model == *model
+            && match (version, entry.version) {
+                (Some(VersionRef::Number(asked)), Some(number)) => *asked == number,
+                (Some(_), _) => false,
+                (None, _) => entry.state != VersionState::Ready,
+            }
+    });
+    let status = match picked {
+        Ok(_) => StatusCode::OK,
+        Err(_) if known => StatusCode::SERVICE_UNAVAILABLE,
+        Err(failure) => return Err(failure),
+    };
+    let ready = status == StatusCode::OK;
+    Ok(Reply::json(status, json!({"name": model, "ready": ready}).to_string()))
+}
+
+pub(super) fn config(
+    api: &Api,
+    model: &ModelName,
+    version: Option<&VersionRef>,
+) -> Result<Reply, Failure> {
+    let served = api.gateway.served(model, version)?;
+    Ok(Reply::value(&config_json(&served)))
+}
+
+fn config_json(served: &Served) -> Value {
+    json!({"name": served.model})
+}
+
+/// Statistics of one version, one model's versions, or all there are.
+pub(super) fn stats(
+    api: &Api,
+    model: Option<&ModelName>,
+    version: Option<&VersionRef>,
+) -> Result<Reply, Failure> {
+    let table = api.gateway.table();
+    let all: Vec<Value> = match model {
+        Some(model) if version.is_some() => {
+            vec![version_stats(&*table.pick(model, version)?.served)]
+        }
+        Some(model) => {
+            // Fails for a model that is not served.
+            table.pick(model, None)?;
+            let routes = table.models.get(model);
+            routes.into_iter().flat_map(|r| r.versions.values()).map(|s| version_stats(s)).collect()
+        }
+        None => {
+            let versions = table.models.values().flat_map(|routes| routes.versions.values());
+            versions.map(|served| version_stats(served)).collect()
+        }
+    };
+    Ok(Reply::value(&json!({"model_stats": all})))
+}
+
+/// Every key that clients read is there, zeros included.
+fn version_stats(served: &Served) -> Value {
+    let StatsSnapshot {
+        last_inference_ms,
+        inference_count,
+        execution_count,
+        success,
+        fail,
+        queue,
+        compute_input,
+        compute_infer,
+        compute_output,
+        batches,
+    } = served.stats.snapshot();
+    json!({
+        "name": served.model,
+        "version": served.version.to_string(),
+        "last_inference": last_inference_ms,
+        "inference_count": inference_count,
+        "execution_count": execution_count,
+        "inference_stats": {
+            "success": duration(success),
+            "fail": duration(fail),
+            "queue": duration(queue),
+            "compute_input": duration(compute_input),
+            "compute_infer": duration(compute_infer),
+            "compute_output": duration(compute_output),
+            "cache_hit": duration(DurationStat::default()),
+            "cache_miss": duration(DurationStat::default()),
+        },
+        "response_stats": {},
+        "batch_stats": batches.iter().map(batch).collect::<Vec<_>>(),
+        "memory_usage": [],
+    })
+}
+
+fn batch(batch: &BatchStat) -> Value {
+    json!({
+        "batch_size": batch.batch_size,
+        "compute_input": duration(batch.compute_input),
+        "compute_infer": duration(batch.compute_infer),
+        "compute_output": duration(batch.compute_output),
+    })
+}
+
+fn duration(stat: DurationStat) -> Value {
+    json!({"count": stat.count, "ns": stat.ns})
+}

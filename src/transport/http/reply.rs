@@ -1,0 +1,85 @@
+//! Answers before they become HTTP messages.
+
+use bytes::Bytes;
+use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
+use http_body_util::Full;
+
+use crate::domain::{AnswerHead, Failure};
+use crate::transport::{Body, meta, status};
+
+/// Length of the JSON part of a body with raw tensors behind it.
+pub(super) const JSON_LENGTH: HeaderName =
+    HeaderName::from_static("inference-header-content-length");
+
+/// One answer.
+#[derive(Debug)]
+pub(super) struct Reply {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Bytes,
+}
+
+impl Reply {
+    pub(super) fn empty(status: StatusCode) -> Self {
+        Self { status, headers: HeaderMap::new(), body: Bytes::new() }
+    }
+
+    /// JSON; the content type without a charset, which some clients compare exactly.
+    pub(super) fn json(status: StatusCode, body: impl Into<Bytes>) -> Self {
+        let mut reply = Self::empty(status);
+        reply.body = body.into();
+        reply.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        reply
+    }
+
+    pub(super) fn value(value: &serde_json::Value) -> Self {
+        Self::json(StatusCode::OK, value.to_string())
+    }
+
+    /// JSON of `json_len` bytes and raw tensors behind.
+    pub(super) fn binary(json_len: usize, body: Vec<u8>) -> Self {
+        let mut reply = Self::empty(StatusCode::OK);
+        reply.body = body.into();
+        reply.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        reply.headers.insert(JSON_LENGTH, HeaderValue::from(json_len));
+        reply
+    }
+
+    pub(super) fn failure(failure: &Failure) -> Self {
+        let (status, _) = status::status(failure.kind);
+        let body = serde_json::json!({"error": failure.message, "code": failure.kind.code()});
+        let mut reply = Self::json(status, body.to_string());
+        if let Some(wait) = failure.retry_after {
+            // Whole seconds, rounded up: sooner would be too soon.
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            reply.headers.insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        reply
+    }
+
+    /// For a known path and another verb.
+    pub(super) fn allow(mut self, verbs: &'static str) -> Self {
+        self.headers.insert(ALLOW, HeaderValue::from_static(verbs));
+        self
+    }
+
+    /// With what every answer to a prediction carries.
+    pub(super) fn head(mut self, head: &AnswerHead) -> Self {
+        meta::answer_headers(head, &mut self.headers);
+        self
+    }
+
+    pub(super) fn into_response(self) -> Response<Body> {
+        let mut response = Response::new(Body::new(Full::new(self.body)));
+        *response.status_mut() = self.status;
+        *response.headers_mut() = self.headers;
+        response
+    }
+}
+
+impl From<Failure> for Reply {
+    fn from(failure: Failure) -> Self {
+        Self::failure(&failure)
+    }
+}

@@ -1,0 +1,165 @@
+//! The answer to an inference request: JSON, and raw tensors behind it where asked for.
+
+use super::binary::{Form, SharedSlice};
+use super::elements::{self, json};
+use super::reply::Reply;
+use crate::domain::{Answer, ErrorKind, Failure, NamedTensor};
+
+/// Puts an output into shared memory on behalf of a request.
+pub(super) type WriteShared<'a> = &'a dyn Fn(&SharedSlice, &[u8]) -> Result<(), Failure>;
+
+/// Writes `answer`, each output in its form: those of `forms`, or `form` when there are none.
+///
+/// # Errors
+/// `InvalidInput` for an output that JSON cannot carry or that its shared memory is too small
+/// for, and what `shared` answers.
+pub(super) fn write(
+    answer: &Answer,
+    forms: &[Form],
+    form: &Form,
+    shared: WriteShared<'_>,
+) -> Result<Reply, Failure> {
+    let size: usize = answer.outputs.iter().map(|output| output.tensor.data().len()).sum();
+    // JSON digits take about three times the bytes of a float.
+    let mut out = Vec::with_capacity(512 + size * 3);
+    out.extend_from_slice(b"{\"model_name\":");
+    json(answer.model.as_str(), &mut out);
+    if let Some(version) = answer.head.version {
+        out.extend_from_slice(b",\"model_version\":");
+        json(&version.to_string(), &mut out);
+    }
+    if !answer.id.is_empty() {
+        out.extend_from_slice(b",\"id\":");
+        json(&answer.id, &mut out);
+    }
+    out.extend_from_slice(b",\"outputs\":[");
+    let mut raw = Vec::new();
+    for (at, output) in answer.outputs.iter().enumerate() {
+        if at > 0 {
+            out.push(b',');
+        }
+        let form = forms.get(at).unwrap_or(form);
+        write_output(output, form, shared, &mut out)?;
+        if *form == Form::Binary {
+            raw.push(output.tensor.data());
+        }
+    }
+    out.extend_from_slice(b"]}");
+    let json_len = out.len();
+    for data in &raw {
+        out.extend_from_slice(data);
+    }
+    // Some readers take the mere presence of the header as a sign of raw tensors.
+    if raw.is_empty() {
+        Ok(Reply::json(http::StatusCode::OK, out))
+    } else {
+        Ok(Reply::binary(json_len, out))
+    }
+}
+
+fn write_output(
+    output: &NamedTensor,
+    form: &Form,
+    shared: WriteShared<'_>,
+    out: &mut Vec<u8>,
+) -> Result<(), Failure> {
+    let NamedTensor { name, tensor } = output;
+    out.extend_from_slice(b"{\"name\":");
+    json(name, out);
+    out.extend_from_slice(b",\"datatype\":");
+    json(tensor.datatype().name(), out);
+    out.extend_from_slice(b",\"shape\":");
+    json(tensor.shape(), out);
+    match form {
+        Form::Json => {
+            out.extend_from_slice(b",\"data\":");
+            elements::write_flat(tensor, out)
+                .map_err(|error| Failure::invalid(format!("output '{name}': {error}")))?;
+        }
+        Form::Binary => {
+            let parameters = serde_json::json!({"binary_data_size": tensor.data().len()});
+            out.extend_from_slice(b",\"parameters\":");
+            json(&parameters, out);
+        }
+        Form::Shared(slice) => {
+            let len = tensor.data().len();
+            if u64::try_from(len).map_or(true, |len| len > slice.byte_size) {
+                return Err(Failure::invalid(format!(
+                    "output '{name}' has {len} bytes, its shared_memory_byte_size is {}",
+                    slice.byte_size
+                )));
+            }
+            shared(slice, tensor.data())?;
+            let mut parameters = serde_json::json!({
+                "shared_memory_region": slice.region,
+                "shared_memory_byte_size": len,
+            });
+            if slice.offset > 0 {
+                parameters["shared_memory_offset"] = slice.offset.into();
+            }
+            out.extend_from_slice(b",\"parameters\":");
+            json(&parameters, out);
+        }
+    }
+    out.push(b'}');
+    Ok(())
+}
+
+/// Values of a prediction as KServe v1 and MLflow show them: one output as its nested rows,
+/// several as one object per row, or as one object of tensors when they have no rows in common.
+///
+/// # Errors
+/// `InvalidInput` for an output that JSON cannot carry.
+pub(super) fn write_predictions(outputs: &[NamedTensor]) -> Result<Reply, Failure> {
+    let mut out = Vec::from(*b"{\"predictions\":");
+    let rows = |output: &NamedTensor| output.tensor.shape().first().copied();
+    let common = outputs.first().and_then(rows);
+    match (outputs, common) {
+        ([output], _) => nested(output, None, &mut out)?,
+        (_, Some(count)) if outputs.iter().all(|output| rows(output) == common) => {
+            out.push(b'[');
+            for row in 0..count {
+                if row > 0 {
+                    out.push(b',');
+                }
+                members(outputs, Some(row), &mut out)?;
+            }
+            out.push(b']');
+        }
+        _ => members(outputs, None, &mut out)?,
+    }
+    out.push(b'}');
+    Ok(Reply::json(http::StatusCode::OK, out))
+}
+
+fn members(outputs: &[NamedTensor], row: Option<usize>, out: &mut Vec<u8>) -> Result<(), Failure> {
+    out.push(b'{');
+    for (at, output) in outputs.iter().enumerate() {
+        if at > 0 {
+            out.push(b',');
+        }
+        json(&output.name, out);
+        out.push(b':');
+        nested(output, row, out)?;
+    }
+    out.push(b'}');
+    Ok(())
+}
+
+fn nested(output: &NamedTensor, row: Option<usize>, out: &mut Vec<u8>) -> Result<(), Failure> {
+    let NamedTensor { name, tensor } = output;
+    let written = match row {
+        None => elements::write_nested(tensor, out),
+        Some(row) => {
+            let gone = || Failure::new(ErrorKind::Internal, "an output lost a row");
+            let one = tensor.rows(row, row + 1).ok_or_else(gone)?;
+            let inner = crate::domain::Shape::from_slice(&one.shape()[1..]);
+            let one = one.reshaped(inner).map_err(|_| gone())?;
+            elements::write_nested(&one, out)
+        }
+    };
+    written.map_err(|error| {
+        let hint = "this form of request has JSON answers only, try /v2/models/…/infer";
+        Failure::invalid(format!("output '{name}': {error}; {hint}"))
+    })
+}
