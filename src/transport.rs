@@ -52,7 +52,7 @@ pub struct Settings {
     pub mlserver_stream: bool,
     /// Requests of one gRPC stream that run at once.
     pub stream_concurrency_max: usize,
-    /// Time for a connection to send a request's headers.
+    /// Time for a connection to send a request's headers; an idle one is closed after it too.
     pub header_timeout: Duration,
     /// HTTP/2 streams per connection.
     pub http2_streams_max: u32,
@@ -70,7 +70,7 @@ impl Default for Settings {
             sticky_header: None,
             mlserver_stream: false,
             stream_concurrency_max: 64,
-            header_timeout: Duration::from_secs(10),
+            header_timeout: Duration::from_secs(60),
             http2_streams_max: 256,
             connections_max: 8192,
         }
