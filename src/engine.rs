@@ -11,14 +11,17 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::domain::{ErrorKind, Provider, Signature, Tensor};
+use crate::domain::{Dim, ErrorKind, Provider, Signature, Tensor, TensorSpec};
 
+mod engines;
 pub mod fake;
 pub mod onnx;
 #[cfg(feature = "ort")]
 pub mod ort;
 #[cfg(feature = "tract")]
 pub mod tract;
+
+pub use engines::{Engines, prepare_environment, release_memory};
 
 /// A kind of engine, ready to load models.
 pub trait Backend: Send + Sync {
@@ -70,6 +73,35 @@ pub trait Session: Send {
     fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError>;
 }
 
+/// Inputs as a session was promised them: as many as declared, of their datatypes and ranks.
+#[cfg(any(feature = "ort", feature = "tract"))]
+fn check_inputs(specs: &[TensorSpec], inputs: &[Tensor]) -> Result<(), EngineError> {
+    if specs.len() != inputs.len() {
+        let (expected, got) = (specs.len(), inputs.len());
+        return Err(EngineError::Run(format!("expected {expected} inputs, got {got}")));
+    }
+    for (spec, tensor) in specs.iter().zip(inputs) {
+        let refuse =
+            |reason: String| Err(EngineError::Input { name: spec.name.clone(), reason });
+        if spec.datatype != tensor.datatype() {
+            let (expected, got) = (spec.datatype, tensor.datatype());
+            return refuse(format!("expected datatype {expected}, got {got}"));
+        }
+        let fits = |dims: &Vec<Dim>| {
+            dims.len() == tensor.shape().len()
+                && dims.iter().zip(tensor.shape()).all(|(dim, size)| match dim {
+                    Dim::Fixed(fixed) => fixed == size,
+                    Dim::Dynamic(_) => true,
+                })
+        };
+        if !spec.shape.as_ref().is_none_or(fits) {
+            let (expected, got) = (spec.wire_shape(), tensor.shape());
+            return refuse(format!("expected shape {expected:?}, got {got:?}"));
+        }
+    }
+    Ok(())
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// The file is no model that any engine can read.
@@ -99,6 +131,3 @@ impl EngineError {
         }
     }
 }
-
-/// Gives memory that the allocator holds but nobody uses back to the operating system.
-pub fn release_memory() {}

@@ -1,1 +1,387 @@
-//! Reads what we need of an ONNX file without any runtime.
+//! ONNX Runtime, loaded from a shared library when the server starts.
+//!
+//! Invariants:
+//! - One environment per process, without telemetry; the library is loaded by path and never by
+//!   the binding's own lazy way, which panics when there is none.
+//! - A session belongs to one thread at a time; no thread of the runtime spins.
+//! - Inputs are borrowed when they are aligned, and outputs leave without a copy.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ort::environment::Environment;
+use ort::ep;
+use ort::logging::LogLevel;
+use ort::session::builder::{GraphOptimizationLevel, PrepackedWeights, SessionBuilder};
+use parking_lot::Mutex;
+
+use super::onnx::{self, OnnxModel};
+use super::{Artifact, Backend, EngineError, LoadOptions, Model, Session};
+use crate::domain::{Provider, Signature, Tensor};
+
+mod tensors;
+mod weights;
+
+/// Name of this engine.
+pub const NAME: &str = "onnxruntime";
+
+/// Names the shared library; before every other place.
+const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
+
+/// Where `make ort` puts the library, from the working directory.
+const LIBRARY_CACHED: &str = ".cache/onnxruntime/lib/libonnxruntime.so";
+
+/// What the system's loader knows the library by.
+const LIBRARY_SYSTEM: &str = "libonnxruntime.so";
+
+/// The process's only environment; kept until it ends.
+static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
+
+/// ONNX Runtime, ready to load models.
+pub struct OrtBackend {
+    environment: Environment,
+    version: String,
+}
+
+impl OrtBackend {
+    /// Loads the runtime: from `ORT_DYLIB_PATH`, else `library`, else the usual places.
+    pub fn open(library: Option<&Path>) -> Result<Self, EngineError> {
+        let mut held = ENVIRONMENT.lock();
+        let environment = match &*held {
+            Some(environment) => environment.clone(),
+            None => held.insert(start(&find(library)?)?).clone(),
+        };
+        Ok(Self { environment, version: version(ort::info()) })
+    }
+}
+
+fn start(library: &Path) -> Result<Environment, EngineError> {
+    let started = ort::init_from(library).map_err(not_available)?;
+    let environment =
+        started.with_name("tidegate").with_telemetry(false).build().map_err(not_available)?;
+    environment.set_log_level(LogLevel::Error);
+    Ok(environment)
+}
+
+fn not_available(error: impl std::fmt::Display) -> EngineError {
+    EngineError::NotAvailable { engine: NAME, reason: error.to_string() }
+}
+
+/// Path of the library. A place that was named must have it; the usual places are tried in turn.
+fn find(configured: Option<&Path>) -> Result<PathBuf, EngineError> {
+    let named =
+        std::env::var_os(LIBRARY_VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(path) = named.or_else(|| configured.map(Path::to_path_buf)) {
+        if !path.is_file() {
+            let path = path.display();
+            return Err(not_available(format_args!(
+                "expected its library at {path}, there is no such file"
+            )));
+        }
+        // Absolute, because the binding looks beside the executable first.
+        return std::path::absolute(&path).map_err(not_available);
+    }
+    let cached = std::path::absolute(LIBRARY_CACHED).ok();
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.join("lib").join(LIBRARY_SYSTEM)));
+    let usual = [cached, beside].into_iter().flatten().find(|path| path.is_file());
+    Ok(usual.unwrap_or_else(|| PathBuf::from(LIBRARY_SYSTEM)))
+}
+
+/// `1.31.1` from the build information, which starts with the branch that was built.
+fn version(info: &str) -> String {
+    let branch = info.split_once("git-branch=").map_or(info, |(_, rest)| rest);
+    let branch = branch.split([',', ' ']).next().unwrap_or(branch);
+    let digits = branch.find(|c: char| c.is_ascii_digit()).map_or(branch, |at| &branch[at..]);
+    if digits.is_empty() { "unknown".to_owned() } else { digits.to_owned() }
+}
+
+impl Backend for OrtBackend {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn version(&self) -> String {
+        self.version.clone()
+    }
+
+    fn load(
+        &self,
+        artifact: &Artifact,
+        options: &LoadOptions,
+    ) -> Result<Arc<dyn Model>, EngineError> {
+        let described = onnx::read(&artifact.path)?;
+        described.confine_external_data(artifact.path.parent().unwrap_or(Path::new(".")))?;
+        let mut recipe = Recipe {
+            environment: self.environment.clone(),
+            path: artifact.path.clone(),
+            intra_threads: options.intra_threads.max(1),
+            providers: options.providers.clone(),
+            sharing: Sharing::None,
+        };
+        let mut notes = Vec::new();
+        let mut first = recipe.first(&mut notes)?;
+        if options.sessions > 1
+            && recipe.on_cpu()
+            && let Some((shared, session)) =
+                weights::share(&recipe, artifact, &self.version, &mut notes)
+        {
+            recipe = shared;
+            first = session;
+        }
+        agree(&described, &first)?;
+        Ok(Arc::new(OrtModel {
+            signature: Arc::new(described.signature),
+            recipe,
+            spare: Mutex::new(Some(first)),
+            notes,
+        }))
+    }
+}
+
+/// The runtime must see the inputs and outputs that we read from the file, in this order.
+fn agree(described: &OnnxModel, session: &ort::session::Session) -> Result<(), EngineError> {
+    let ours = |specs: &[crate::domain::TensorSpec]| -> Vec<String> {
+        specs.iter().map(|spec| spec.name.clone()).collect()
+    };
+    let theirs = |outlets: &[ort::value::Outlet]| -> Vec<String> {
+        outlets.iter().map(|outlet| outlet.name().to_owned()).collect()
+    };
+    let signature = &described.signature;
+    let expected = (ours(&signature.inputs), ours(&signature.outputs));
+    let got = (theirs(session.inputs()), theirs(session.outputs()));
+    if expected == got {
+        return Ok(());
+    }
+    Err(EngineError::Broken(format!(
+        "expected the inputs and outputs {expected:?} of the file, {NAME} sees {got:?}"
+    )))
+}
+
+/// All that it takes to make one more session of a model.
+#[derive(Clone)]
+struct Recipe {
+    environment: Environment,
+    path: PathBuf,
+    intra_threads: usize,
+    providers: Vec<Provider>,
+    sharing: Sharing,
+}
+
+/// What the sessions of one model have in common.
+#[derive(Clone)]
+enum Sharing {
+    None,
+    /// The graph at `Recipe::path` is optimised already; its weights are these.
+    Weights {
+        prepacked: PrepackedWeights,
+        weights: Arc<Vec<weights::Weight>>,
+    },
+}
+
+impl Recipe {
+    /// The first session tells if the providers work; without them the CPU does it all.
+    fn first(&mut self, notes: &mut Vec<String>) -> Result<ort::session::Session, EngineError> {
+        if self.on_cpu() {
+            notes.push("provider: cpu".to_owned());
+            return self.session();
+        }
+        let wanted = std::mem::take(&mut self.providers);
+        let on_cpu = self.clone();
+        self.providers = wanted;
+        match self.session() {
+            Ok(session) => {
+                notes.push("provider: cuda, then cpu".to_owned());
+                Ok(session)
+            }
+            Err(error) => {
+                let session = on_cpu.session()?;
+                *self = on_cpu;
+                notes.push(format!("provider: cpu, because cuda is not usable: {error}"));
+                Ok(session)
+            }
+        }
+    }
+
+    fn on_cpu(&self) -> bool {
+        !matches!(self.providers.first(), Some(Provider::Cuda { .. }))
+    }
+
+    fn session(&self) -> Result<ort::session::Session, EngineError> {
+        let mut builder = self.builder().map_err(|error| self.refused(&error))?;
+        builder.commit_from_file(&self.path).map_err(|error| self.refused(&error))
+    }
+
+    fn builder(&self) -> Result<SessionBuilder, ort::Error> {
+        // A failed step hands the builder back inside the error, which is of no use here.
+        fn plain(error: ort::Error<SessionBuilder>) -> ort::Error {
+            ort::Error::new_with_code(error.code(), error.message())
+        }
+        let level = match self.sharing {
+            Sharing::None => GraphOptimizationLevel::All,
+            Sharing::Weights { .. } => GraphOptimizationLevel::Disable,
+        };
+        let mut builder = SessionBuilder::new(&self.environment)?
+            .with_optimization_level(level)
+            .and_then(|builder| builder.with_log_level(LogLevel::Error))
+            .and_then(|builder| builder.with_intra_threads(self.intra_threads))
+            .and_then(|builder| builder.with_inter_threads(1))
+            .and_then(|builder| builder.with_intra_op_spinning(false))
+            .and_then(|builder| builder.with_inter_op_spinning(false))
+            .map_err(plain)?;
+        let providers: Vec<_> = self.providers.iter().map_while(provider).collect();
+        if !providers.is_empty() {
+            builder = builder.with_execution_providers(providers).map_err(plain)?;
+        }
+        if let Sharing::Weights { prepacked, weights } = &self.sharing {
+            builder = builder.with_prepacked_weights(prepacked).map_err(plain)?;
+            for weight in weights.iter() {
+                builder = builder
+                    .with_initializer(&weight.name, Arc::clone(&weight.value))
+                    .map_err(plain)?;
+            }
+        }
+        Ok(builder)
+    }
+
+    /// What an error of the runtime while loading means for the operator, without paths.
+    fn refused(&self, error: &ort::Error) -> EngineError {
+        let message = error.message().replace(&*self.path.to_string_lossy(), "the model");
+        let message = message.trim().to_owned();
+        match missing(error.code(), &message) {
+            Some(missing) => EngineError::Unsupported { engine: NAME, missing },
+            None => EngineError::Broken(message),
+        }
+    }
+}
+
+/// A provider before the CPU, registered strictly: by default the binding would only log.
+fn provider(provider: &Provider) -> Option<ep::ExecutionProviderDispatch> {
+    let Provider::Cuda { device_id, memory_max_bytes } = provider else { return None };
+    let mut cuda = ep::CUDA::default().with_device_id(*device_id);
+    if let Some(limit) = memory_max_bytes {
+        cuda = cuda.with_memory_limit(*limit);
+    }
+    Some(cuda.build().error_on_failure())
+}
+
+/// What the runtime lacks for a model, when that is why it was refused.
+fn missing(code: ort::ErrorCode, message: &str) -> Option<String> {
+    // "Fatal error: mine:Frobnicate(-1) is not a registered function/op"
+    if let Some((before, _)) = message.split_once(" is not a registered function/op") {
+        let operator = before.rsplit(' ').next().unwrap_or(before);
+        let operator = operator.split('(').next().unwrap_or(operator).trim_start_matches(':');
+        return Some(format!("operator {operator}"));
+    }
+    // "Could not find an implementation for Frobnicate(13) node with name 'f'"
+    if let Some((_, after)) = message.split_once("Could not find an implementation for ") {
+        let operator = after.split([' ', ':']).next().unwrap_or(after);
+        return Some(format!("an implementation of operator {operator} for these datatypes"));
+    }
+    let about_versions = message.contains("Unsupported model IR version")
+        || message.contains("is under development and support for this is limited")
+        || message.contains("No opset import for domain");
+    (about_versions || code == ort::ErrorCode::NotImplemented).then(|| message.to_owned())
+}
+
+struct OrtModel {
+    signature: Arc<Signature>,
+    recipe: Recipe,
+    /// The session that the load made, for whoever asks first.
+    spare: Mutex<Option<ort::session::Session>>,
+    notes: Vec<String>,
+}
+
+impl Model for OrtModel {
+    fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    fn session(&self) -> Result<Box<dyn Session>, EngineError> {
+        let spare = self.spare.lock().take();
+        let session = match spare {
+            Some(session) => session,
+            None => self.recipe.session()?,
+        };
+        Ok(Box::new(OrtSession { signature: Arc::clone(&self.signature), session }))
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.notes.clone()
+    }
+}
+
+struct OrtSession {
+    signature: Arc<Signature>,
+    session: ort::session::Session,
+}
+
+impl Session for OrtSession {
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        let specs = &self.signature.inputs;
+        super::check_inputs(specs, inputs)?;
+        let values = specs
+            .iter()
+            .zip(inputs)
+            .map(|(spec, tensor)| tensors::value(&spec.name, tensor))
+            .collect::<Result<Vec<_>, _>>()?;
+        let outputs = self.session.run(&values[..]).map_err(|error| failed(&error))?;
+        outputs.into_iter().map(|(name, value)| tensors::tensor(name, value)).collect()
+    }
+}
+
+fn failed(error: &ort::Error) -> EngineError {
+    let message = error.message().trim();
+    match error.code() {
+        ort::ErrorCode::InvalidArgument => {
+            EngineError::Input { name: "(any)".to_owned(), reason: message.to_owned() }
+        }
+        _ => EngineError::Run(message.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_read_from_the_build_information() {
+        let cases = [
+            (
+                "ORT Build Info: git-branch=rel-1.31.1, git-commit-id=26250ae, build type=Release",
+                "1.31.1",
+            ),
+            ("ORT Build Info: git-branch=main, git-commit-id=26250ae", "main"),
+            ("", "unknown"),
+        ];
+        for (info, expected) in cases {
+            assert_eq!(version(info), expected, "{info}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let cases = [
+            (
+                "Fatal error: mine:Frobnicate(-1) is not a registered function/op",
+                Some("operator mine:Frobnicate"),
+            ),
+            (
+                "Could not find an implementation for Conv(11) node with name 'c'",
+                Some("an implementation of operator Conv(11) for these datatypes"),
+            ),
+            ("Protobuf parsing failed.", None),
+        ];
+        for (message, expected) in cases {
+            let got = missing(ort::ErrorCode::GenericFailure, message);
+            assert_eq!(got.as_deref(), expected, "{message}");
+        }
+    }
+
+    #[test]
+    fn a_library_that_was_named_must_be_there() {
+        let error = find(Some(Path::new("/nowhere/libonnxruntime.so"))).unwrap_err();
+        assert!(matches!(error, EngineError::NotAvailable { .. }), "{error}");
+    }
+}
