@@ -1,23 +1,231 @@
 //! What is seen of the gateway: metrics, statistics, access log, traces.
 //!
-//! The request path hands over each finished [`Completion`] once and never waits here.
+//! ```text
+//! gateway ──Completion──▶ Observer ──▶ VersionStats (sharded counters) ──fold──▶ page, statistics
+//!                             ├──────▶ access log   (bounded queue, own thread)
+//!                             └──────▶ spans        (bounded queue, exporter task)
+//! ```
+//!
+//! Invariants:
+//! - The request path hands over each finished [`Completion`] once and never waits here: what
+//!   finds no room is dropped and counted.
+//! - Labels come from closed sets; the series of a version end when it does.
 
-use crate::domain::Completion;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use crate::domain::{Completion, ErrorKind, Outcome, Protocol};
+
+mod access;
+mod families;
+mod histogram;
+pub mod log;
+pub mod page;
+mod process;
 mod stats;
+mod triton;
 
-pub use stats::{BatchStat, DurationStat, StatsSnapshot, VersionStats};
+pub use access::AccessLog;
+pub use histogram::{BATCH_BOUNDS, LATENCY_BOUNDS_NS};
+pub use stats::{
+    ARM_OTHER, BATCH_SIZES_MAX, BatchStat, DurationStat, RULES_MAX, StatsSnapshot, VersionStats,
+};
+
+use families::{VersionView, Versions};
+use page::{Family, Kind};
+
+/// Kinds of failure that are shed load, from zero on the page.
+const SHED: [ErrorKind; 3] =
+    [ErrorKind::Overloaded, ErrorKind::RateLimited, ErrorKind::DeadlineExceeded];
+
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Triton's metric names beside our own.
+    pub triton_metrics: bool,
+    pub access_log: AccessLog,
+    /// Where spans go; `None`: nowhere.
+    pub otlp: Option<Otlp>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { triton_metrics: true, access_log: AccessLog::Off, otlp: None }
+    }
+}
+
+/// Export of spans over OTLP.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Otlp {
+    /// Collector's gRPC address: `http://127.0.0.1:4317`.
+    pub endpoint: String,
+    /// Share of requests traced when the caller has not decided; 0 to 1.
+    pub sample_ratio: f64,
+    pub service_name: String,
+}
 
 /// Receives every completion.
-#[derive(Default)]
-pub struct Observer {}
+pub struct Observer {
+    settings: Settings,
+    /// Guards the list of versions: taken when one loads and when somebody reads the page, never
+    /// by a request.
+    versions: Mutex<Vec<Weak<VersionStats>>>,
+    /// Guards the engines in use, as above.
+    engines: Mutex<BTreeMap<String, String>>,
+    /// Guards what the last page saw of the machine's processors.
+    cpu: Mutex<triton::CpuTimes>,
+    unrouted: [[AtomicU64; stats::OUTCOMES]; Protocol::ALL.len()],
+    shed: [AtomicU64; SHED.len()],
+    process: process::Process,
+}
+
+impl Default for Observer {
+    fn default() -> Self {
+        Self::with(Settings::default())
+    }
+}
 
 impl Observer {
+    pub fn new(settings: Settings) -> Arc<Self> {
+        Arc::new(Self::with(settings))
+    }
+
+    fn with(settings: Settings) -> Self {
+        Self {
+            settings,
+            versions: Mutex::default(),
+            engines: Mutex::default(),
+            cpu: Mutex::default(),
+            unrouted: Default::default(),
+            shed: Default::default(),
+            process: process::Process::new(),
+        }
+    }
+
     /// Counts, and hands on to the access log and the trace exporter. `stats` is the version's,
     /// when one was picked.
     pub fn completed(&self, stats: Option<&VersionStats>, completion: &Completion) {
-        if let Some(stats) = stats {
-            stats.completed(completion);
+        match stats {
+            Some(stats) => stats.completed(completion),
+            None => {
+                let outcome = stats::outcome_index(&completion.outcome);
+                self.unrouted[completion.protocol as usize][outcome]
+                    .fetch_add(1, Ordering::Relaxed);
+            }
         }
+        if let Outcome::Failed { kind, .. } = &completion.outcome
+            && let Some(at) = SHED.iter().position(|shed| shed == kind)
+        {
+            self.shed[at].fetch_add(1, Ordering::Relaxed);
+        }
+        access::log(self.settings.access_log, completion);
+    }
+
+    /// Shows an engine that is ready to load models.
+    pub fn engine_info(&self, name: &str, version: &str) {
+        self.engines.lock().insert(name.to_owned(), version.to_owned());
+    }
+
+    /// Counts a connection until the guard goes.
+    pub fn connection(&self) -> Connection {
+        self.process.connections.increment(1.0);
+        Connection(self.process.connections.clone())
+    }
+
+    /// Counts a version that failed to load.
+    pub fn load_failed(&self) {
+        self.process.load_failures.increment(1);
+    }
+
+    /// Work that somebody has to do once a second.
+    pub fn upkeep(&self) {
+        self.process.lines_dropped.increment(log::take_dropped());
+        process::upkeep();
+    }
+
+    /// The metrics page in the form that an `Accept` header asks for, and its content type.
+    pub fn page(&self, accept: Option<&str>) -> (&'static str, Bytes) {
+        page::render(&self.families(), accept)
+    }
+
+    fn families(&self) -> Vec<Family> {
+        let versions = self.versions();
+        let unrouted = std::array::from_fn(|protocol| {
+            std::array::from_fn(|at| self.unrouted[protocol][at].load(Ordering::Relaxed))
+        });
+        let mut families = families::requests(&versions, &unrouted);
+        families.push(self.shed());
+        families.push(self.engines());
+        families.extend(families::models(&versions));
+        families.extend(process::families());
+        if self.settings.triton_metrics {
+            families.extend(triton::families(&versions));
+            let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+            let (stat, meminfo) = (read("/proc/stat"), read("/proc/meminfo"));
+            families.extend(triton::machine(&stat, &meminfo, &mut self.cpu.lock()));
+        }
+        families
+    }
+
+    fn shed(&self) -> Family {
+        let help = "Requests turned away or given up for lack of capacity or time";
+        let mut family = Family::new("tidegate_shed_total", Kind::Counter, help);
+        for (kind, count) in SHED.iter().zip(&self.shed) {
+            let labels = vec![("reason".into(), kind.code().to_owned())];
+            family.push(labels, count.load(Ordering::Relaxed) as f64);
+        }
+        family
+    }
+
+    fn engines(&self) -> Family {
+        let mut family = Family::new("tidegate_engine_info", Kind::Gauge, "Engines; always 1");
+        for (name, version) in self.engines.lock().iter() {
+            let labels = vec![("engine".into(), name.clone()), ("version".into(), version.clone())];
+            family.push(labels, 1.0);
+        }
+        family
+    }
+
+    /// Everything loaded, instances of one version joined; the newest tells digest and engine.
+    fn versions(&self) -> Versions {
+        let mut versions = Versions::new();
+        for stats in self.living() {
+            let view =
+                VersionView { digest: stats.digest, engine: stats.engine, fold: stats.fold() };
+            let key = (stats.model.clone(), stats.version);
+            match versions.get_mut(&key) {
+                None => drop(versions.insert(key, view)),
+                Some(known) => {
+                    (known.digest, known.engine) = (view.digest, view.engine);
+                    known.fold.add(view.fold);
+                }
+            }
+        }
+        versions
+    }
+
+    /// In the order they were registered. The lock is free again before anything is folded.
+    fn living(&self) -> Vec<Arc<VersionStats>> {
+        let mut versions = self.versions.lock();
+        versions.retain(|stats| stats.strong_count() > 0);
+        versions.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    fn register(&self, stats: &Arc<VersionStats>) {
+        let mut versions = self.versions.lock();
+        versions.retain(|stats| stats.strong_count() > 0);
+        versions.push(Arc::downgrade(stats));
+    }
+}
+
+/// An open connection, counted.
+pub struct Connection(metrics::Gauge);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.decrement(1.0);
     }
 }
