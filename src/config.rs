@@ -1,1 +1,152 @@
-//! config: to be filled.
+//! The gateway's configuration: file, environment and flags, checked whole.
+//!
+//! ```text
+//! defaults ◀─ file (TOML) ◀─ TIDEGATE_<SECTION>_<KEY> ◀─ flags        later wins
+//! ```
+//!
+//! Invariants:
+//! - Every problem is reported at once, each with the path of its key.
+//! - A key exists when [`schema::KEYS`] lists it, and then `docs/configuration.md` explains it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::domain::ModelName;
+use crate::{control, gateway, transport};
+
+mod assemble;
+mod layers;
+pub mod schema;
+
+pub use layers::{Problem, Problems};
+
+/// Everything the gateway is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub http: SocketAddr,
+    pub grpc: SocketAddr,
+    pub metrics: SocketAddr,
+    /// Reserved: nothing listens there yet.
+    pub admin: SocketAddr,
+    pub allow_unauthenticated: bool,
+    pub control: control::Settings,
+    pub transport: transport::Settings,
+    pub gateway: gateway::Settings,
+    pub system_shared_memory: bool,
+    pub log: LogSettings,
+    /// `None`: no spans are exported.
+    pub otlp: Option<OtlpSettings>,
+    /// Triton's metric names beside our own.
+    pub triton_metrics: bool,
+    /// How long connections are still accepted after the signal to stop.
+    pub drain_notice: Duration,
+    /// How long running requests may take after that.
+    pub drain_grace: Duration,
+    /// What an operator should know: unsafe choices, and settings without effect.
+    pub unsafe_notes: Vec<String>,
+}
+
+impl Config {
+    /// Model that `/invocations` means.
+    pub fn default_model(&self) -> Option<&ModelName> {
+        self.control.default_model.as_ref()
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogSettings {
+    pub format: LogFormat,
+    /// A level or a filter expression: `info`, `tidegate=debug,warn`.
+    pub level: String,
+    pub access: AccessLog,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Which requests have a line in the access log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessLog {
+    Off,
+    Errors,
+    All,
+}
+
+/// Export of spans to an OpenTelemetry collector over gRPC.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OtlpSettings {
+    pub endpoint: String,
+    /// Share of the requests without a sampling decision of the caller's.
+    pub sample_ratio: f64,
+    pub service_name: String,
+}
+
+/// Flags of `serve`; they win over the environment and the file.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct ServeArgs {
+    /// Configuration file (TOML)
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Folder of models, <DIR>/<model>/<version>/model.onnx [default: models]
+    #[arg(long, value_name = "DIR")]
+    pub model_repository: Option<String>,
+    /// Folder for what the gateway keeps [default: tidegate-state]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<String>,
+    /// Where REST and gRPC are served [default: 127.0.0.1:8000]
+    #[arg(long, value_name = "IP:PORT")]
+    pub http_address: Option<String>,
+    /// Where gRPC and REST are served [default: 127.0.0.1:8001]
+    #[arg(long, value_name = "IP:PORT")]
+    pub grpc_address: Option<String>,
+    /// Where metrics are served [default: 127.0.0.1:8002]
+    #[arg(long, value_name = "IP:PORT")]
+    pub metrics_address: Option<String>,
+    /// Reserved for the admin API, not served in this version [default: 127.0.0.1:8003]
+    #[arg(long, value_name = "IP:PORT")]
+    pub admin_address: Option<String>,
+    /// Engine of models that choose none: auto, ort or tract [default: auto]
+    #[arg(long, value_name = "ENGINE")]
+    pub engine: Option<String>,
+    /// text or json [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<String>,
+    /// Serve without authentication on an address that others can reach
+    #[arg(long)]
+    pub allow_unauthenticated: bool,
+    /// Serve Triton's metric names beside our own [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub triton_metrics: Option<bool>,
+}
+
+/// Reads the file that `args` names, the process's environment and the flags.
+///
+/// # Errors
+/// Every problem there is.
+pub fn load(args: &ServeArgs) -> Result<Config, Problems> {
+    load_from(args, std::env::vars())
+}
+
+/// As [`load`], with this environment.
+///
+/// # Errors
+/// Every problem there is.
+pub fn load_from(
+    args: &ServeArgs,
+    environment: impl Iterator<Item = (String, String)>,
+) -> Result<Config, Problems> {
+    let mut layers = layers::Layers::default();
+    if let Some(path) = &args.config {
+        layers.read_file(path);
+    }
+    layers.add_environment(environment);
+    layers.add_flags(args);
+    assemble::assemble(layers)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,182 @@
+//! From layered keys to the settings of each part, with the rules between keys.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::layers::{Layers, Problems};
+use super::{AccessLog, Config, LogFormat, LogSettings, OtlpSettings};
+use crate::domain::{EngineChoice, ModelName};
+use crate::{control, gateway, transport};
+
+pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
+    let from = &mut layers;
+    // `open` is all there is; anything else is a problem by the schema.
+    let _open = from.text("auth.data");
+    let mut config = Config {
+        http: from.address("server.http_address"),
+        grpc: from.address("server.grpc_address"),
+        metrics: from.address("server.metrics_address"),
+        admin: from.address("server.admin_address"),
+        allow_unauthenticated: from.flag("server.allow_unauthenticated"),
+        control: control_settings(from),
+        transport: transport_settings(from),
+        gateway: gateway::Settings { timeout_max: from.millis("server.timeout_max_ms") },
+        system_shared_memory: from.flag("server.system_shared_memory"),
+        log: log_settings(from),
+        otlp: otlp_settings(from),
+        triton_metrics: from.flag("telemetry.triton_metrics"),
+        drain_notice: from.millis("server.drain_notice_ms"),
+        drain_grace: from.millis("server.drain_grace_ms"),
+        unsafe_notes: Vec::new(),
+    };
+    check_listeners(&config, &mut layers.problems);
+    if !layers.problems.is_empty() {
+        return Err(layers.problems);
+    }
+    config.unsafe_notes = unsafe_notes(&config);
+    config.unsafe_notes.extend(layers.notes);
+    Ok(config)
+}
+
+fn control_settings(from: &mut Layers) -> control::Settings {
+    let repository = from.text("repository.path").unwrap_or_default();
+    if repository.contains("://") {
+        let message = format!("is '{repository}', only local folders are served in this version");
+        from.problems.add("repository.path", message);
+    }
+    let state_dir = from.text("server.state_dir").unwrap_or_default();
+    let mut settings = control::Settings::new(repository, state_dir);
+    settings.engine = match from.text("engine.engine").as_deref() {
+        Some("ort") => EngineChoice::Ort,
+        Some("tract") => EngineChoice::Tract,
+        _ => EngineChoice::Auto,
+    };
+    settings.ort_library = from.text("engine.ort_library").map(PathBuf::from);
+    match from.size("engine.threads") {
+        0 => {}
+        threads => settings.threads = threads,
+    }
+    settings.probe_enabled = from.flag("probe.enabled");
+    settings.probe = control::ProbeLimits {
+        memory_max_bytes: from.number("probe.memory_max_mb") << 20,
+        cpu_max: Duration::from_secs(from.number("probe.cpu_max_s")),
+        wall_max: from.millis("probe.wall_max_ms"),
+    };
+    settings.model_size_max = from.number("repository.model_size_max_mb") << 20;
+    settings.default_model = from.text("models.default").and_then(|text| {
+        text.parse::<ModelName>()
+            .map_err(|error| from.problems.add("models.default", error.to_string()))
+            .ok()
+    });
+    settings
+}
+
+fn transport_settings(from: &mut Layers) -> transport::Settings {
+    let sticky_header = from.text("server.sticky_header").map(|name| name.to_ascii_lowercase());
+    if let Some(name) = &sticky_header
+        && http::HeaderName::from_bytes(name.as_bytes()).is_err()
+    {
+        from.problems.add("server.sticky_header", format!("'{name}' is no header name"));
+    }
+    transport::Settings {
+        body_max_bytes: from.size("server.body_max_bytes"),
+        compression_ratio_max: from.size("server.compression_ratio_max"),
+        compress_min_bytes: from.size("server.compress_min_bytes"),
+        model_control: from.flag("repository.model_control"),
+        sticky_header,
+        mlserver_stream: from.flag("server.mlserver_stream"),
+        stream_concurrency_max: from.size("server.stream_concurrency_max"),
+        header_timeout: from.millis("server.header_timeout_ms"),
+        http2_streams_max: u32::try_from(from.number("server.http2_streams_max"))
+            .unwrap_or(u32::MAX),
+        connections_max: from.size("server.connections_max"),
+    }
+}
+
+fn log_settings(from: &mut Layers) -> LogSettings {
+    let level = from.text("log.level").unwrap_or_else(|| "info".to_owned());
+    if let Err(error) = level.parse::<tracing_subscriber::filter::Targets>() {
+        from.problems.add("log.level", format!("'{level}' is no level or filter: {error}"));
+    }
+    LogSettings {
+        format: match from.text("log.format").as_deref() {
+            Some("json") => LogFormat::Json,
+            _ => LogFormat::Text,
+        },
+        level,
+        access: match from.text("log.access").as_deref() {
+            Some("off") => AccessLog::Off,
+            Some("all") => AccessLog::All,
+            _ => AccessLog::Errors,
+        },
+    }
+}
+
+fn otlp_settings(from: &mut Layers) -> Option<OtlpSettings> {
+    let sample_ratio = from.ratio("telemetry.sample_ratio");
+    let service_name = from.text("telemetry.service_name").unwrap_or_default();
+    let endpoint = from.text("telemetry.otlp_endpoint")?;
+    let scheme =
+        endpoint.parse::<http::Uri>().ok().and_then(|uri| uri.scheme_str().map(str::to_owned));
+    if !matches!(scheme.as_deref(), Some("http")) {
+        let message = format!("expected a URL like http://127.0.0.1:4317, got '{endpoint}'");
+        from.problems.add("telemetry.otlp_endpoint", message);
+    }
+    Some(OtlpSettings { endpoint, sample_ratio, service_name })
+}
+
+fn listeners(config: &Config) -> [(&'static str, SocketAddr); 4] {
+    [
+        ("server.http_address", config.http),
+        ("server.grpc_address", config.grpc),
+        ("server.metrics_address", config.metrics),
+        ("server.admin_address", config.admin),
+    ]
+}
+
+fn check_listeners(config: &Config, problems: &mut Problems) {
+    let listeners = listeners(config);
+    for (path, address) in &listeners[..2] {
+        if !address.ip().is_loopback() && !config.allow_unauthenticated {
+            problems.add(
+                *path,
+                format!(
+                    "{address} can be reached by others and there is no authentication; \
+                     use a loopback address or set server.allow_unauthenticated"
+                ),
+            );
+        }
+    }
+    for (at, (path, address)) in listeners.iter().enumerate() {
+        let same = |other: &&(&str, SocketAddr)| other.1 == *address && address.port() != 0;
+        if let Some((other, _)) = listeners[..at].iter().find(same) {
+            problems.add(*path, format!("{address} is taken by {other}"));
+        }
+    }
+}
+
+fn unsafe_notes(config: &Config) -> Vec<String> {
+    let mut notes = Vec::new();
+    for (path, address) in &listeners(config)[..3] {
+        if !address.ip().is_loopback() {
+            notes.push(format!("{path}: {address} is open to everyone who can reach it"));
+        }
+    }
+    if config.transport.model_control {
+        notes.push("repository.model_control: every caller can load and unload models".to_owned());
+    }
+    if config.system_shared_memory {
+        notes.push(
+            "server.system_shared_memory: callers can have shared memory of this machine read \
+             and written"
+                .to_owned(),
+        );
+    }
+    if !config.control.probe_enabled {
+        notes.push(
+            "probe.enabled: models are loaded without a trial in a child process first".to_owned(),
+        );
+    }
+    notes
+}

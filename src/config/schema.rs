@@ -1,0 +1,81 @@
+//! Every key of the gateway's configuration.
+
+/// What a key's value may be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    Text,
+    Bool,
+    /// Whole number between the two, both included.
+    Int(i64, i64),
+    /// Number between 0 and 1.
+    Ratio,
+    Address,
+    OneOf(&'static [&'static str]),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Key {
+    /// `section.name`.
+    pub path: &'static str,
+    pub kind: Kind,
+    /// As it would stand in the file, without quotes; empty when there is none.
+    pub default: &'static str,
+}
+
+const fn key(path: &'static str, kind: Kind, default: &'static str) -> Key {
+    Key { path, kind, default }
+}
+
+const HOUR_MS: i64 = 3_600_000;
+const U32_MAX: i64 = u32::MAX as i64;
+
+/// In the order of the documentation.
+pub const KEYS: &[Key] = &[
+    key("server.http_address", Kind::Address, "127.0.0.1:8000"),
+    key("server.grpc_address", Kind::Address, "127.0.0.1:8001"),
+    key("server.metrics_address", Kind::Address, "127.0.0.1:8002"),
+    key("server.admin_address", Kind::Address, "127.0.0.1:8003"),
+    key("server.state_dir", Kind::Text, "tidegate-state"),
+    key("server.allow_unauthenticated", Kind::Bool, "false"),
+    key("server.timeout_max_ms", Kind::Int(1, 24 * HOUR_MS), "60000"),
+    key("server.body_max_bytes", Kind::Int(1024, i32::MAX as i64), "67108864"),
+    key("server.compression_ratio_max", Kind::Int(1, 100_000), "100"),
+    key("server.compress_min_bytes", Kind::Int(0, i32::MAX as i64), "1024"),
+    key("server.header_timeout_ms", Kind::Int(1, HOUR_MS), "10000"),
+    key("server.connections_max", Kind::Int(1, 1_000_000), "8192"),
+    key("server.http2_streams_max", Kind::Int(1, U32_MAX), "256"),
+    key("server.stream_concurrency_max", Kind::Int(1, 65_536), "64"),
+    key("server.mlserver_stream", Kind::Bool, "false"),
+    key("server.sticky_header", Kind::Text, ""),
+    key("server.system_shared_memory", Kind::Bool, "false"),
+    key("server.drain_notice_ms", Kind::Int(0, HOUR_MS), "1000"),
+    key("server.drain_grace_ms", Kind::Int(0, HOUR_MS), "30000"),
+    key("auth.data", Kind::OneOf(&["open"]), "open"),
+    key("repository.path", Kind::Text, "models"),
+    key("repository.model_control", Kind::Bool, "false"),
+    key("repository.model_size_max_mb", Kind::Int(1, 1 << 30), "16384"),
+    key("models.default", Kind::Text, ""),
+    key("engine.engine", Kind::OneOf(&["auto", "ort", "tract"]), "auto"),
+    key("engine.ort_library", Kind::Text, ""),
+    key("engine.threads", Kind::Int(0, 4096), "0"),
+    key("probe.enabled", Kind::Bool, "true"),
+    key("probe.memory_max_mb", Kind::Int(64, 1 << 30), "4096"),
+    key("probe.cpu_max_s", Kind::Int(1, 86_400), "120"),
+    key("probe.wall_max_ms", Kind::Int(100, 24 * HOUR_MS), "60000"),
+    key("log.format", Kind::OneOf(&["text", "json"]), "text"),
+    key("log.level", Kind::Text, "info"),
+    key("log.access", Kind::OneOf(&["off", "errors", "all"]), "errors"),
+    key("telemetry.otlp_endpoint", Kind::Text, ""),
+    key("telemetry.sample_ratio", Kind::Ratio, "1.0"),
+    key("telemetry.service_name", Kind::Text, "tidegate"),
+    key("telemetry.triton_metrics", Kind::Bool, "true"),
+];
+
+pub fn find(path: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.path == path)
+}
+
+/// Environment variable of a key: `server.http_address` is `TIDEGATE_SERVER_HTTP_ADDRESS`.
+pub fn variable(path: &str) -> String {
+    format!("TIDEGATE_{}", path.replace('.', "_").to_ascii_uppercase())
+}

@@ -1,0 +1,144 @@
+use std::io::Write as _;
+
+use super::*;
+use crate::domain::EngineChoice;
+
+fn from_file(
+    text: &str,
+    environment: &[(&str, &str)],
+    mut args: ServeArgs,
+) -> Result<Config, Problems> {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    args.config = Some(file.path().to_owned());
+    let environment =
+        environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    load_from(&args, environment)
+}
+
+fn paths(result: Result<Config, Problems>) -> Vec<String> {
+    result.unwrap_err().0.into_iter().map(|problem| problem.path).collect()
+}
+
+#[test]
+fn nothing_said_gives_the_documented_defaults() {
+    let config = load_from(&ServeArgs::default(), std::iter::empty()).unwrap();
+    assert_eq!(config.http.to_string(), "127.0.0.1:8000");
+    assert_eq!(config.control.repository, PathBuf::from("models"));
+    assert_eq!(config.control.probe, control::ProbeLimits::default());
+    assert_eq!(config.drain_grace, Duration::from_secs(30));
+    assert_eq!(config.gateway.timeout_max, gateway::Settings::default().timeout_max);
+    assert_eq!(format!("{:?}", config.transport), format!("{:?}", transport::Settings::default()));
+    assert_eq!(config.otlp, None);
+    assert!(config.triton_metrics);
+    assert_eq!(config.unsafe_notes, Vec::<String>::new());
+}
+
+#[test]
+fn flags_win_over_the_environment_and_that_over_the_file() {
+    let file = "[server]\nhttp_address = '127.0.0.1:1'\ngrpc_address = '127.0.0.1:2'\nmetrics_address = '127.0.0.1:3'\n";
+    let environment = [
+        ("TIDEGATE_SERVER_HTTP_ADDRESS", "127.0.0.1:11"),
+        ("TIDEGATE_SERVER_GRPC_ADDRESS", "127.0.0.1:12"),
+    ];
+    let args = ServeArgs {
+        http_address: Some("localhost:21".to_owned()),
+        engine: Some("tract".to_owned()),
+        ..ServeArgs::default()
+    };
+    let config = from_file(file, &environment, args).unwrap();
+    assert_eq!(config.http.port(), 21);
+    assert_eq!(config.grpc.port(), 12);
+    assert_eq!(config.metrics.port(), 3);
+    assert_eq!(config.control.engine, EngineChoice::Tract);
+}
+
+#[test]
+fn every_problem_is_named_at_once() {
+    let file = "
+        nonsense = 1
+        [server]
+        http_address = 'nowhere'
+        htp_address = '127.0.0.1:1'
+        drain_grace_ms = -1
+        [engine]
+        engine = 'torch'
+        [auth]
+        data = 'required'
+        [telemetry]
+        sample_ratio = 2.0
+    ";
+    let environment = [("TIDEGATE_SERVER_BODY_MAX_BYTES", "lots")];
+    let mut got = paths(from_file(file, &environment, ServeArgs::default()));
+    got.sort();
+    let expected = [
+        "auth.data",
+        "engine.engine",
+        "nonsense",
+        "server.body_max_bytes",
+        "server.drain_grace_ms",
+        "server.htp_address",
+        "server.http_address",
+        "telemetry.sample_ratio",
+    ];
+    assert_eq!(got, expected);
+}
+
+#[test]
+fn an_open_listener_needs_consent() {
+    let open = |allow_unauthenticated| ServeArgs {
+        http_address: Some("0.0.0.0:8000".to_owned()),
+        allow_unauthenticated,
+        ..ServeArgs::default()
+    };
+    assert_eq!(paths(from_file("", &[], open(false))), ["server.http_address"]);
+    let config = from_file("", &[], open(true)).unwrap();
+    assert!(config.unsafe_notes.iter().any(|note| note.contains("0.0.0.0:8000")));
+}
+
+#[test]
+fn one_port_is_not_taken_twice() {
+    let args =
+        ServeArgs { grpc_address: Some("127.0.0.1:8000".to_owned()), ..ServeArgs::default() };
+    assert_eq!(paths(from_file("", &[], args)), ["server.grpc_address"]);
+    let any = "[server]\nhttp_address = '127.0.0.1:0'\ngrpc_address = '127.0.0.1:0'";
+    assert!(from_file(any, &[], ServeArgs::default()).is_ok());
+}
+
+#[test]
+fn broken_toml_and_a_missing_file_are_problems() {
+    assert_eq!(from_file("[server", &[], ServeArgs::default()).unwrap_err().0.len(), 1);
+    let args =
+        ServeArgs { config: Some("/nonexistent/tidegate.toml".into()), ..ServeArgs::default() };
+    let problems = load_from(&args, std::iter::empty()).unwrap_err();
+    assert!(problems.to_string().contains("cannot be read"), "{problems}");
+}
+
+#[test]
+fn foreign_variables_are_noted_and_harmless() {
+    let environment = [("TIDEGATE_SERVICE_HOST", "10.0.0.1"), ("PATH", "/bin")];
+    let config = from_file("", &environment, ServeArgs::default()).unwrap();
+    assert_eq!(config.unsafe_notes.len(), 1);
+}
+
+/// Rows of the documentation's table of keys: name, variable, default.
+fn documented() -> Vec<(String, String, String)> {
+    let page = include_str!("../../docs/configuration.md");
+    let cell = |text: &str| text.trim().trim_matches('`').to_owned();
+    page.lines()
+        .filter(|line| line.contains("`TIDEGATE_"))
+        .filter_map(|line| {
+            let cells: Vec<&str> = line.strip_prefix('|')?.split('|').collect();
+            Some((cell(cells.first()?), cell(cells.get(1)?), cell(cells.get(2)?)))
+        })
+        .collect()
+}
+
+#[test]
+fn the_documentation_has_every_key_and_no_other() {
+    let expected: Vec<(String, String, String)> = schema::KEYS
+        .iter()
+        .map(|key| (key.path.to_owned(), schema::variable(key.path), key.default.to_owned()))
+        .collect();
+    assert_eq!(documented(), expected);
+}
