@@ -27,6 +27,7 @@ pub mod log;
 pub mod page;
 mod process;
 mod stats;
+mod trace;
 mod triton;
 
 pub use access::AccessLog;
@@ -79,6 +80,7 @@ pub struct Observer {
     cpu: Mutex<triton::CpuTimes>,
     unrouted: [[AtomicU64; stats::OUTCOMES]; Protocol::ALL.len()],
     shed: [AtomicU64; SHED.len()],
+    traces: Option<trace::Traces>,
     process: process::Process,
 }
 
@@ -94,6 +96,9 @@ impl Observer {
     }
 
     fn with(settings: Settings) -> Self {
+        let process = process::Process::new();
+        let otlp = settings.otlp.clone();
+        let traces = otlp.map(|otlp| trace::Traces::new(otlp, process.spans_dropped.clone()));
         Self {
             settings,
             versions: Mutex::default(),
@@ -101,7 +106,8 @@ impl Observer {
             cpu: Mutex::default(),
             unrouted: Default::default(),
             shed: Default::default(),
-            process: process::Process::new(),
+            traces,
+            process,
         }
     }
 
@@ -122,6 +128,17 @@ impl Observer {
             self.shed[at].fetch_add(1, Ordering::Relaxed);
         }
         access::log(self.settings.access_log, completion);
+        if let Some(traces) = &self.traces {
+            traces.offer(completion);
+        }
+    }
+
+    /// Exports spans until `stop` is ready and what was handed over before is sent; a task for the
+    /// app to run. Ends at once when no collector is configured.
+    pub async fn export_traces(&self, stop: impl Future<Output = ()>) {
+        if let Some(traces) = &self.traces {
+            traces.export(stop).await;
+        }
     }
 
     /// Shows an engine that is ready to load models.
