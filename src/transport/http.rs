@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::CONTENT_LENGTH;
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, Method};
 use http_body_util::BodyExt;
 use percent_encoding::percent_decode_str;
 
@@ -24,16 +24,28 @@ use super::{Api, Body};
 use crate::domain::{ErrorKind, Failure, ModelName, VersionRef};
 use infer::Call;
 use reply::Reply;
+use shared::Act;
 
+// The order for a newcomer, as everywhere in this house; the blank lines keep it.
 pub mod binary;
-pub mod compress;
-pub mod elements;
-mod infer;
+
 pub mod json;
-mod models;
-mod reply;
+
+pub mod elements;
+
+mod infer;
 mod response;
+
+pub mod invocations;
+pub mod v1;
+
+mod models;
+mod openapi;
+mod repository;
 mod shared;
+
+pub mod compress;
+mod reply;
 
 /// Longest time for a whole body to arrive.
 const BODY_TIME_MAX: Duration = Duration::from_secs(60);
@@ -51,7 +63,7 @@ where
     let accepted = compress::accepted(&head.headers);
     let compress_min = api.settings.compress_min_bytes;
     let reply = match find(&head.method, head.uri.path()) {
-        Err(reply) => reply,
+        Err(reply) => *reply,
         Ok(route) => {
             let body = read_body(body, &head.headers, &api).await;
             // Boxed so that a connection's future stays small.
@@ -67,14 +79,26 @@ enum Route {
     Server,
     Live,
     Ready,
-    Ping,
     Models,
     Model(Of),
     ModelReady(Of),
     ModelConfig(Of),
     ModelStats(Option<Of>),
+    OpenApi(Of),
     Infer(Of),
     Generate,
+    Index,
+    NamedRepository,
+    Load(ModelName),
+    Unload(ModelName),
+    Trace(Option<ModelName>),
+    Logging,
+    Shared(Act),
+    CudaShared,
+    V1Models,
+    V1Model(Of),
+    V1Predict(Of),
+    Invocations,
 }
 
 /// A model, and the version that the path names.
@@ -85,41 +109,80 @@ struct Of {
 }
 
 /// Finds the route of a path, or its 404 or 405.
-fn find(method: &Method, path: &str) -> Result<Route, Reply> {
+fn find(method: &Method, path: &str) -> Result<Route, Box<Reply>> {
     let decoded: Result<Vec<_>, _> = path
         .trim_matches('/')
         .split('/')
         .map(|part| percent_decode_str(part).decode_utf8())
         .collect();
     let unknown = || Failure::not_found(format!("no such path: {}", shown(path)));
-    let segments = decoded.map_err(|_| unknown())?;
+    let refused = |failure: Failure| Box::new(Reply::failure(&failure));
+    let segments = decoded.map_err(|_| refused(unknown()))?;
     let segments: Vec<&str> = segments.iter().map(AsRef::as_ref).collect();
-    let (verbs, route) = table(&segments)?.ok_or_else(unknown)?;
+    let (verbs, route) =
+        table(&segments).and_then(|found| found.ok_or_else(unknown)).map_err(refused)?;
     // HEAD is GET without the body, which the connection leaves out.
     let asked = if method == Method::HEAD { "GET" } else { method.as_str() };
     if verbs.split(", ").any(|verb| verb == asked) {
         return Ok(route);
     }
     let message = format!("method {method} is not allowed here, expected {verbs}");
-    Err(Reply::failure(&Failure::new(ErrorKind::MethodNotAllowed, message)).allow(verbs))
+    let failure = Failure::new(ErrorKind::MethodNotAllowed, message);
+    Err(Box::new(Reply::failure(&failure).allow(verbs)))
 }
 
-/// The route table.
+/// The route table: verbs and route of a path.
 fn table(segments: &[&str]) -> Result<Option<(&'static str, Route)>, Failure> {
-    let found = match segments {
+    let name = |model: &str| Ok::<_, Failure>(of(model, None)?.model);
+    let text = |text: &&str| Some((*text).to_owned());
+    Ok(Some(match segments {
         ["v2"] => ("GET", Route::Server),
         ["v2", "health", "live"] => ("GET", Route::Live),
-        ["v2", "health", "ready"] => ("GET", Route::Ready),
-        ["ping"] => ("GET", Route::Ping),
+        ["v2", "health", "ready"] | ["ping"] => ("GET", Route::Ready),
         ["v2", "models"] => ("GET", Route::Models),
         ["v2", "models", "stats"] => ("GET", Route::ModelStats(None)),
+        ["v2", "models", model, "trace", "setting"] => {
+            ("GET, POST", Route::Trace(Some(name(model)?)))
+        }
         ["v2", "models", model, "versions", version, rest @ ..] => {
             return Ok(of_model(of(model, Some(version))?, rest));
         }
         ["v2", "models", model, rest @ ..] => return Ok(of_model(of(model, None)?, rest)),
+        ["v2", "repository", "index"] => ("POST", Route::Index),
+        ["v2", "repository", _, "index"] => ("POST", Route::NamedRepository),
+        ["v2", "repository", "models", model, "load"] => ("POST", Route::Load(name(model)?)),
+        ["v2", "repository", "models", model, "unload"] => ("POST", Route::Unload(name(model)?)),
+        ["v2", "repository", _, "models", _, "load" | "unload"] => ("POST", Route::NamedRepository),
+        ["v2", "trace", "setting"] => ("GET, POST", Route::Trace(None)),
+        ["v2", "logging"] => ("GET, POST", Route::Logging),
+        ["v2", "systemsharedmemory", rest @ ..] => match rest {
+            ["status"] => ("GET", Route::Shared(Act::Status(None))),
+            ["region", region, "status"] => ("GET", Route::Shared(Act::Status(text(region)))),
+            ["region", region, "register"] => {
+                ("POST", Route::Shared(Act::Register((*region).to_owned())))
+            }
+            ["unregister"] => ("POST", Route::Shared(Act::Unregister(None))),
+            ["region", region, "unregister"] => {
+                ("POST", Route::Shared(Act::Unregister(text(region))))
+            }
+            _ => return Ok(None),
+        },
+        ["v2", "cudasharedmemory", rest @ ..] => match rest {
+            ["status"] | ["region", _, "status"] => ("GET", Route::CudaShared),
+            ["unregister"] | ["region", _, "register" | "unregister"] => {
+                ("POST", Route::CudaShared)
+            }
+            _ => return Ok(None),
+        },
+        ["v1", "models"] => ("GET", Route::V1Models),
+        ["v1", "models", model] => match model.rsplit_once(':') {
+            Some((model, "predict")) => ("POST", Route::V1Predict(of(model, None)?)),
+            Some(_) => return Ok(None),
+            None => ("GET", Route::V1Model(of(model, None)?)),
+        },
+        ["invocations"] => ("POST", Route::Invocations),
         _ => return Ok(None),
-    };
-    Ok(Some(found))
+    }))
 }
 
 fn of_model(of: Of, rest: &[&str]) -> Option<(&'static str, Route)> {
@@ -128,6 +191,7 @@ fn of_model(of: Of, rest: &[&str]) -> Option<(&'static str, Route)> {
         ["ready"] => ("GET", Route::ModelReady(of)),
         ["config"] => ("GET", Route::ModelConfig(of)),
         ["stats"] => ("GET", Route::ModelStats(Some(of))),
+        ["openapi.json"] => ("GET", Route::OpenApi(of)),
         ["infer"] => ("POST", Route::Infer(of)),
         ["generate" | "generate_stream"] => ("POST", Route::Generate),
         _ => return None,
@@ -154,41 +218,102 @@ fn shown(text: &str) -> String {
 }
 
 /// Answers a request whose route is known.
+///
+/// A prediction whose body cannot be read is a failed prediction; elsewhere the body's failure is
+/// the answer.
 async fn answer(
     api: Arc<Api>,
     route: Route,
-    _method: Method,
+    method: Method,
     headers: HeaderMap,
     body: Result<Bytes, Failure>,
 ) -> Reply {
-    // A prediction whose body cannot be read is a failed prediction; elsewhere the body's failure
-    // is the answer.
-    let (route, body) = match (route, body) {
-        (Route::Infer(Of { model, version }), body) => {
-            return Call { api, model, version, headers, body }.infer().await;
-        }
-        (_, Err(failure)) => return Reply::failure(&failure),
-        (route, Ok(body)) => (route, body),
+    let call = |Of { model, version }: Of, api: Arc<Api>, headers, body| Call {
+        api,
+        model,
+        version,
+        headers,
+        body,
     };
-    let _unread = body;
-    let api = &*api;
-    let done = match &route {
-        Route::Server => Ok(models::server()),
+    match route {
+        Route::Infer(of) => call(of, api, headers, body).infer().await,
+        Route::V1Predict(of) => {
+            call(of, api, headers, body).predict(|body, _| Ok(v1::inputs(body))).await
+        }
+        Route::Invocations => match api.gateway.table().default_model.clone() {
+            Some(model) => {
+                let of = Of { model, version: None };
+                call(of, api, headers, body).predict(invocations::inputs).await
+            }
+            None => Reply::failure(&Failure::not_found(
+                "there is no default model for /invocations, use /v2/models/{model}/infer",
+            )),
+        },
+        route => match body {
+            Ok(body) => plain(&api, &route, &method, &body).await.unwrap_or_else(Reply::from),
+            Err(failure) => Reply::failure(&failure),
+        },
+    }
+}
+
+/// Answers whatever is no prediction.
+async fn plain(api: &Api, route: &Route, method: &Method, body: &[u8]) -> Result<Reply, Failure> {
+    let get = method != Method::POST;
+    match route {
+        Route::Server => Ok(models::server(api)),
         Route::Live => Ok(models::live()),
         Route::Ready => Ok(models::ready(api)),
-        Route::Ping => Ok(models::ready(api)),
-        Route::Models => Ok(models::list(api)),
+        Route::Models | Route::V1Models => Ok(models::list(api)),
         Route::Model(of) => models::metadata(api, &of.model, of.version.as_ref()),
-        Route::ModelReady(of) => models::model_ready(api, &of.model, of.version.as_ref()),
+        Route::ModelReady(of) | Route::V1Model(of) => {
+            models::model_ready(api, &of.model, of.version.as_ref())
+        }
         Route::ModelConfig(of) => models::config(api, &of.model, of.version.as_ref()),
         Route::ModelStats(None) => models::stats(api, None, None),
         Route::ModelStats(Some(of)) => models::stats(api, Some(&of.model), of.version.as_ref()),
+        Route::OpenApi(of) => models::openapi(api, &of.model, of.version.as_ref()),
+        Route::Index => repository::index(api, body),
+        Route::Load(model) => repository::load(api, model, body).await,
+        Route::Unload(model) => repository::unload(api, model, body).await,
+        Route::Trace(model) => {
+            let model = model.as_ref();
+            if let Some(model) = model {
+                api.gateway.served(model, None)?;
+            }
+            let model = model.map(ModelName::as_str);
+            let settings = match get {
+                true => api.toggles.trace_get(model),
+                false => api.toggles.trace_update(model, &settings(body)?)?,
+            };
+            Ok(Reply::value(&settings))
+        }
+        Route::Logging => {
+            let settings = match get {
+                true => api.toggles.log_get(),
+                false => api.toggles.log_update(&settings(body)?)?,
+            };
+            Ok(Reply::value(&settings))
+        }
+        Route::Shared(act) => shared::act(api, act, body),
+        Route::CudaShared => Err(Failure::unsupported("CUDA shared memory is not supported")),
+        Route::NamedRepository => {
+            Err(Failure::unsupported("repositories have no names here, leave the name out"))
+        }
         Route::Generate => Err(Failure::unsupported(
             "generate is not supported, models take and give tensors: use infer",
         )),
-        Route::Infer(_) => Ok(Reply::empty(StatusCode::INTERNAL_SERVER_ERROR)),
-    };
-    done.unwrap_or_else(Reply::from)
+        Route::Infer(_) | Route::V1Predict(_) | Route::Invocations => {
+            Err(Failure::new(ErrorKind::Internal, "a prediction went astray"))
+        }
+    }
+}
+
+/// A body of settings; none at all changes nothing.
+fn settings(body: &[u8]) -> Result<serde_json::Value, Failure> {
+    if body.is_empty() {
+        return Ok(serde_json::Value::Object(serde_json::Map::new()));
+    }
+    json::from_slice(body)
 }
 
 /// Reads a body up to its limit and decompresses it.

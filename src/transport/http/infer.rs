@@ -31,7 +31,7 @@ impl Call {
     pub(super) async fn infer(mut self) -> Reply {
         let meta = match self.meta() {
             Ok(meta) => meta,
-            Err(reply) => return reply,
+            Err(reply) => return *reply,
         };
         let api = Arc::clone(&self.api);
         let decoded = self.body().and_then(|body| {
@@ -63,7 +63,7 @@ impl Call {
     ) -> Reply {
         let meta = match self.meta() {
             Ok(meta) => meta,
-            Err(reply) => return reply,
+            Err(reply) => return *reply,
         };
         let inputs = match self.body().and_then(|body| inputs(body, &self.headers)) {
             Ok(inputs) => inputs,
@@ -82,15 +82,16 @@ impl Call {
     }
 
     /// Reads the headers; a bad one is the prediction's failure.
-    fn meta(&mut self) -> Result<CallMeta, Reply> {
+    fn meta(&mut self) -> Result<CallMeta, Box<Reply>> {
         let settings = &self.api.settings;
         meta::call_meta(&self.headers, Protocol::Http, settings).map_err(|failure| {
             // Only the deadline can be wrong; without it there is enough to record the refusal.
             self.headers.remove("tidegate-timeout-ms");
-            match meta::call_meta(&self.headers, Protocol::Http, &self.api.settings) {
+            let without = meta::call_meta(&self.headers, Protocol::Http, &self.api.settings);
+            Box::new(match without {
                 Ok(meta) => self.refuse(&meta, &failure),
                 Err(_) => Reply::failure(&failure),
-            }
+            })
         })
     }
 

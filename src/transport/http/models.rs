@@ -3,20 +3,20 @@
 use http::StatusCode;
 use serde_json::{Value, json};
 
+use super::openapi;
 use super::reply::Reply;
 use crate::domain::{Failure, ModelName, TensorSpec, VersionRef, VersionState};
 use crate::observe::{BatchStat, DurationStat, StatsSnapshot};
-use crate::route::Served;
-use crate::transport::{Api, SERVER_NAME};
+use crate::route::{RouteTable, Served};
+use crate::transport::{Api, SERVER_NAME, model_config};
 
 /// Extensions of the protocol that work here.
-pub(super) const EXTENSIONS: [&str; 11] = [
+const EXTENSIONS: [&str; 10] = [
     "classification",
     "model_repository",
     "model_repository(unload_dependents)",
     "schedule_policy",
     "model_configuration",
-    "system_shared_memory",
     "binary_tensor_data",
     "parameters",
     "statistics",
@@ -24,9 +24,13 @@ pub(super) const EXTENSIONS: [&str; 11] = [
     "logging",
 ];
 
-pub(super) fn server() -> Reply {
+pub(super) fn server(api: &Api) -> Reply {
+    let mut extensions = EXTENSIONS.to_vec();
+    if api.shm.is_enabled() {
+        extensions.push("system_shared_memory");
+    }
     let version = env!("CARGO_PKG_VERSION");
-    Reply::value(&json!({"name": SERVER_NAME, "version": version, "extensions": EXTENSIONS}))
+    Reply::value(&json!({"name": SERVER_NAME, "version": version, "extensions": extensions}))
 }
 
 /// The bodies satisfy clients that read `live`, `ready` or only the status.
@@ -53,14 +57,10 @@ pub(super) fn metadata(
 ) -> Result<Reply, Failure> {
     let table = api.gateway.table();
     let served = table.pick(model, version)?.served;
-    let routes = table.models.get(model);
-    let versions: Vec<String> = routes
-        .map(|routes| routes.versions.keys().map(ToString::to_string).collect())
-        .unwrap_or_default();
     Ok(Reply::value(&json!({
         "name": served.model,
-        "versions": versions,
-        "platform": format!("{}_onnx", served.engine),
+        "versions": versions(&table, model),
+        "platform": model_config::platform(served.engine).0,
         "inputs": tensors(&served.signature.inputs),
         "outputs": tensors(&served.signature.outputs),
     })))
@@ -102,11 +102,22 @@ pub(super) fn config(
     version: Option<&VersionRef>,
 ) -> Result<Reply, Failure> {
     let served = api.gateway.served(model, version)?;
-    Ok(Reply::value(&config_json(&served)))
+    Ok(Reply::value(&model_config::to_json(&served)))
 }
 
-fn config_json(served: &Served) -> Value {
-    json!({"name": served.model})
+pub(super) fn openapi(
+    api: &Api,
+    model: &ModelName,
+    version: Option<&VersionRef>,
+) -> Result<Reply, Failure> {
+    let table = api.gateway.table();
+    let served = table.pick(model, version)?.served;
+    Ok(Reply::value(&openapi::document(&served, &versions(&table, model))))
+}
+
+fn versions(table: &RouteTable, model: &ModelName) -> Vec<String> {
+    let routes = table.models.get(model);
+    routes.into_iter().flat_map(|r| r.versions.keys()).map(ToString::to_string).collect()
 }
 
 /// Statistics of one version, one model's versions, or all there are.
@@ -118,7 +129,7 @@ pub(super) fn stats(
     let table = api.gateway.table();
     let all: Vec<Value> = match model {
         Some(model) if version.is_some() => {
-            vec![version_stats(&*table.pick(model, version)?.served)]
+            vec![version_stats(&table.pick(model, version)?.served)]
         }
         Some(model) => {
             // Fails for a model that is not served.
