@@ -26,6 +26,9 @@ enum Command {
     Models(models::Args),
     /// Send one request and print the answer
     Infer(infer::Args),
+    /// Try a model under limits, as told on stdin
+    #[command(hide = true)]
+    Probe,
 }
 
 /// Parses the arguments and runs; 0 on success, 1 on a failed check, 2 on wrong usage.
@@ -35,5 +38,6 @@ pub fn run() -> ExitCode {
         Command::CheckConfig(args) => check_config::run(&args),
         Command::Models(args) => models::run(&args),
         Command::Infer(args) => infer::run(&args),
+        Command::Probe => crate::control::probe::child_main(),
     }
 }

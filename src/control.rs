@@ -14,10 +14,20 @@ use std::time::Duration;
 
 use crate::domain::{EngineChoice, ModelName};
 
+mod confined;
+mod fetch;
 pub mod manifest;
+pub mod probe;
 mod registry;
+mod samples;
+mod scan;
+mod trial;
+mod version;
 
 pub use registry::Registry;
+pub use fetch::FetchError;
+pub use probe::ProbeError;
+pub use version::{Checked, PrepareError, Preparer};
 
 /// What the registry needs to know of the configuration.
 #[derive(Clone, Debug)]

@@ -1,0 +1,118 @@
+//! The child's side: limits first, then the job.
+
+use std::io::{self, Read, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use rustix::process::{Resource, Rlimit, Signal};
+
+use super::super::{samples, trial};
+use super::{Job, Order, ProbeError, ProbeLimits, REPLY_MARK, Report, TrialJob};
+use crate::engine::{Artifact, Engines, LoadOptions, onnx};
+
+/// Reads an order from stdin, does it, and replies on stdout. What `tidegate probe` runs.
+pub fn child_main() -> ExitCode {
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The parent reads this from our stderr; when even that fails there is nobody to tell.
+            drop(writeln!(io::stderr().lock(), "probe: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    let mut order = Vec::new();
+    io::stdin().lock().read_to_end(&mut order)?;
+    let order: Order = serde_json::from_slice(&order)?;
+    let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
+    if parent != Some(order.parent) {
+        return Err(io::Error::other("the parent is gone"));
+    }
+    confine(&order.limits)?;
+    let reply = match order.job {
+        Job::ExternalData { model } => reply(|| {
+            onnx::read(&model).map(|read| read.external_data).map_err(|error| error.to_string())
+        }),
+        Job::Trial(job) => reply(|| open_and_try(&job)),
+    }?;
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "\n{REPLY_MARK}{reply}")?;
+    stdout.flush()
+}
+
+fn reply<R: serde::Serialize>(job: impl FnOnce() -> Result<R, String>) -> io::Result<String> {
+    let done = catch_unwind(AssertUnwindSafe(job))
+        .unwrap_or_else(|_| Err("loading the model made the engine panic".to_owned()));
+    Ok(serde_json::to_string(&done)?)
+}
+
+fn confine(limits: &ProbeLimits) -> io::Result<()> {
+    let set = |resource, soft: u64, hard: u64| {
+        // A stricter limit that is there already stays.
+        let before = rustix::process::getrlimit(resource).maximum.unwrap_or(u64::MAX);
+        let limit = Rlimit { current: Some(soft.min(before)), maximum: Some(hard.min(before)) };
+        rustix::process::setrlimit(resource, limit)
+    };
+    let cpu = limits.cpu_max.as_secs().max(1);
+    set(Resource::Core, 0, 0)?;
+    set(Resource::As, limits.memory_max_bytes, limits.memory_max_bytes)?;
+    set(Resource::Fsize, limits.memory_max_bytes, limits.memory_max_bytes)?;
+    // The first signal says why, the second cannot be ignored.
+    set(Resource::Cpu, cpu, cpu + 2)?;
+    Ok(())
+}
+
+/// Does a trial in this process, for repositories that are trusted.
+pub(in super::super) fn run_here(engines: &Engines, job: &TrialJob) -> Result<Report, ProbeError> {
+    try_model(engines, job).map_err(ProbeError::Refused)
+}
+
+fn open_and_try(job: &TrialJob) -> Result<Report, String> {
+    let engines = Engines::open(job.engine, job.ort_library.as_deref());
+    try_model(&engines.map_err(|error| error.to_string())?, job)
+}
+
+fn try_model(engines: &Engines, job: &TrialJob) -> Result<Report, String> {
+    let artifact = Artifact { path: job.model.clone(), derived: job.derived.clone() };
+    // On the CPU, whatever the providers: a GPU's address space cannot be limited.
+    let options =
+        LoadOptions { intra_threads: job.intra_threads, sessions: 1, providers: Vec::new() };
+    let started = Instant::now();
+    let loaded = engines.load(job.settings.engine, &artifact, &options);
+    let (engine, model) = loaded.map_err(|error| error.to_string())?;
+    let load_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let mut session = model.session().map_err(|error| error.to_string())?;
+    let mut signature = model.signature().clone();
+    let findings = trial::explore(&mut *session, &signature, job.settings.batched)?;
+    signature.batched = findings.batched;
+    let mut checked = 0;
+    for (name, text) in &job.samples {
+        let samples = samples::parse(text).map_err(|error| format!("{name}: {error}"))?;
+        trial::check_samples(&mut *session, &signature, &samples)
+            .map_err(|error| format!("{name}: {error}"))?;
+        checked += samples.len();
+    }
+    let runs = job.settings.warmup.runs;
+    trial::warm(&mut *session, &signature, &findings, &[1], runs)
+        .map_err(|error| format!("warm-up failed: {error}"))?;
+    Ok(Report {
+        engine: engine.to_owned(),
+        signature,
+        findings,
+        samples: checked,
+        memory_bytes: peak_memory(),
+        load_ms,
+    })
+}
+
+/// Peak resident memory of this process; 0 when the system does not say.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kilobytes.unwrap_or(0) * 1024
+}

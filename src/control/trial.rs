@@ -1,0 +1,296 @@
+//! Runs a loaded model before it takes traffic: with made-up rows and with its samples.
+//!
+//! Invariant: a model is called batched only when its rows were seen not to depend on each other.
+
+use super::samples::{Sample, same};
+use crate::domain::{DataType, Dim, Shape, Signature, Tensor, TensorSpec};
+use crate::engine::{EngineError, Session};
+
+/// Sizes tried for dynamic dimensions other than the batch, until the model runs.
+const SIZES: [usize; 5] = [1, 8, 32, 128, 224];
+
+/// Most bytes of one made-up input.
+const INPUT_BYTES_MAX: usize = 1 << 30;
+
+/// Joined and single runs may differ by so much: kernels add in another order.
+const JOIN_TOLERANCE: f64 = 1e-3;
+
+/// What a trial found out.
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
+pub(super) struct Findings {
+    pub(super) batched: bool,
+    /// Size of the dynamic dimensions that the model ran with; `None`: it ran with none we tried.
+    pub(super) size: Option<usize>,
+    pub(super) notes: Vec<String>,
+}
+
+/// Finds out whether `session` runs and whether its rows are independent.
+///
+/// # Errors
+/// When the model leaves us no choice of shape and fails all the same.
+pub(super) fn explore(
+    session: &mut dyn Session,
+    signature: &Signature,
+    batched: Option<bool>,
+) -> Result<Findings, String> {
+    let mut findings = Findings::default();
+    let mut first_error = None;
+    for &size in sizes(signature) {
+        match run(session, signature, &[0], size) {
+            Ok(_) => {
+                findings.size = Some(size);
+                break;
+            }
+            Err(error) => {
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    let Some(size) = findings.size else {
+        let error = first_error.unwrap_or_else(|| "no shape to run with".to_owned());
+        if sizes(signature).len() == 1 {
+            return Err(format!("does not run on zeros: {error}"));
+        }
+        findings.notes.push(format!("not warmed, no made-up shape fits: {error}"));
+        return Ok(findings);
+    };
+    if batched == Some(false) || !may_batch(signature) {
+        if batched == Some(true) {
+            let note = "not batched although configured: the first dimensions are not all dynamic";
+            findings.notes.push(note.to_owned());
+        }
+        return Ok(findings);
+    }
+    match independent_rows(session, signature, size) {
+        Ok(()) => findings.batched = true,
+        Err(reason) => findings.notes.push(format!("not batched: {reason}")),
+    }
+    Ok(findings)
+}
+
+/// Runs zeros, `runs` times for each number of rows.
+pub(super) fn warm(
+    session: &mut dyn Session,
+    signature: &Signature,
+    findings: &Findings,
+    rows: &[usize],
+    runs: usize,
+) -> Result<(), String> {
+    let Some(size) = findings.size else { return Ok(()) };
+    for &rows in rows {
+        for _ in 0..runs {
+            run(session, signature, &vec![0; rows], size)?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs every sample and compares.
+pub(super) fn check_samples(
+    session: &mut dyn Session,
+    signature: &Signature,
+    samples: &[Sample],
+) -> Result<(), String> {
+    for (at, sample) in samples.iter().enumerate() {
+        let compared = sample.inputs(signature).and_then(|inputs| {
+            let outputs = session.run(&inputs).map_err(|error| error.to_string())?;
+            sample.compare(signature, &outputs)
+        });
+        compared.map_err(|what| format!("sample {at}: {what}"))?;
+    }
+    Ok(())
+}
+
+/// One size when there is no dimension to choose.
+fn sizes(signature: &Signature) -> &'static [usize] {
+    let dynamic = |spec: &TensorSpec| match &spec.shape {
+        None => true,
+        Some(dims) => {
+            let skipped = usize::from(matches!(dims.first(), Some(Dim::Dynamic(_))));
+            dims[skipped..].iter().any(|dim| matches!(dim, Dim::Dynamic(_)))
+        }
+    };
+    if signature.inputs.iter().any(dynamic) { &SIZES } else { &SIZES[..1] }
+}
+
+/// Whether the declared shapes allow a batch dimension: dynamic, first, and nowhere else.
+fn may_batch(signature: &Signature) -> bool {
+    let mut symbols = Vec::new();
+    for spec in &signature.inputs {
+        match spec.shape.as_ref().and_then(|dims| dims.first()) {
+            Some(Dim::Dynamic(symbol)) => symbols.extend(symbol),
+            _ => return false,
+        }
+    }
+    let first = |spec: &TensorSpec| match &spec.shape {
+        None => true,
+        Some(dims) => matches!(dims.first(), Some(Dim::Dynamic(_))),
+    };
+    let inner = |spec: &TensorSpec| {
+        let dims = spec.shape.iter().flat_map(|dims| dims.iter().skip(1));
+        dims.into_iter().any(|dim| matches!(dim, Dim::Dynamic(Some(s)) if symbols.contains(&s)))
+    };
+    !signature.inputs.is_empty()
+        && signature.outputs.iter().all(first)
+        && !signature.inputs.iter().any(inner)
+}
+
+/// Rows 0, 1, 0 together give what they give alone.
+fn independent_rows(
+    session: &mut dyn Session,
+    signature: &Signature,
+    size: usize,
+) -> Result<(), String> {
+    let zero = run(session, signature, &[0], size)?;
+    // Ones may be no valid input (an index into a table of one); zeros were seen to be.
+    let one = run(session, signature, &[1], size).ok();
+    let value = u8::from(one.is_some());
+    let joined = run(session, signature, &[0, value, 0], size)
+        .map_err(|error| format!("three rows together fail: {error}"))?;
+    let alone = [&zero, one.as_ref().unwrap_or(&zero), &zero];
+    for (at, (spec, joined)) in signature.outputs.iter().zip(&joined).enumerate() {
+        let name = &spec.name;
+        if joined.shape().first() != Some(&3) {
+            let shape = joined.shape();
+            return Err(format!("three rows give output '{name}' of shape {shape:?}"));
+        }
+        for (row, alone) in alone.iter().enumerate() {
+            let cut = joined.rows(row, row + 1);
+            let equal = cut.zip(alone.get(at)).is_some_and(|(cut, alone)| {
+                cut.shape() == alone.shape() && same(alone, &cut, JOIN_TOLERANCE).is_ok()
+            });
+            if !equal {
+                return Err(format!("output '{name}' of a row depends on the rows beside it"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn run(
+    session: &mut dyn Session,
+    signature: &Signature,
+    rows: &[u8],
+    size: usize,
+) -> Result<Vec<Tensor>, String> {
+    let made: Result<Vec<Tensor>, String> =
+        signature.inputs.iter().map(|spec| made_up(spec, rows, size)).collect();
+    session.run(&made?).map_err(|error| match error {
+        EngineError::Run(reason) => reason,
+        other => other.to_string(),
+    })
+}
+
+/// A tensor whose rows are filled with the values of `rows`. A fixed first dimension takes the
+/// first value throughout.
+fn made_up(spec: &TensorSpec, rows: &[u8], size: usize) -> Result<Tensor, String> {
+    let dims = spec.shape.as_deref().unwrap_or(&[Dim::Dynamic(None)]);
+    let mut shape = Shape::new();
+    for (at, dim) in dims.iter().enumerate() {
+        shape.push(match dim {
+            Dim::Fixed(size) => *size,
+            Dim::Dynamic(_) if at == 0 => rows.len(),
+            Dim::Dynamic(_) => size,
+        });
+    }
+    let elements = shape.iter().try_fold(1_usize, |product, &dim| product.checked_mul(dim));
+    let width = spec.datatype.size().unwrap_or(5);
+    let bytes = elements.and_then(|elements| elements.checked_mul(width));
+    if bytes.is_none_or(|bytes| bytes > INPUT_BYTES_MAX) {
+        let name = &spec.name;
+        return Err(format!("input '{name}' takes more than {INPUT_BYTES_MAX} bytes for one row"));
+    }
+    let elements = elements.unwrap_or(0);
+    let follows = matches!(dims.first(), Some(Dim::Dynamic(_)));
+    let per_row = if follows { elements / rows.len().max(1) } else { elements };
+    let mut data = Vec::with_capacity(bytes.unwrap_or(0));
+    for &row in if follows { rows } else { &rows[..1] } {
+        let element = element(spec.datatype, row);
+        (0..per_row).for_each(|_| data.extend_from_slice(&element));
+    }
+    Tensor::new(spec.datatype, shape, data.into()).map_err(|error| error.to_string())
+}
+
+fn element(datatype: DataType, value: u8) -> Vec<u8> {
+    let bit = value == 1;
+    match datatype {
+        DataType::Fp16 => half::f16::from_f32(value.into()).to_le_bytes().to_vec(),
+        DataType::Bf16 => half::bf16::from_f32(value.into()).to_le_bytes().to_vec(),
+        DataType::Fp32 => f32::from(value).to_le_bytes().to_vec(),
+        DataType::Fp64 => f64::from(value).to_le_bytes().to_vec(),
+        DataType::Bytes if bit => b"\x01\0\0\01".to_vec(),
+        DataType::Bytes => vec![0; 4],
+        _ => {
+            let mut bytes = vec![0; datatype.size().unwrap_or(1)];
+            bytes[0] = value;
+            bytes
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Model;
+    use crate::engine::fake::FakeModel;
+
+    /// Gives each row the sum of all rows: looks batched and is not.
+    struct Mixing;
+
+    impl Session for Mixing {
+        fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+            let values = inputs[0].data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
+            let sum: f32 = values.sum();
+            let rows = inputs[0].shape()[0];
+            let data: Vec<u8> = (0..rows).flat_map(|_| sum.to_le_bytes()).collect();
+            let shape = Shape::from_slice(&[rows, 1]);
+            Ok(vec![Tensor::new(DataType::Fp32, shape, data.into()).unwrap()])
+        }
+    }
+
+    struct Failing;
+
+    impl Session for Failing {
+        fn run(&mut self, _inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+            Err(EngineError::Run("never".to_owned()))
+        }
+    }
+
+    #[test]
+    fn only_independent_rows_are_batched() {
+        let model = FakeModel::new(4, 1.0);
+        let signature = model.signature().clone();
+        let mut session = model.session().unwrap();
+        let found = explore(&mut *session, &signature, None).unwrap();
+        assert!(found.batched, "{found:?}");
+        warm(&mut *session, &signature, &found, &[1, 8], 2).unwrap();
+        let found = explore(&mut *session, &signature, Some(false)).unwrap();
+        assert!(!found.batched);
+
+        let found = explore(&mut Mixing, &signature, None).unwrap();
+        assert!(!found.batched);
+        assert!(found.notes[0].contains("depends on the rows beside it"), "{found:?}");
+    }
+
+    #[test]
+    fn a_failing_model_is_refused_unless_the_shape_was_a_guess() {
+        let mut signature = FakeModel::new(4, 1.0).signature().clone();
+        let error = explore(&mut Failing, &signature, None).unwrap_err();
+        assert_eq!(error, "does not run on zeros: never");
+        signature.inputs[0].shape = Some(vec![Dim::Dynamic(None), Dim::Dynamic(None)]);
+        let found = explore(&mut Failing, &signature, None).unwrap();
+        assert_eq!(found.size, None);
+        signature.inputs[0].shape = Some(vec![Dim::Fixed(1 << 40)]);
+        assert!(explore(&mut Failing, &signature, None).unwrap_err().contains("takes more than"));
+    }
+
+    #[test]
+    fn made_up_tensors_are_valid_for_every_datatype() {
+        for datatype in DataType::ALL {
+            let shape = Some(vec![Dim::Dynamic(None), Dim::Fixed(2)]);
+            let spec = TensorSpec { name: "x".to_owned(), datatype, shape };
+            let tensor = made_up(&spec, &[0, 1, 0], 1).unwrap();
+            assert_eq!(tensor.shape(), [3, 2], "{datatype}");
+        }
+    }
+}

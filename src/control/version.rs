@@ -1,0 +1,319 @@
+//! The steps of one version: fetch, probe, load, warm.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sha2::{Digest as _, Sha256};
+
+use super::confined::{ConfineError, Folder};
+use super::fetch::{
+    Cache, FetchError, Fetched, MODEL_FILE, Staging, hex, make_folder, write_whole,
+};
+use super::probe::{self, Job, ProbeError, Report, TrialJob};
+use super::{Settings, trial};
+use crate::batch::{Lane, LaneParts, ThreadBudget};
+use crate::domain::{Digest, ModelName, ModelSettings, Signature, Version};
+use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
+use crate::observe::{Observer, VersionStats};
+use crate::route::Served;
+
+/// Most bytes of a version's samples, all files together.
+const SAMPLES_SIZE_MAX: u64 = 64 << 20;
+/// Most sessions of one version.
+const SESSIONS_MAX: usize = 256;
+/// Rows of the larger warm-up run of a batched model.
+const WARM_ROWS: usize = 8;
+
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    #[error("the {what} {reason}")]
+    Folder { what: &'static str, reason: String },
+    #[error("the state folder cannot be used: {0}")]
+    State(String),
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    #[error("samples: {0}")]
+    Samples(io::Error),
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The configuration and the graph say different things.
+    #[error("{0}")]
+    Contradiction(String),
+    #[error("warm-up failed: {0}")]
+    Warmup(String),
+    #[error("could not start its workers: {0}")]
+    Workers(io::Error),
+}
+
+/// A version that passed its trial.
+#[derive(Debug)]
+pub struct Checked {
+    pub digest: Digest,
+    /// As found in the trial: `batched` was tried.
+    pub signature: Signature,
+    /// Engine that the trial ran on.
+    pub engine: String,
+    pub notes: Vec<String>,
+    pub samples: usize,
+    /// Bytes of all its files.
+    pub size: u64,
+    /// Peak memory of the trial; 0 when unknown.
+    pub memory_bytes: u64,
+    report: Report,
+    model: PathBuf,
+}
+
+/// Takes versions through their steps.
+pub struct Preparer {
+    settings: Settings,
+    engines: Arc<Engines>,
+    cache: Result<Cache, String>,
+    /// Shared by all versions.
+    budget: Arc<ThreadBudget>,
+}
+
+impl Preparer {
+    pub fn new(settings: Settings, engines: Arc<Engines>) -> Self {
+        let cache = Cache::open(&settings.state_dir).map_err(|error| error.to_string());
+        let budget = Arc::new(ThreadBudget::new(settings.threads));
+        Self { settings, engines, cache, budget }
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn cache(&self) -> Result<&Cache, PrepareError> {
+        self.cache.as_ref().map_err(|reason| PrepareError::State(reason.clone()))
+    }
+
+    /// A private folder, for files that a client sends.
+    pub(super) fn staging(&self) -> Result<Staging, PrepareError> {
+        self.cache()?.staging().map_err(|error| PrepareError::State(error.to_string()))
+    }
+
+    /// Fetches `<root>/<model>/<version>` and tries it; a verdict that is known is not sought
+    /// again.
+    pub fn check(
+        &self,
+        root: &Path,
+        model: &ModelName,
+        version: Version,
+        settings: &ModelSettings,
+    ) -> Result<Checked, PrepareError> {
+        let folder = open_version(root, model, version)?;
+        let file = settings.model_file.as_deref().unwrap_or(MODEL_FILE);
+        let cache = self.cache()?;
+        let fetched = cache.fetch(&folder, file, self.settings.model_size_max, &|path| {
+            self.external_data(path).map_err(|error| error.to_string())
+        })?;
+        let samples = read_samples(&folder).map_err(PrepareError::Samples)?;
+        let report = self.report(cache, &fetched, settings, samples)?;
+        Ok(Checked {
+            digest: fetched.digest,
+            signature: report.signature.clone(),
+            engine: report.engine.clone(),
+            notes: report.findings.notes.clone(),
+            samples: report.samples,
+            size: fetched.size,
+            memory_bytes: report.memory_bytes,
+            report,
+            model: fetched.model,
+        })
+    }
+
+    fn external_data(
+        &self,
+        model: &Path,
+    ) -> Result<std::collections::BTreeSet<String>, PrepareError> {
+        if !self.settings.probe_enabled {
+            return Ok(crate::engine::onnx::read(model)?.external_data);
+        }
+        let job = Job::ExternalData { model: absolute(model)? };
+        Ok(probe::run(&self.program()?, &self.settings.probe, job)?)
+    }
+
+    fn report(
+        &self,
+        cache: &Cache,
+        fetched: &Fetched,
+        settings: &ModelSettings,
+        samples: Vec<(String, String)>,
+    ) -> Result<Report, PrepareError> {
+        let key = self.verdict_key(fetched, settings, &samples);
+        let known = cache.folder("probe").join(key + ".json");
+        if let Ok(text) = std::fs::read(&known)
+            && let Ok(report) = serde_json::from_slice(&text)
+        {
+            return Ok(report);
+        }
+        let job = TrialJob {
+            engine: self.settings.engine,
+            ort_library: self.settings.ort_library.clone(),
+            model: absolute(&fetched.model)?,
+            derived: Some(absolute(&self.derived(fetched)?)?),
+            intra_threads: settings.intra_threads.unwrap_or(1),
+            settings: settings.clone(),
+            samples,
+        };
+        let report: Report = if self.settings.probe_enabled {
+            let job = Job::Trial(Box::new(job));
+            probe::run(&self.program()?, &self.settings.probe, job)?
+        } else {
+            probe::run_here(&self.engines, &job)?
+        };
+        // Only a pass is kept: what failed may have failed for want of memory or time.
+        let text = serde_json::to_vec(&report).map_err(io::Error::from);
+        if let Err(error) = text.and_then(|text| write_whole(&known, &text)) {
+            tracing::warn!(%error, "verdict not kept, the model will be tried again");
+        }
+        Ok(report)
+    }
+
+    /// Everything that the verdict hangs on.
+    fn verdict_key(
+        &self,
+        fetched: &Fetched,
+        settings: &ModelSettings,
+        samples: &[(String, String)],
+    ) -> String {
+        let engines = self.engines.describe();
+        let limits = self.settings.probe;
+        let all = serde_json::json!([
+            env!("CARGO_PKG_VERSION"),
+            fetched.digest.hex(),
+            settings,
+            samples,
+            engines,
+            self.settings.engine,
+            limits,
+        ]);
+        hex(&Sha256::digest(all.to_string().as_bytes()).into())
+    }
+
+    fn derived(&self, fetched: &Fetched) -> Result<PathBuf, PrepareError> {
+        let folder = self.cache()?.folder("derived").join(fetched.digest.hex());
+        make_folder(&folder).map_err(|error| PrepareError::State(error.to_string()))?;
+        Ok(folder)
+    }
+
+    fn program(&self) -> Result<PathBuf, PrepareError> {
+        match &self.settings.probe_program {
+            Some(program) => Ok(program.clone()),
+            None => Ok(std::env::current_exe().map_err(ProbeError::Start)?),
+        }
+    }
+
+    /// Loads a checked version into this process and starts its workers.
+    pub(super) fn load(
+        &self,
+        model: &ModelName,
+        version: Version,
+        checked: &Checked,
+        settings: &ModelSettings,
+        observer: &Observer,
+    ) -> Result<Served, PrepareError> {
+        let artifact =
+            Artifact {
+                path: checked.model.clone(),
+                derived: checked.model.parent().and_then(Path::file_name).and_then(|digest| {
+                    Some(self.cache.as_ref().ok()?.folder("derived").join(digest))
+                }),
+            };
+        let intra_threads = settings.intra_threads.unwrap_or(1).max(1);
+        let sessions = settings.instances.unwrap_or(self.settings.threads / intra_threads);
+        let sessions = sessions.clamp(1, SESSIONS_MAX);
+        let providers = settings.providers.clone();
+        let options = LoadOptions { intra_threads, sessions, providers };
+        let (engine, loaded) = self.engines.load(settings.engine, &artifact, &options)?;
+        let batched = checked.report.findings.batched;
+        let signature = Signature { batched, ..loaded.signature().clone() };
+        let mut batch = settings.batch.clone();
+        if !batched {
+            batch.size_max = 1;
+        }
+        let rows: &[usize] = if batched { &[1, WARM_ROWS.min(batch.size_max)] } else { &[1] };
+        let mut ready = Vec::with_capacity(sessions);
+        for _ in 0..sessions {
+            let mut session = loaded.session()?;
+            let (findings, runs) = (&checked.report.findings, settings.warmup.runs);
+            trial::warm(&mut *session, &signature, findings, rows, runs)
+                .map_err(PrepareError::Warmup)?;
+            ready.push(session);
+        }
+        for note in loaded.notes().iter().chain(&checked.notes) {
+            tracing::info!(%model, %version, engine, "{note}");
+        }
+        let stats = VersionStats::new(observer, model, version, &checked.digest, engine);
+        let lane = Lane::new(LaneParts {
+            model: model.clone(),
+            version,
+            batch,
+            batched,
+            sessions: ready,
+            stats: Arc::clone(&stats),
+            budget: Arc::clone(&self.budget),
+        });
+        Ok(Served {
+            model: model.clone(),
+            version,
+            digest: checked.digest,
+            engine,
+            signature,
+            settings: settings.clone(),
+            lane: lane.map_err(PrepareError::Workers)?,
+            stats,
+        })
+    }
+}
+
+pub(super) fn open_model(root: &Path, model: &ModelName) -> Result<Folder, PrepareError> {
+    let what = "repository";
+    let root = Folder::open(root)
+        .map_err(|error| PrepareError::Folder { what, reason: error.to_string() })?;
+    let refused = |error: ConfineError| PrepareError::Folder {
+        what: "model's folder",
+        reason: error.to_string(),
+    };
+    root.folder(model.as_str()).map_err(refused)
+}
+
+fn open_version(root: &Path, model: &ModelName, version: Version) -> Result<Folder, PrepareError> {
+    let folder = open_model(root, model)?.folder(&version.to_string());
+    folder.map_err(|error| PrepareError::Folder {
+        what: "version's folder",
+        reason: error.to_string(),
+    })
+}
+
+/// `samples.json` and `samples/*.json`, by name.
+fn read_samples(version: &Folder) -> io::Result<Vec<(String, String)>> {
+    let mut left = SAMPLES_SIZE_MAX;
+    let mut samples = Vec::new();
+    let mut read = |folder: &Folder, name: &str| -> io::Result<()> {
+        if let Some(text) = folder.text(name, left)? {
+            left -= text.len() as u64;
+            samples.push((name.to_owned(), text));
+        }
+        Ok(())
+    };
+    read(version, "samples.json")?;
+    match version.folder("samples") {
+        Ok(folder) => {
+            let names = folder.names()?;
+            for name in names.iter().filter(|name| name.ends_with(".json")) {
+                read(&folder, name)?;
+            }
+        }
+        Err(ConfineError::Missing) => {}
+        Err(error) => return Err(io::Error::other(format!("'samples' {error}"))),
+    }
+    Ok(samples)
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, PrepareError> {
+    std::path::absolute(path).map_err(|error| PrepareError::State(error.to_string()))
+}
