@@ -32,10 +32,14 @@ test-clients: ort $(STAMP) ## real clients against the built binary
 	$(CARGO) build --locked
 	$(VENV)/bin/python -m pytest -q tests/clients
 
-$(STAMP): tests/requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-virtualenv -r $<
-	touch $@
+# Two environments, because the clients want different versions of protobuf.
+$(STAMP): tests/requirements.txt tests/requirements-kserve.txt
+	@echo 'installing the Python clients into $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements.txt
+	@$(PYTHON) -m venv $(VENV)/kserve
+	@$(VENV)/kserve/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-kserve.txt
+	@touch $@
 
 lint: ## formatting, clippy with warnings as errors, licences and sources of dependencies
 	$(CARGO) fmt --check
