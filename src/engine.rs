@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use crate::domain::{Dim, ErrorKind, Provider, Signature, Tensor, TensorSpec};
 
+pub mod conformance;
 mod engines;
 pub mod fake;
 pub mod onnx;
@@ -74,15 +75,13 @@ pub trait Session: Send {
 }
 
 /// Inputs as a session was promised them: as many as declared, of their datatypes and ranks.
-#[cfg(any(feature = "ort", feature = "tract"))]
 fn check_inputs(specs: &[TensorSpec], inputs: &[Tensor]) -> Result<(), EngineError> {
     if specs.len() != inputs.len() {
         let (expected, got) = (specs.len(), inputs.len());
         return Err(EngineError::Run(format!("expected {expected} inputs, got {got}")));
     }
     for (spec, tensor) in specs.iter().zip(inputs) {
-        let refuse =
-            |reason: String| Err(EngineError::Input { name: spec.name.clone(), reason });
+        let refuse = |reason: String| Err(EngineError::Input { name: spec.name.clone(), reason });
         if spec.datatype != tensor.datatype() {
             let (expected, got) = (spec.datatype, tensor.datatype());
             return refuse(format!("expected datatype {expected}, got {got}"));

@@ -45,6 +45,7 @@ impl Model for FakeModel {
 
     fn session(&self) -> Result<Box<dyn Session>, EngineError> {
         Ok(Box::new(FakeSession {
+            inputs: self.signature.inputs.clone(),
             plus: self.plus,
             cost: self.cost,
             runs: Arc::clone(&self.runs),
@@ -54,6 +55,7 @@ impl Model for FakeModel {
 }
 
 struct FakeSession {
+    inputs: Vec<TensorSpec>,
     plus: f32,
     cost: Duration,
     runs: Arc<AtomicUsize>,
@@ -62,6 +64,7 @@ struct FakeSession {
 
 impl Session for FakeSession {
     fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        super::check_inputs(&self.inputs, inputs)?;
         let [x] = inputs else {
             return Err(EngineError::Run(format!("expected 1 input, got {}", inputs.len())));
         };

@@ -96,32 +96,31 @@ pub fn parse(bytes: &[u8]) -> Result<OnnxModel, EngineError> {
 impl OnnxModel {
     /// Checks that every file of weights lies inside `folder`, links followed.
     pub fn confine_external_data(&self, folder: &Path) -> Result<(), EngineError> {
-        if self.external_data.is_empty() {
-            return Ok(());
-        }
-        let root = folder.canonicalize().map_err(|error| {
-            EngineError::Io(format!("could not open the model's folder: {error}"))
-        })?;
-        for location in &self.external_data {
-            let relative = Path::new(location);
-            let plain =
-                |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
-            if location.is_empty() || !relative.components().all(plain) {
-                return Err(EngineError::Broken(format!(
-                    "external data '{location}' lies outside the model's folder"
-                )));
-            }
-            let file = root.join(relative).canonicalize().map_err(|error| {
-                EngineError::Broken(format!("external data '{location}' cannot be opened: {error}"))
-            })?;
-            if !file.starts_with(&root) || !file.is_file() {
-                return Err(EngineError::Broken(format!(
-                    "external data '{location}' is no file inside the model's folder"
-                )));
-            }
-        }
-        Ok(())
+        self.external_data.iter().try_for_each(|location| confined(folder, location))
     }
+}
+
+/// Checks that a file which a model names lies inside the model's `folder`, links followed.
+pub(super) fn confined(folder: &Path, location: &str) -> Result<(), EngineError> {
+    let relative = Path::new(location);
+    let plain = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
+    if location.is_empty() || !relative.components().all(plain) {
+        return Err(EngineError::Broken(format!(
+            "external data '{location}' lies outside the model's folder"
+        )));
+    }
+    let root = folder
+        .canonicalize()
+        .map_err(|error| EngineError::Io(format!("could not open the model's folder: {error}")))?;
+    let file = root.join(relative).canonicalize().map_err(|error| {
+        EngineError::Broken(format!("external data '{location}' cannot be opened: {error}"))
+    })?;
+    if !file.starts_with(&root) || !file.is_file() {
+        return Err(EngineError::Broken(format!(
+            "external data '{location}' is no file inside the model's folder"
+        )));
+    }
+    Ok(())
 }
 
 /// Counts operators and collects files, over nested graphs.

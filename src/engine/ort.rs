@@ -124,6 +124,7 @@ impl Backend for OrtBackend {
         let mut first = recipe.first(&mut notes)?;
         if options.sessions > 1
             && recipe.on_cpu()
+            && described.weight_bytes >= weights::SHARED_BYTES_MIN
             && let Some((shared, session)) =
                 weights::share(&recipe, artifact, &self.version, &mut notes)
         {
@@ -237,9 +238,13 @@ impl Recipe {
         if let Sharing::Weights { prepacked, weights } = &self.sharing {
             builder = builder.with_prepacked_weights(prepacked).map_err(plain)?;
             for weight in weights.iter() {
-                builder = builder
-                    .with_initializer(&weight.name, Arc::clone(&weight.value))
-                    .map_err(plain)?;
+                let value = Arc::clone(&weight.value);
+                builder = if weight.external {
+                    builder.with_external_initializer(&weight.name, value)
+                } else {
+                    builder.with_initializer(&weight.name, value)
+                }
+                .map_err(plain)?;
             }
         }
         Ok(builder)
