@@ -87,7 +87,7 @@ fn make(datatype: DataType, shape: Shape) -> Result<Tensor, String> {
 fn misaligned(inputs: &[Tensor]) -> Result<Vec<Tensor>, String> {
     let shift = |tensor: &Tensor| {
         let mut moved: Vec<u8> = Vec::with_capacity(tensor.data().len() + 2);
-        let at = usize::from(moved.as_ptr().addr() % 2 == 0);
+        let at = usize::from(moved.as_ptr().addr().is_multiple_of(2));
         moved.resize(at, 0);
         moved.extend_from_slice(tensor.data());
         let data = Bytes::from(moved).slice(at..);

@@ -388,7 +388,9 @@ mod tests {
 
     #[test]
     fn batched_means_one_dynamic_first_dimension_for_all() {
-        let cases: &[(&str, &[&str], Option<&[&str]>, bool)] = &[
+        /// What it is about, the input's dimensions, the output's, and what follows.
+        type Case = (&'static str, &'static [&'static str], Option<&'static [&'static str]>, bool);
+        let cases: &[Case] = &[
             ("named alike", &["n", "4"], Some(&["n", "2"]), true),
             ("output unnamed", &["n", "4"], Some(&["?", "2"]), true),
             ("both unnamed", &["?"], Some(&["?"]), true),

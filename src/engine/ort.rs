@@ -223,14 +223,13 @@ impl Recipe {
             Sharing::None => GraphOptimizationLevel::All,
             Sharing::Weights { .. } => GraphOptimizationLevel::Disable,
         };
-        let mut builder = SessionBuilder::new(&self.environment)?
-            .with_optimization_level(level)
-            .and_then(|builder| builder.with_log_level(LogLevel::Error))
-            .and_then(|builder| builder.with_intra_threads(self.intra_threads))
-            .and_then(|builder| builder.with_inter_threads(1))
-            .and_then(|builder| builder.with_intra_op_spinning(false))
-            .and_then(|builder| builder.with_inter_op_spinning(false))
-            .map_err(plain)?;
+        let mut builder = SessionBuilder::new(&self.environment)?;
+        builder = builder.with_optimization_level(level).map_err(plain)?;
+        builder = builder.with_log_level(LogLevel::Error).map_err(plain)?;
+        builder = builder.with_intra_threads(self.intra_threads).map_err(plain)?;
+        builder = builder.with_inter_threads(1).map_err(plain)?;
+        builder = builder.with_intra_op_spinning(false).map_err(plain)?;
+        builder = builder.with_inter_op_spinning(false).map_err(plain)?;
         let providers: Vec<_> = self.providers.iter().map_while(provider).collect();
         if !providers.is_empty() {
             builder = builder.with_execution_providers(providers).map_err(plain)?;
