@@ -40,7 +40,8 @@ until ready 2>/dev/null; do
     sleep 0.05
 done
 
-if ready 2>/dev/null; then
+# Another program may hold the port, and then the answer was its own.
+if ready 2>/dev/null && kill -0 "$server" 2>/dev/null; then
     cat <<TEXT
 
 Tidegate serves $repository at $url. In another terminal, from this directory:
