@@ -6,8 +6,9 @@
 //! ```
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
+
+use tokio::sync::watch;
 
 use crate::gateway::Gateway;
 
@@ -26,6 +27,20 @@ pub type Body = tonic::body::Body;
 /// Name that server metadata gives.
 pub const SERVER_NAME: &str = "tidegate";
 
+/// Extensions of the protocol that always work here.
+const EXTENSIONS: [&str; 10] = [
+    "classification",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+    "trace",
+    "logging",
+];
+
 /// What both protocols stand on.
 pub struct Api {
     pub gateway: Arc<Gateway>,
@@ -33,6 +48,17 @@ pub struct Api {
     pub shm: shm::SharedMemory,
     pub toggles: toggles::Toggles,
     pub settings: Settings,
+}
+
+impl Api {
+    /// Extensions of the protocol that work here and now.
+    pub fn extensions(&self) -> Vec<&'static str> {
+        let mut extensions = EXTENSIONS.to_vec();
+        if self.shm.is_enabled() {
+            extensions.push("system_shared_memory");
+        }
+        extensions
+    }
 }
 
 /// Limits of the data plane.
@@ -80,32 +106,55 @@ impl Default for Settings {
 /// Whether the process lives and wants traffic.
 #[derive(Debug, Default)]
 pub struct Health {
-    state: AtomicU8,
+    state: watch::Sender<Phase>,
 }
 
-const STARTING: u8 = 0;
-const READY: u8 = 1;
-const DRAINING: u8 = 2;
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Starting,
+    Ready,
+    Draining,
+}
+
+/// Wakes whoever follows [`Health`]; ask there what it is now.
+pub struct HealthChanges(watch::Receiver<Phase>);
+
+impl HealthChanges {
+    /// Waits for a change since the last call; `false` when there will be none.
+    pub async fn changed(&mut self) -> bool {
+        self.0.changed().await.is_ok()
+    }
+}
 
 impl Health {
     pub fn is_ready(&self) -> bool {
-        self.state.load(Ordering::Acquire) == READY
+        *self.state.borrow() == Phase::Ready
     }
 
     pub fn is_draining(&self) -> bool {
-        self.state.load(Ordering::Acquire) == DRAINING
+        *self.state.borrow() == Phase::Draining
     }
 
     /// Has no effect once draining.
     pub fn set_ready(&self) {
-        let from = (STARTING, READY);
-        let swap = self.state.compare_exchange(from.0, from.1, Ordering::AcqRel, Ordering::Acquire);
-        if swap.is_ok() {
+        let ready = self.state.send_if_modified(|phase| {
+            let starting = *phase == Phase::Starting;
+            if starting {
+                *phase = Phase::Ready;
+            }
+            starting
+        });
+        if ready {
             tracing::info!("ready");
         }
     }
 
     pub fn set_draining(&self) {
-        self.state.store(DRAINING, Ordering::Release);
+        self.state.send_replace(Phase::Draining);
+    }
+
+    pub fn changes(&self) -> HealthChanges {
+        HealthChanges(self.state.subscribe())
     }
 }

@@ -1,26 +1,139 @@
 //! gRPC: the Open Inference Protocol with Triton's extensions, health and reflection.
+//!
+//! ```text
+//! call ──path──▶ service (one call)  ──decode──▶ gateway ──encode──▶ answer
+//!        │         └▶ stream (many)  ──┘
+//!        ├─────▶ health, reflection
+//!        └─────▶ UNIMPLEMENTED
+//! ```
 
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 
+use http::{HeaderValue, header::HeaderName};
+use tonic::Status;
+use tonic::codec::CompressionEncoding;
+use tonic_health::pb::health_server::HealthServer;
+use tower_service::Service as _;
+
 use super::{Api, Body};
+use crate::proto::DESCRIPTORS;
+use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
+
+mod decode;
+mod encode;
+mod health;
+mod service;
+mod stream;
+
+pub use decode::{Decoded, Slice, decode};
+
+/// Largest message that clients take.
+const MESSAGE_BYTES_MAX: usize = (1 << 31) - 1;
+const SERVICE: &str = "inference.GRPCInferenceService";
+const STREAM_INFER: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
+
+const ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
+const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
+
+type Answering = Pin<Box<dyn Future<Output = http::Response<Body>> + Send>>;
+type Route = Arc<dyn Fn(http::Request<Body>) -> Answering + Send + Sync>;
 
 /// Every gRPC service on one listener.
 #[derive(Clone)]
 pub struct Grpc {
-    _api: Arc<Api>,
+    api: Arc<Api>,
+    inference: GrpcInferenceServiceServer<service::Service>,
+    health: HealthServer<health::Watched>,
+    reflection: Route,
+    reflection_alpha: Route,
 }
 
 impl Grpc {
     pub fn new(api: Arc<Api>) -> Self {
-        Self { _api: api }
+        let inference = GrpcInferenceServiceServer::new(service::Service::new(Arc::clone(&api)))
+            .max_decoding_message_size(api.settings.body_max_bytes)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+            .accept_compressed(CompressionEncoding::Gzip)
+            .accept_compressed(CompressionEncoding::Deflate)
+            .send_compressed(CompressionEncoding::Gzip)
+            .send_compressed(CompressionEncoding::Deflate);
+        let health = HealthServer::new(health::Watched::new(Arc::clone(&api)));
+        let described = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        let reflection = described().build_v1().expect("the build wrote these descriptors");
+        let alpha = described().build_v1alpha().expect("the build wrote these descriptors");
+        let (reflection, reflection_alpha) = (route(reflection), route(alpha));
+        Self { api, inference, health, reflection, reflection_alpha }
     }
 
     /// Answers one call; never fails, whatever it is given.
-    pub async fn call<B>(&self, _request: http::Request<B>) -> http::Response<Body>
+    pub async fn call<B>(&self, request: http::Request<B>) -> http::Response<Body>
     where
         B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        http::Response::new(Body::empty())
+        let mut request = request.map(Body::new);
+        // Many clients accept compression always and want it never: only who compresses gets it.
+        if request.headers().get(ENCODING).is_none_or(|encoding| encoding == "identity") {
+            request.headers_mut().remove(ACCEPT_ENCODING);
+        }
+        let path = request.uri().path();
+        let mut response = match path.strip_prefix('/').and_then(|path| path.split_once('/')) {
+            Some((SERVICE, _)) if path == STREAM_INFER && self.api.settings.mlserver_stream => {
+                stream::unwrapped(Arc::clone(&self.api), request).await
+            }
+            Some((SERVICE, _)) => infallible(self.inference.clone().call(request).await),
+            Some(("grpc.health.v1.Health", _)) => {
+                infallible(self.health.clone().call(request).await)
+            }
+            Some(("grpc.reflection.v1.ServerReflection", _)) => (self.reflection)(request).await,
+            Some(("grpc.reflection.v1alpha.ServerReflection", _)) => {
+                (self.reflection_alpha)(request).await
+            }
+            _ => Status::unimplemented("unknown service").into_http(),
+        };
+        too_large(response.headers_mut());
+        response
     }
+}
+
+/// The codec calls a message over the limit OUT_OF_RANGE; nothing else here does.
+fn too_large(headers: &mut http::HeaderMap) {
+    const OUT_OF_RANGE: &str = "11";
+    const RESOURCE_EXHAUSTED: HeaderValue = HeaderValue::from_static("8");
+    if let Some(status) = headers.get_mut("grpc-status")
+        && status == OUT_OF_RANGE
+    {
+        *status = RESOURCE_EXHAUSTED;
+    }
+}
+
+/// A service whose type has no name.
+fn route<S>(service: S) -> Route
+where
+    S: tower_service::Service<
+            http::Request<Body>,
+            Response = http::Response<Body>,
+            Error = Infallible,
+        > + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send + 'static,
+{
+    Arc::new(move |request| {
+        let answering = service.clone().call(request);
+        Box::pin(async move { infallible(answering.await) })
+    })
+}
+
+fn infallible<T>(result: Result<T, Infallible>) -> T {
+    let Ok(value) = result;
+    value
 }

@@ -10,25 +10,8 @@ use crate::observe::{BatchStat, DurationStat, StatsSnapshot};
 use crate::route::{RouteTable, Served};
 use crate::transport::{Api, SERVER_NAME, model_config};
 
-/// Extensions of the protocol that work here.
-const EXTENSIONS: [&str; 10] = [
-    "classification",
-    "model_repository",
-    "model_repository(unload_dependents)",
-    "schedule_policy",
-    "model_configuration",
-    "binary_tensor_data",
-    "parameters",
-    "statistics",
-    "trace",
-    "logging",
-];
-
 pub(super) fn server(api: &Api) -> Reply {
-    let mut extensions = EXTENSIONS.to_vec();
-    if api.shm.is_enabled() {
-        extensions.push("system_shared_memory");
-    }
+    let extensions = api.extensions();
     let version = env!("CARGO_PKG_VERSION");
     Reply::value(&json!({"name": SERVER_NAME, "version": version, "extensions": extensions}))
 }
