@@ -1,0 +1,113 @@
+//! What each fuzz target does with its bytes; `tests/fuzz_corpus.rs` replays the corpus through
+//! the same functions.
+//!
+//! Each decodes hostile bytes, which may be refused but never panic, and checks that whatever was
+//! accepted keeps the promises of its type.
+
+use bytes::Bytes;
+use tidegate::domain::{
+    DataType, Dim, Failure, Inputs, NamedTensor, Shape, Signature, Tensor, TensorSpec,
+};
+use tidegate::transport::http::binary::{self, SharedSlice};
+use tidegate::transport::http::compress::{self, Encoding};
+use tidegate::transport::http::{elements, invocations, v1};
+
+pub type Decoder = fn(&[u8]);
+
+/// Every target by its name, which is also its folder in the corpus.
+pub const DECODERS: &[(&str, Decoder)] = &[
+    ("infer_json", infer_json),
+    ("infer_binary", infer_binary),
+    ("infer_raw", infer_raw),
+    ("v1", v1),
+    ("invocations_json", invocations_json),
+    ("invocations_csv", invocations_csv),
+    ("compressed", compressed),
+];
+
+pub fn infer_json(data: &[u8]) {
+    infer(data, None);
+}
+
+/// The first two bytes are the length of the JSON, little-endian.
+pub fn infer_binary(data: &[u8]) {
+    if let Some((length, body)) = data.split_first_chunk::<2>() {
+        infer(body, Some(usize::from(u16::from_le_bytes(*length)).max(1)));
+    }
+}
+
+pub fn infer_raw(data: &[u8]) {
+    infer(data, Some(0));
+}
+
+pub fn v1(data: &[u8]) {
+    for signature in signatures() {
+        check(v1::decode(&signature, data));
+    }
+}
+
+pub fn invocations_json(data: &[u8]) {
+    for signature in signatures() {
+        check(invocations::decode(&signature, invocations::Form::Json, data));
+    }
+}
+
+pub fn invocations_csv(data: &[u8]) {
+    for signature in signatures() {
+        check(invocations::decode(&signature, invocations::Form::Csv, data));
+    }
+}
+
+pub fn compressed(data: &[u8]) {
+    const SIZE_MAX: usize = 4 << 20;
+    for encoding in [Encoding::Gzip, Encoding::Deflate] {
+        if let Ok(body) = compress::inflate(encoding, data, SIZE_MAX, 100) {
+            assert!(body.len() <= SIZE_MAX);
+        }
+    }
+}
+
+fn infer(body: &[u8], json_len: Option<usize>) {
+    let body = Bytes::copy_from_slice(body);
+    let shared = |slice: &SharedSlice| Ok(Bytes::from(slice.region.clone()));
+    let Ok(decoded) = binary::decode(&body, json_len, &shared) else { return };
+    assert_eq!(decoded.outputs.len(), decoded.forms.len());
+    match decoded.inputs {
+        Inputs::Named(named) => check(Ok(named)),
+        Inputs::Deferred(make) => check(make(&signatures()[0])),
+    }
+}
+
+/// Accepted tensors are well formed and survive a trip through JSON.
+fn check(named: Result<Vec<NamedTensor>, Failure>) {
+    for NamedTensor { tensor, .. } in named.unwrap_or_default() {
+        let shape = Shape::from_slice(tensor.shape());
+        assert!(Tensor::new(tensor.datatype(), shape, tensor.data().clone()).is_ok());
+        let mut text = Vec::new();
+        if elements::write_nested(&tensor, &mut text).is_ok() {
+            let text = std::str::from_utf8(&text).expect("JSON is UTF-8");
+            let mut back = Vec::new();
+            let read = elements::read(text, tensor.datatype(), usize::MAX, &mut back);
+            assert!(read.is_ok());
+            assert_eq!(back[..], tensor.data()[..]);
+        }
+    }
+}
+
+/// Models of one input and of several, with the datatypes that are read differently.
+fn signatures() -> Vec<Signature> {
+    let input = |name: &str, datatype, dims: &[Option<usize>]| TensorSpec {
+        name: name.to_owned(),
+        datatype,
+        shape: Some(dims.iter().map(|dim| dim.map_or(Dim::Dynamic(None), Dim::Fixed)).collect()),
+    };
+    let signature = |inputs| Signature { inputs, outputs: Vec::new(), batched: true };
+    vec![
+        signature(vec![input("x", DataType::Fp32, &[None, Some(2)])]),
+        signature(vec![
+            input("a", DataType::Int64, &[None, Some(1)]),
+            input("b", DataType::Bytes, &[None]),
+            input("c", DataType::Bool, &[None, Some(1), Some(1)]),
+        ]),
+    ]
+}
