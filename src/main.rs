@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    tidegate::engine::prepare_environment();
     tidegate::cli::run()
 }

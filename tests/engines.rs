@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use prost::Message;
 use tidegate::domain::{DataType, EngineChoice, Provider, Shape, Tensor};
 use tidegate::engine::conformance::conforms;
 use tidegate::engine::fake::FakeModel;
 use tidegate::engine::ort::OrtBackend;
 use tidegate::engine::tract::TractBackend;
 use tidegate::engine::{Artifact, Backend, EngineError, Engines, LoadOptions, Model};
+use tidegate::proto::onnx as pb;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/{name}.onnx"))
@@ -163,45 +165,108 @@ fn cuda_without_a_gpu_is_a_note_and_the_cpu() {
     conforms(&*model).unwrap();
 }
 
-/// 2 MiB of weights in a file beside the model, and a model that multiplies by them.
+const WIDE: (usize, usize) = (512, 1024);
+
+fn weights() -> Vec<u8> {
+    let count = WIDE.0 * WIDE.1;
+    (0_u8..13).cycle().take(count).flat_map(|n| (f32::from(n) - 6.0).to_le_bytes()).collect()
+}
+
+/// A model that multiplies by 2 MiB of weights, which lie in a file beside it.
 fn wide(folder: &Path) -> Artifact {
     let path = folder.join("wide.onnx");
     std::fs::copy(fixture("wide"), &path).unwrap();
-    let weights: Vec<u8> = (0..512 * 1024_u32)
-        .flat_map(|n| (f32::from(u8::try_from(n % 13).unwrap()) - 6.0).to_le_bytes())
-        .collect();
-    std::fs::write(folder.join("wide.bin"), weights).unwrap();
+    std::fs::write(folder.join("wide.bin"), weights()).unwrap();
     Artifact { path, derived: Some(folder.join("derived")) }
 }
 
-#[test]
-fn sessions_share_weights_and_agree_with_a_plain_load() {
-    let folder = tempfile::tempdir().unwrap();
-    let artifact = wide(folder.path());
+/// The same model with the weights inside.
+fn wide_inside(folder: &Path) -> Artifact {
+    let path = folder.join("wide.onnx");
+    let tensor = pb::WeightsTensor {
+        dims: vec![512, 1024],
+        data_type: 1,
+        name: "w".to_owned(),
+        raw_data: weights().into(),
+        ..Default::default()
+    };
+    let graph = pb::WeightsGraph { initializer: vec![tensor] };
+    // Two encodings one after the other are one message with the parts of both.
+    let mut model = std::fs::read(fixture("wide_inside")).unwrap();
+    pb::Weights { graph: Some(graph) }.encode(&mut model).unwrap();
+    std::fs::write(&path, model).unwrap();
+    Artifact { path, derived: Some(folder.join("derived")) }
+}
+
+fn sessions_share_weights(folder: &Path, artifact: &Artifact) {
     let backend = ort();
-    let plain = backend.load(&artifact, &options()).unwrap();
+    let plain = backend.load(artifact, &options()).unwrap();
     let x = floats(&[2, 512], &(0..1024_u16).map(|n| f32::from(n % 5)).collect::<Vec<_>>());
     let expected = run(&*plain, std::slice::from_ref(&x));
+    let options = LoadOptions { sessions: 3, ..options() };
     // The second load finds the graph that the first one left.
     for _ in 0..2 {
-        let options = LoadOptions { sessions: 3, ..options() };
-        let shared = backend.load(&artifact, &options).unwrap();
+        let shared = backend.load(artifact, &options).unwrap();
         let notes = shared.notes().join("\n");
         assert!(notes.contains("shared by all sessions"), "{notes}");
         for _ in 0..3 {
             assert_eq!(run(&*shared, std::slice::from_ref(&x)), expected);
         }
         conforms(&*shared).unwrap();
-        let kept = std::fs::read_dir(folder.path().join("derived")).unwrap().count();
+        let kept = std::fs::read_dir(folder.join("derived")).unwrap().count();
         assert_eq!(kept, 1, "one derived graph and nothing half done");
     }
-    // A derived graph that was damaged is made anew, and the load doesn't fail.
-    for entry in std::fs::read_dir(folder.path().join("derived")).unwrap() {
+    // A derived graph that was damaged doesn't make a load fail, and the next one makes it anew.
+    for entry in std::fs::read_dir(folder.join("derived")).unwrap() {
         std::fs::write(entry.unwrap().path(), b"damaged").unwrap();
     }
-    let options = LoadOptions { sessions: 2, ..options() };
-    let model = backend.load(&artifact, &options).unwrap();
-    assert_eq!(run(&*model, &[x]), expected);
+    for sharing in [false, true] {
+        let model = backend.load(artifact, &options).unwrap();
+        assert_eq!(run(&*model, std::slice::from_ref(&x)), expected);
+        let notes = model.notes().join("\n");
+        assert_eq!(notes.contains("shared by all sessions"), sharing, "{notes}");
+    }
+}
+
+#[test]
+fn sessions_share_weights_that_lie_inside_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = wide_inside(folder.path());
+    sessions_share_weights(folder.path(), &artifact);
+}
+
+#[test]
+fn sessions_share_weights_that_lie_beside_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = wide(folder.path());
+    sessions_share_weights(folder.path(), &artifact);
+}
+
+#[test]
+fn both_read_weights_beside_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = wide(folder.path());
+    let x = floats(&[1, 512], &(0..512_u16).map(|n| f32::from(n % 5)).collect::<Vec<_>>());
+    let outputs = [ort(), tract()].map(|backend| {
+        run(&*backend.load(&artifact, &options()).unwrap(), std::slice::from_ref(&x))
+    });
+    assert_eq!(outputs[0], outputs[1]);
+}
+
+#[test]
+fn an_index_past_the_end_is_an_error_and_the_session_goes_on() {
+    for backend in [ort(), tract()] {
+        let model = load(&*backend, "lookup");
+        let mut session = model.session().unwrap();
+        let at = |index: i64| {
+            let data = index.to_le_bytes().to_vec();
+            Tensor::new(DataType::Int64, Shape::from_slice(&[1]), data.into()).unwrap()
+        };
+        let error = session.run(&[at(99)]).unwrap_err();
+        let blamed = matches!(error, EngineError::Input { .. } | EngineError::Run(_));
+        assert!(blamed, "{}: {error}", backend.name());
+        assert_eq!(session.run(&[at(2)]).unwrap(), [floats(&[1, 2], &[4.0, 5.0])]);
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 
 use super::onnx::{self, OnnxModel};
 use super::{Artifact, Backend, EngineError, LoadOptions, Model, Session};
-use crate::domain::{Provider, Signature, Tensor};
+use crate::domain::{Provider, Signature, Tensor, TensorSpec};
 
 mod tensors;
 mod weights;
@@ -121,16 +121,17 @@ impl Backend for OrtBackend {
             sharing: Sharing::None,
         };
         let mut notes = Vec::new();
-        let mut first = recipe.first(&mut notes)?;
-        if options.sessions > 1
+        let sharing = options.sessions > 1
             && recipe.on_cpu()
-            && described.weight_bytes >= weights::SHARED_BYTES_MIN
-            && let Some((shared, session)) =
-                weights::share(&recipe, artifact, &self.version, &mut notes)
-        {
-            recipe = shared;
-            first = session;
-        }
+            && described.weight_bytes >= weights::SHARED_BYTES_MIN;
+        let shared = sharing.then(|| weights::share(&recipe, artifact, &self.version, &mut notes));
+        let first = match shared.flatten() {
+            Some((shared, session)) => {
+                recipe = shared;
+                session
+            }
+            None => recipe.first(&mut notes)?,
+        };
         agree(&described, &first)?;
         Ok(Arc::new(OrtModel {
             signature: Arc::new(described.signature),
@@ -143,7 +144,7 @@ impl Backend for OrtBackend {
 
 /// The runtime must see the inputs and outputs that we read from the file, in this order.
 fn agree(described: &OnnxModel, session: &ort::session::Session) -> Result<(), EngineError> {
-    let ours = |specs: &[crate::domain::TensorSpec]| -> Vec<String> {
+    let ours = |specs: &[TensorSpec]| -> Vec<String> {
         specs.iter().map(|spec| spec.name.clone()).collect()
     };
     let theirs = |outlets: &[ort::value::Outlet]| -> Vec<String> {
@@ -330,19 +331,20 @@ impl Session for OrtSession {
             .zip(inputs)
             .map(|(spec, tensor)| tensors::value(&spec.name, tensor))
             .collect::<Result<Vec<_>, _>>()?;
-        let outputs = self.session.run(&values[..]).map_err(|error| failed(&error))?;
+        let outputs = self.session.run(&values[..]).map_err(|error| failed(specs, &error))?;
         outputs.into_iter().map(|(name, value)| tensors::tensor(name, value)).collect()
     }
 }
 
-fn failed(error: &ort::Error) -> EngineError {
-    let message = error.message().trim();
-    match error.code() {
-        ort::ErrorCode::InvalidArgument => {
-            EngineError::Input { name: "(any)".to_owned(), reason: message.to_owned() }
-        }
-        _ => EngineError::Run(message.to_owned()),
+/// A failed run. What the runtime calls an invalid argument, such as an index past a table's end,
+/// came with the inputs; it doesn't say with which.
+fn failed(specs: &[TensorSpec], error: &ort::Error) -> EngineError {
+    let reason = error.message().trim().to_owned();
+    if error.code() != ort::ErrorCode::InvalidArgument {
+        return EngineError::Run(reason);
     }
+    let names: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
+    EngineError::Input { name: names.join("', '"), reason }
 }
 
 #[cfg(test)]

@@ -47,6 +47,7 @@ pub(super) fn share(
     let derived = artifact.derived.as_deref()?;
     match try_share(plain, &artifact.path, derived, version) {
         Ok(shared) => {
+            notes.push("provider: cpu".to_owned());
             notes.push("weights: shared by all sessions".to_owned());
             Some(shared)
         }
