@@ -70,7 +70,97 @@ fn shown(text: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::sync::Arc;
+    use std::time::{Duration, SystemTime};
+
+    use parking_lot::Mutex;
+
     use super::*;
+    use crate::domain::{Arm, ErrorKind, Protocol, Timings, TraceContext, Version};
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The lines that two requests leave, the second of them refused.
+    fn lines(mode: AccessLog) -> Vec<serde_json::Value> {
+        let trace = TraceContext { trace_id: 0xabc, parent_span: 1, sampled: true };
+        let mut completion = Completion {
+            prediction_id: uuid::Uuid::nil(),
+            request_id: "r 1".into(),
+            received_at: SystemTime::UNIX_EPOCH,
+            model: "iris".parse().unwrap(),
+            version: Version::new(2),
+            digest: None,
+            arm: Some(Arm::Pinned),
+            reason: None,
+            protocol: Protocol::GrpcStream,
+            principal: None,
+            trace: Some(trace),
+            outcome: Outcome::Ok,
+            timings: Timings {
+                queue: Duration::from_micros(100),
+                batch_wait: Duration::from_micros(150),
+                compute_infer: Duration::from_micros(1500),
+                total: Duration::from_millis(2),
+                ..Timings::default()
+            },
+            rows: 1,
+            batch_size: 4,
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+        };
+        let written = Lines::default();
+        let writer = written.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .json()
+            .flatten_event(true)
+            .with_writer(move || writer.clone())
+            .finish();
+        tracing::subscriber::with_default(subscriber, || {
+            log(mode, &completion);
+            completion.outcome =
+                Outcome::Failed { kind: ErrorKind::InvalidInput, message: "secret".into() };
+            completion.version = None;
+            log(mode, &completion);
+        });
+        let text = String::from_utf8(written.0.lock().clone()).unwrap();
+        assert!(!text.contains("secret"));
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_request_leaves_one_line_by_mode() {
+        assert!(lines(AccessLog::Off).is_empty());
+        let errors = lines(AccessLog::Errors);
+        assert_eq!(errors.len(), 1);
+        assert_eq!(errors[0]["status"], "invalid_input");
+        assert!(errors[0].get("version").is_none());
+
+        let all = lines(AccessLog::All);
+        assert_eq!(all.len(), 2);
+        let wanted = serde_json::json!({
+            "level": "INFO", "target": "access", "model": "iris", "version": "2",
+            "arm": "pinned", "protocol": "grpc_stream", "status": "ok", "total_ms": 2.0,
+            "queue_ms": 0.25, "compute_ms": 1.5, "batch_size": 4,
+            "prediction_id": "00000000-0000-0000-0000-000000000000",
+            "request_id": r"r\u{20}1", "trace_id": "00000000000000000000000000000abc",
+        });
+        let mut got = all[0].clone();
+        got.as_object_mut().unwrap().remove("timestamp").unwrap();
+        assert_eq!(got, wanted);
+    }
 
     #[test]
     fn a_request_id_is_capped_and_cannot_forge_a_line() {

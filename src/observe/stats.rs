@@ -96,8 +96,8 @@ pub struct VersionStats {
     pub(super) engine: &'static str,
     fixed: [Arms; FIXED_ARMS.len()],
     rules: Box<[OnceLock<(Label, Arms)>; RULES_MAX]>,
-    /// Guards the counters of executions, which lanes add to once per batch: few threads, and
-    /// nothing else happens under it.
+    /// Guards the counters of executions, which the lane adds to once per batch, beside a run of
+    /// the model that costs far more. Nothing else happens under it.
     executions: Mutex<Executions>,
     gauges: OnceLock<Gauges>,
     loaded_in: OnceLock<Duration>,
@@ -224,8 +224,8 @@ impl VersionStats {
         stats
     }
 
-    /// Says where the load of the version's lane is read. Hold the lane weakly in there: it holds
-    /// these counters. Later calls have no effect.
+    /// Says where the load of the version's lane is read: requests in flight, and waiting. Hold the
+    /// lane weakly in there: it holds these counters. Later calls have no effect.
     pub fn set_gauges(&self, gauges: Box<dyn Fn() -> (usize, usize) + Send + Sync>) {
         drop(self.gauges.set(gauges));
     }
