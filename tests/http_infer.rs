@@ -1,5 +1,7 @@
 //! REST as a client sees it, without a socket: routes, inference in every form, error bodies.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::io::{Read, Write};

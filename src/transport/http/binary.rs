@@ -314,3 +314,120 @@ fn boolean(parameters: &ParametersJson, key: &str, tensor: &str) -> Result<Optio
 fn wrong_kind(tensor: &str, key: &str, expected: &str) -> Failure {
     Failure::invalid(format!("'{tensor}': parameter '{key}' must be {expected}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::domain::{Dim, TensorSpec};
+
+    fn decode_alone(body: &Bytes, json_len: Option<usize>) -> Result<Vec<NamedTensor>, Failure> {
+        let decoded = decode(body, json_len, &|_| Err(Failure::unsupported("off")))?;
+        match decoded.inputs {
+            Inputs::Named(named) => Ok(named),
+            Inputs::Deferred(_) => Ok(Vec::new()),
+        }
+    }
+
+    fn request(tensors: &[Tensor]) -> (usize, Bytes) {
+        let mut raw = Vec::new();
+        let mut inputs = Vec::new();
+        for (at, tensor) in tensors.iter().enumerate() {
+            raw.extend_from_slice(tensor.data());
+            inputs.push(json!({
+                "name": at.to_string(),
+                "datatype": tensor.datatype().name(),
+                "shape": tensor.shape(),
+                "parameters": {"binary_data_size": tensor.data().len()},
+            }));
+        }
+        let json = json!({ "inputs": inputs }).to_string();
+        (json.len(), [json.as_bytes(), &raw].concat().into())
+    }
+
+    #[test]
+    fn raw_tensors_are_slices_of_the_body() {
+        let shape = Shape::from_slice(&[2]);
+        let tensor = Tensor::new(DataType::Fp16, shape, vec![1, 2, 3, 4].into()).unwrap();
+        let (len, body) = request(&[tensor]);
+        let named = decode_alone(&body, Some(len)).unwrap();
+        assert_eq!(named[0].tensor.data().as_ptr(), body[len..].as_ptr());
+    }
+
+    #[test]
+    fn a_raw_body_takes_the_shape_that_is_left() {
+        let model = |datatype, dims: &[Option<usize>], batched| Signature {
+            inputs: vec![TensorSpec {
+                name: "x".to_owned(),
+                datatype,
+                shape: Some(
+                    dims.iter().map(|dim| dim.map_or(Dim::Dynamic(None), Dim::Fixed)).collect(),
+                ),
+            }],
+            outputs: Vec::new(),
+            batched,
+        };
+        type Dims<'a> = &'a [Option<usize>];
+        type Expected<'a> = Option<&'a [usize]>;
+        let cases: &[(DataType, Dims<'_>, bool, usize, Expected<'_>)] = &[
+            (DataType::Fp32, &[None, Some(2)], true, 8, Some(&[1, 2])),
+            (DataType::Fp32, &[None, None, Some(2)], true, 16, Some(&[1, 2, 2])),
+            (DataType::Fp32, &[None, Some(2)], false, 16, Some(&[2, 2])),
+            (DataType::Fp32, &[None, None, None], true, 16, None),
+            (DataType::Fp32, &[None, Some(2)], true, 9, None),
+            (DataType::Fp32, &[None, Some(0)], false, 8, None),
+            (DataType::Bytes, &[None, Some(1)], true, 5, Some(&[1, 1])),
+            (DataType::Bytes, &[None, Some(2)], true, 5, None),
+        ];
+        for (datatype, dims, batched, len, expected) in cases {
+            let made = raw_tensor(&model(*datatype, dims, *batched), vec![0; *len].into());
+            let shape = made.ok().map(|named| named.tensor.shape().to_vec());
+            assert_eq!(shape.as_deref(), *expected, "{datatype} {dims:?} {len}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_datatype_goes_there_and_back(
+            parts in prop::collection::vec((0_usize..14, 0_usize..5, any::<u8>()), 0..5),
+        ) {
+            let tensors: Vec<Tensor> = parts
+                .into_iter()
+                .map(|(datatype, count, fill)| {
+                    let datatype = DataType::ALL[datatype];
+                    let shape = Shape::from_slice(&[count]);
+                    match datatype.size() {
+                        None => Tensor::from_elements(shape, &vec![[fill; 3]; count]),
+                        Some(size) => {
+                            let fill = if datatype == DataType::Bool { fill & 1 } else { fill };
+                            Tensor::new(datatype, shape, vec![fill; size * count].into())
+                        }
+                    }
+                    .unwrap()
+                })
+                .collect();
+            let (len, body) = request(&tensors);
+            let back: Vec<Tensor> =
+                decode_alone(&body, Some(len)).unwrap().into_iter().map(|named| named.tensor).collect();
+            prop_assert_eq!(back, tensors);
+        }
+
+        #[test]
+        fn shapes_that_lie_are_refused(dims in prop::collection::vec(any::<i64>(), 0..20), count in 0_usize..6) {
+            let said: Option<i64> = dims.iter().try_fold(1_i64, |product, dim| product.checked_mul(*dim));
+            let honest = dims.iter().all(|dim| *dim >= 0) && said == i64::try_from(count).ok();
+            let input = json!({"name": "x", "datatype": "INT8", "shape": dims, "data": vec![1; count]});
+            let body = json!({"inputs": [input]}).to_string();
+            let decoded = decode_alone(&body.into(), None);
+            prop_assert!(honest || decoded.is_err());
+        }
+
+        #[test]
+        fn hostile_bytes_never_panic(body in prop::collection::vec(any::<u8>(), 0..200), len in 0_usize..220) {
+            let body = Bytes::from(body);
+            let _refused = decode_alone(&body, Some(len)).is_err();
+        }
+    }
+}

@@ -366,3 +366,150 @@ pub(super) fn json<T: serde::Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) {
     // Neither a Vec nor a number, text or boolean can fail.
     serde_json::to_writer(out, value).expect("plain values are written to memory");
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read_all(text: &str, datatype: DataType) -> Result<(Nesting, Vec<u8>), ElementError> {
+        let mut out = Vec::new();
+        read(text, datatype, usize::MAX, &mut out).map(|nesting| (nesting, out))
+    }
+
+    #[test]
+    fn nesting_is_seen_or_refused() {
+        let cases: &[(&str, Option<&[usize]>)] = &[
+            ("7", Some(&[])),
+            ("[]", Some(&[0])),
+            ("[1, 2]", Some(&[2])),
+            (" [ [1,2] , [3,4] , [5,6] ] ", Some(&[3, 2])),
+            ("[[],[]]", Some(&[2, 0])),
+            ("[[[1]],[[2]]]", Some(&[2, 1, 1])),
+            ("[[1],[2,3]]", None),
+            ("[[1],2]", None),
+            ("[1,[2]]", None),
+            ("[[],1]", None),
+            ("[[[1]],[2]]", None),
+            ("[{}]", None),
+            ("[{\"a\":[1]}]", None),
+            ("[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]", None),
+        ];
+        for (text, expected) in cases {
+            let got = read_all(text, DataType::Uint8).ok().map(|(nesting, _)| nesting);
+            assert_eq!(got.as_deref(), *expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn values_fit_their_datatype_or_are_refused() {
+        let cases: &[(DataType, &str, &str)] = &[
+            (DataType::Uint8, "255", "256"),
+            (DataType::Int8, "-128", "-129"),
+            (DataType::Uint16, "65535", "-1"),
+            (DataType::Int16, "-32768", "32768"),
+            (DataType::Uint32, "4294967295", "4294967296"),
+            (DataType::Int32, "-2147483648", "1.0"),
+            (DataType::Uint64, "18446744073709551615", "18446744073709551616"),
+            (DataType::Int64, "-9223372036854775808", "1e3"),
+            (DataType::Fp32, "3.4028235e38", "3.5e38"),
+            (DataType::Fp64, "1.7976931348623157e308", "1e309"),
+            (DataType::Bool, "true", "1"),
+            (DataType::Bytes, r#""a\u00e9\ud83d\ude00""#, r#""\ud800""#),
+            (DataType::Fp64, "-0", "null"),
+        ];
+        for (datatype, good, bad) in cases {
+            assert!(read_all(good, *datatype).is_ok(), "{datatype} {good}");
+            assert!(read_all(bad, *datatype).is_err(), "{datatype} {bad}");
+        }
+        // By way of FP64 this one would round the other way.
+        let (_, bytes) = read_all("1.00000017881393432617187499", DataType::Fp32).unwrap();
+        assert_eq!(bytes, 1.000_000_1_f32.to_le_bytes());
+    }
+
+    #[test]
+    fn what_json_cannot_carry_is_said() {
+        let tensor = |datatype, data: &[u8]| {
+            Tensor::new(datatype, Shape::from_slice(&[1]), data.to_vec().into()).unwrap()
+        };
+        for bad in [
+            tensor(DataType::Fp32, &f32::NAN.to_le_bytes()),
+            tensor(DataType::Fp64, &f64::NEG_INFINITY.to_le_bytes()),
+            tensor(DataType::Fp16, &[0, 0]),
+            tensor(DataType::Bf16, &[0, 0]),
+            tensor(DataType::Bytes, &[1, 0, 0, 0, 0xff]),
+        ] {
+            let error = write_flat(&bad, &mut Vec::new()).unwrap_err();
+            assert!(error.to_string().contains("binary"), "{error}");
+        }
+    }
+
+    /// Any tensor whose values JSON can carry.
+    fn tensors() -> impl Strategy<Value = Tensor> {
+        let datatypes: Vec<DataType> = DataType::ALL
+            .into_iter()
+            .filter(|datatype| !matches!(datatype, DataType::Fp16 | DataType::Bf16))
+            .collect();
+        let shapes = prop::collection::vec(0_usize..4, 0..4);
+        (prop::sample::select(datatypes), shapes, any::<u64>()).prop_map(
+            |(datatype, dims, seed)| {
+                let shape = Shape::from_slice(&dims);
+                let count: usize = dims.iter().product();
+                if datatype == DataType::Bytes {
+                    let elements: Vec<String> = (0..count)
+                        .map(|at| format!("{}\"\\é\n{seed}", "x".repeat(at % 3)))
+                        .collect();
+                    return Tensor::from_elements(shape, &elements).unwrap();
+                }
+                let size = datatype.size().unwrap();
+                let mut state = seed;
+                let mut data = Vec::new();
+                for _ in 0..count {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    let bits = state ^ (state >> 29);
+                    let element = match datatype {
+                        DataType::Bool => vec![u8::from(bits & 1 == 1)],
+                        DataType::Fp32 => {
+                            let low = u32::try_from(bits >> 32).unwrap();
+                            let value = f32::from_bits(low);
+                            (if value.is_finite() { value } else { 0.1 }).to_le_bytes().to_vec()
+                        }
+                        DataType::Fp64 => {
+                            let value = f64::from_bits(bits);
+                            (if value.is_finite() { value } else { 0.1 }).to_le_bytes().to_vec()
+                        }
+                        _ => bits.to_le_bytes()[..size].to_vec(),
+                    };
+                    data.extend(element);
+                }
+                Tensor::new(datatype, shape, data.into()).unwrap()
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_reads_back(tensor in tensors()) {
+            for nested in [false, true] {
+                let mut text = Vec::new();
+                if nested { write_nested(&tensor, &mut text) } else { write_flat(&tensor, &mut text) }
+                    .unwrap();
+                let text = String::from_utf8(text).unwrap();
+                prop_assert!(serde_json::from_str::<serde_json::Value>(&text).is_ok(), "{}", text);
+                let (nesting, data) = read_all(&text, tensor.datatype()).unwrap();
+                prop_assert_eq!(&data[..], &tensor.data()[..]);
+                if nested && tensor.elements() > 0 {
+                    prop_assert_eq!(&nesting[..], tensor.shape());
+                }
+            }
+        }
+
+        #[test]
+        fn hostile_text_never_panics(text in "[\\[\\]{},\"\\\\ 0-9eé.tn-]{0,40}") {
+            for datatype in DataType::ALL {
+                let _refused = read_all(&text, datatype).is_err();
+            }
+        }
+    }
+}

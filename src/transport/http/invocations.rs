@@ -11,19 +11,16 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::elements::{self, ElementError};
-use super::json::{Members, Object, from_slice};
+use super::json::{AtMost, COLUMNS_MAX, Members, Object, ROWS_MAX, from_slice};
 use super::v1::{self, table_shape, textual};
 use crate::domain::{DataType, ErrorKind, Failure, Inputs, NamedTensor, Signature, TensorSpec};
-
-/// Most columns of a table.
-const COLUMNS_MAX: usize = 10_000;
 
 #[derive(Deserialize)]
 struct RequestJson<'a> {
     #[serde(borrow)]
     dataframe_split: Option<Object<SplitJson<'a>>>,
     #[serde(borrow)]
-    dataframe_records: Option<Vec<Members<'a>>>,
+    dataframe_records: Option<AtMost<Members<'a>, ROWS_MAX>>,
     #[serde(borrow)]
     instances: Option<&'a RawValue>,
     #[serde(borrow)]
@@ -34,7 +31,7 @@ struct RequestJson<'a> {
 struct SplitJson<'a> {
     columns: Vec<String>,
     #[serde(borrow)]
-    data: Vec<Vec<&'a RawValue>>,
+    data: AtMost<AtMost<&'a RawValue, COLUMNS_MAX>, ROWS_MAX>,
 }
 
 /// Form of a body.
@@ -77,7 +74,7 @@ pub fn decode(signature: &Signature, form: Form, body: &[u8]) -> Result<Vec<Name
                 (Some(Object(split)), None, None, None) => {
                     split_table(split)?.tensors(signature, push_json)
                 }
-                (None, Some(records), None, None) => {
+                (None, Some(AtMost(records)), None, None) => {
                     record_table(records)?.tensors(signature, push_json)
                 }
                 (None, None, Some(instances), None) => v1::instances(signature, instances),
@@ -118,14 +115,48 @@ fn input_named<'a>(signature: &'a Signature, name: &str) -> Result<&'a TensorSpe
 }
 
 /// A table of unread cells, row by row.
-struct Table<Cell> {
+struct Table<C> {
     columns: Vec<String>,
-    cells: Vec<Cell>,
+    cells: C,
+}
+
+trait Cells {
+    fn count(&self) -> usize;
+    fn cell(&self, at: usize) -> &str;
+}
+
+impl Cells for Vec<&RawValue> {
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    fn cell(&self, at: usize) -> &str {
+        self[at].get()
+    }
+}
+
+/// All cells in one text: most are a few bytes, less than a `String` of their own would take.
+#[derive(Default)]
+struct CsvCells {
+    text: String,
+    /// Where each cell ends.
+    ends: Vec<usize>,
+}
+
+impl Cells for CsvCells {
+    fn count(&self) -> usize {
+        self.ends.len()
+    }
+
+    fn cell(&self, at: usize) -> &str {
+        let start = if at == 0 { 0 } else { self.ends[at - 1] };
+        &self.text[start..self.ends[at]]
+    }
 }
 
 type Push = fn(&str, DataType, usize, &mut Vec<u8>) -> Result<(), ElementError>;
 
-impl<Cell: AsText> Table<Cell> {
+impl<C: Cells> Table<C> {
     fn tensors(&self, signature: &Signature, push: Push) -> Result<Vec<NamedTensor>, Failure> {
         let width = self.columns.len();
         if let [input] = &signature.inputs[..] {
@@ -151,10 +182,11 @@ impl<Cell: AsText> Table<Cell> {
         textual(input)?;
         let mut data = Vec::new();
         let width = self.columns.len().max(1);
-        let rows = self.cells.len() / width;
-        for (row, cells) in self.cells.chunks_exact(width).enumerate() {
+        let rows = self.cells.count() / width;
+        for row in 0..rows {
             for &column in columns {
-                push(cells[column].text(), input.datatype, row, &mut data).map_err(|error| {
+                let cell = self.cells.cell(row * width + column);
+                push(cell, input.datatype, row, &mut data).map_err(|error| {
                     let name = &self.columns[column];
                     Failure::invalid(format!("column '{name}', counting rows: {error}"))
                 })?;
@@ -167,27 +199,11 @@ impl<Cell: AsText> Table<Cell> {
     }
 }
 
-trait AsText {
-    fn text(&self) -> &str;
-}
-
-impl AsText for &RawValue {
-    fn text(&self) -> &str {
-        self.get()
-    }
-}
-
-impl AsText for String {
-    fn text(&self) -> &str {
-        self
-    }
-}
-
-fn split_table(split: SplitJson<'_>) -> Result<Table<&RawValue>, Failure> {
-    let SplitJson { columns, data } = split;
+fn split_table(split: SplitJson<'_>) -> Result<Table<Vec<&RawValue>>, Failure> {
+    let SplitJson { columns, data: AtMost(data) } = split;
     check_columns(&columns)?;
     let mut cells = Vec::new();
-    for (row, values) in data.into_iter().enumerate() {
+    for (row, AtMost(values)) in data.into_iter().enumerate() {
         check_width(row, values.len(), columns.len())?;
         cells.extend(values);
     }
@@ -195,7 +211,7 @@ fn split_table(split: SplitJson<'_>) -> Result<Table<&RawValue>, Failure> {
 }
 
 /// The first record says the order of columns; the others have the same, in any order.
-fn record_table(records: Vec<Members<'_>>) -> Result<Table<&RawValue>, Failure> {
+fn record_table(records: Vec<Members<'_>>) -> Result<Table<Vec<&RawValue>>, Failure> {
     let Some(Members(first)) = records.first() else {
         return Err(Failure::invalid("dataframe_records is empty"));
     };
@@ -217,16 +233,25 @@ fn record_table(records: Vec<Members<'_>>) -> Result<Table<&RawValue>, Failure> 
     Ok(Table { columns, cells })
 }
 
-fn read_csv(body: &[u8]) -> Result<Table<String>, Failure> {
+fn read_csv(body: &[u8]) -> Result<Table<CsvCells>, Failure> {
     let wrong = |error: csv::Error| Failure::invalid(format!("request body is no CSV: {error}"));
     let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::Headers).from_reader(body);
     let columns: Vec<String> =
         reader.headers().map_err(wrong)?.iter().map(ToOwned::to_owned).collect();
     check_columns(&columns)?;
-    let mut cells = Vec::new();
-    for record in reader.records() {
-        // The reader refuses rows of another width than the header's.
-        cells.extend(record.map_err(wrong)?.iter().map(ToOwned::to_owned));
+    let mut cells = CsvCells::default();
+    let mut record = csv::StringRecord::new();
+    let mut rows = 0;
+    // The reader refuses rows of another width than the header's.
+    while reader.read_record(&mut record).map_err(wrong)? {
+        rows += 1;
+        if rows > ROWS_MAX {
+            return Err(Failure::invalid(format!("the table has more than {ROWS_MAX} rows")));
+        }
+        for cell in &record {
+            cells.text.push_str(cell);
+            cells.ends.push(cells.text.len());
+        }
     }
     Ok(Table { columns, cells })
 }

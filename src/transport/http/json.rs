@@ -12,7 +12,7 @@ use std::marker::PhantomData;
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::elements;
@@ -139,9 +139,6 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
 #[derive(Debug)]
 pub(super) struct Members<'a>(pub(super) Vec<(Cow<'a, str>, &'a RawValue)>);
 
-/// Most members of an object that is read member by member.
-const MEMBERS_MAX: usize = 10_000;
-
 impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct All<'a>(PhantomData<&'a ()>);
@@ -156,9 +153,9 @@ impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
                 let mut members = Vec::new();
                 let mut seen = std::collections::HashSet::new();
                 while let Some(name) = map.next_key::<String>()? {
-                    if members.len() == MEMBERS_MAX {
+                    if members.len() == COLUMNS_MAX {
                         return Err(A::Error::custom(format_args!(
-                            "more than {MEMBERS_MAX} members in one object"
+                            "more than {COLUMNS_MAX} members in one object"
                         )));
                     }
                     if !seen.insert(name.clone()) {
@@ -170,6 +167,41 @@ impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
             }
         }
         deserializer.deserialize_map(All(PhantomData))
+    }
+}
+
+/// Most rows of a table or list of instances: what is kept beside a row's text is many times it.
+pub(super) const ROWS_MAX: usize = 100_000;
+
+/// Most columns of a table.
+pub(super) const COLUMNS_MAX: usize = 10_000;
+
+/// A list of at most `MAX` elements.
+#[derive(Debug)]
+pub(super) struct AtMost<T, const MAX: usize>(pub(super) Vec<T>);
+
+impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for AtMost<T, MAX> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Elements<T, const MAX: usize>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Elements<T, MAX> {
+            type Value = Vec<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a list of at most {MAX} elements")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+                let mut all = Vec::new();
+                while let Some(element) = list.next_element()? {
+                    if all.len() == MAX {
+                        return Err(A::Error::invalid_length(MAX + 1, &self));
+                    }
+                    all.push(element);
+                }
+                Ok(all)
+            }
+        }
+        deserializer.deserialize_seq(Elements::<T, MAX>(PhantomData)).map(Self)
     }
 }
 

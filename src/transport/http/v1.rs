@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::elements::{self, Nesting};
-use super::json::{Members, Object, from_slice};
+use super::json::{AtMost, Members, Object, ROWS_MAX, from_slice};
 use crate::domain::{DataType, Failure, Inputs, NamedTensor, Shape, Signature, Tensor, TensorSpec};
 
 #[derive(Deserialize)]
@@ -55,7 +55,7 @@ pub(super) fn instances(
 }
 
 fn objects(signature: &Signature, text: &str) -> Result<Vec<NamedTensor>, Failure> {
-    let rows: Vec<Members<'_>> = from_slice(text.as_bytes())?;
+    let AtMost::<Members<'_>, ROWS_MAX>(rows) = from_slice(text.as_bytes())?;
     let mut tensors = Vec::with_capacity(signature.inputs.len());
     for input in &signature.inputs {
         let mut cells = Vec::with_capacity(rows.len());
