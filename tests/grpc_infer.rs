@@ -1,6 +1,8 @@
 //! gRPC as a client sees it, over a real connection: predictions, streams, status codes, health,
 //! reflection, the repository and shared memory.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::pin::Pin;

@@ -5,12 +5,16 @@
 //! accepted keeps the promises of its type.
 
 use bytes::Bytes;
+use prost::Message as _;
 use tidegate::domain::{
     DataType, Dim, Failure, Inputs, NamedTensor, Shape, Signature, Tensor, TensorSpec,
 };
+use tidegate::proto::inference::ModelInferRequest;
+use tidegate::transport::grpc;
 use tidegate::transport::http::binary::{self, SharedSlice};
 use tidegate::transport::http::compress::{self, Encoding};
 use tidegate::transport::http::{elements, invocations, v1};
+use tidegate::transport::shm::SharedMemory;
 
 pub type Decoder = fn(&[u8]);
 
@@ -23,6 +27,7 @@ pub const DECODERS: &[(&str, Decoder)] = &[
     ("invocations_json", invocations_json),
     ("invocations_csv", invocations_csv),
     ("compressed", compressed),
+    ("grpc_infer", grpc_infer),
 ];
 
 pub fn infer_json(data: &[u8]) {
@@ -64,6 +69,16 @@ pub fn compressed(data: &[u8]) {
         if let Ok(body) = compress::inflate(encoding, data, SIZE_MAX, 100) {
             assert!(body.len() <= SIZE_MAX);
         }
+    }
+}
+
+pub fn grpc_infer(data: &[u8]) {
+    const SHM_BYTES_MAX: usize = 1 << 20;
+    let Ok(message) = ModelInferRequest::decode(Bytes::copy_from_slice(data)) else { return };
+    let shm = SharedMemory::new(false);
+    let Ok(decoded) = grpc::decode(message, &shm, SHM_BYTES_MAX) else { return };
+    if let Inputs::Named(named) = decoded.request.inputs {
+        check(Ok(named));
     }
 }
 
