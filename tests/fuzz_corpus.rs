@@ -9,7 +9,7 @@ use std::path::Path;
 use decoders::DECODERS;
 
 /// Most places at which one file is cut and bent.
-const PLACES_MAX: usize = 64;
+const PLACES_MAX: usize = 24;
 
 #[test]
 fn no_decoder_panics_on_its_corpus() {

@@ -303,3 +303,72 @@ fn push_text(
         _ => elements::push_number(text.trim(), datatype, row, out),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Dim;
+
+    fn signature(batched_inputs: &[(&str, DataType, &[usize])]) -> Signature {
+        let inputs = batched_inputs.iter().map(|(name, datatype, row)| TensorSpec {
+            name: (*name).to_owned(),
+            datatype: *datatype,
+            shape: Some(
+                std::iter::once(Dim::Dynamic(None))
+                    .chain(row.iter().copied().map(Dim::Fixed))
+                    .collect(),
+            ),
+        });
+        Signature { inputs: inputs.collect(), outputs: Vec::new(), batched: true }
+    }
+
+    #[test]
+    fn columns_go_to_inputs_by_name() {
+        let model = signature(&[
+            ("age", DataType::Int64, &[1]),
+            ("city", DataType::Bytes, &[]),
+            ("member", DataType::Bool, &[1, 1]),
+        ]);
+        let csv = b"city,age,member\n\"Paris, FR\", 40,True\nOslo,-2,0\n";
+        let split = br#"{"dataframe_split": {"columns": ["city", "age", "member"],
+            "data": [["Paris, FR", 40, true], ["Oslo", -2, false]]}}"#;
+        let rows = br#"{"instances": [{"age": 40, "member": true, "city": "Paris, FR"},
+            {"city": "Oslo", "age": -2, "member": false}]}"#;
+        for (form, body) in
+            [(Form::Csv, &csv[..]), (Form::Json, &split[..]), (Form::Json, &rows[..])]
+        {
+            let named = decode(&model, form, body).unwrap();
+            let bound = model.bind(named).unwrap();
+            assert_eq!(bound[0].data()[..8], 40_i64.to_le_bytes());
+            assert_eq!(bound[1].bytes_elements().last(), Some(&b"Oslo"[..]));
+            assert_eq!((bound[2].shape(), &bound[2].data()[..]), (&[2, 1, 1][..], &[1, 0][..]));
+        }
+    }
+
+    #[test]
+    fn tables_that_do_not_fit_are_refused() {
+        let model = signature(&[("a", DataType::Fp32, &[1]), ("b", DataType::Fp32, &[1])]);
+        let cases: &[(&str, &str)] = &[
+            ("a\n1\n", "the table has 1 columns, the model has 2 inputs"),
+            ("a,c\n1,2\n", "unexpected input 'c'"),
+            ("a,b\n1,\n", "column 'b'"),
+            ("a,b\n1,nan\n", "expected a finite number"),
+        ];
+        for (csv, error) in cases {
+            let failure = decode(&model, Form::Csv, csv.as_bytes()).unwrap_err();
+            assert!(failure.message.contains(error), "{csv:?}: {failure}");
+        }
+        let one = signature(&[("x", DataType::Fp16, &[2])]);
+        let failure = decode(&one, Form::Csv, b"a,b\n1,2\n").unwrap_err();
+        assert!(failure.message.contains("binary tensor extension"), "{failure}");
+    }
+
+    #[test]
+    fn a_list_has_its_limit() {
+        let rows =
+            |count: usize| format!("{{\"dataframe_records\":[{}]}}", vec!["{}"; count].join(","));
+        let one = signature(&[("x", DataType::Fp32, &[2])]);
+        let failure = decode(&one, Form::Json, rows(ROWS_MAX + 1).as_bytes()).unwrap_err();
+        assert!(failure.message.contains("a list of at most 100000 elements"), "{failure}");
+    }
+}
