@@ -295,6 +295,8 @@ impl Shared {
                 let (engine, digest) = (served.engine, served.digest);
                 let batched = served.signature.batched;
                 let took = started.elapsed();
+                served.stats.loaded_in(took);
+                served.stats.set_gauges(Box::new(served.lane.gauges()));
                 self.publish(|table| {
                     let routes = table.models.entry(model.clone()).or_default();
                     routes.versions.insert(version, Arc::new(served));
@@ -309,6 +311,7 @@ impl Shared {
             Err(error) => {
                 let reason = error.to_string();
                 tracing::error!(%model, %version, reason, "version not loaded");
+                self.observer.load_failed();
                 match before {
                     Some(_) => {
                         let note = format!("still the one loaded before: {reason}");
