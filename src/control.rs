@@ -9,13 +9,15 @@
 //! - Only a verified, private copy of a model is ever loaded.
 //! - A broken model is reported with its reason and never stops the others or the gateway.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::domain::{EngineChoice, ModelName};
+use crate::domain::{EngineChoice, Failure, ModelName};
+use manifest::Manifest;
 
 mod confined;
 mod fetch;
+mod inspect;
 pub mod manifest;
 pub mod probe;
 mod registry;
@@ -24,9 +26,10 @@ mod scan;
 mod trial;
 mod version;
 
-pub use registry::Registry;
 pub use fetch::FetchError;
+pub use inspect::{EngineTrial, Inspection, Verdict, inspect, validate};
 pub use probe::ProbeError;
+pub use registry::Registry;
 pub use version::{Checked, PrepareError, Preparer};
 
 /// What the registry needs to know of the configuration.
@@ -93,4 +96,22 @@ impl Default for ProbeLimits {
             wall_max: Duration::from_secs(60),
         }
     }
+}
+
+/// Settings of a model, from its folder or from what a load call says instead.
+fn manifest_of(
+    folder: &Path,
+    model: &ModelName,
+    config: Option<&str>,
+) -> Result<Manifest, Failure> {
+    let read = match config {
+        None => manifest::read(folder),
+        Some(config) => manifest::from_json(config),
+    };
+    let manifest =
+        read.map_err(|error| Failure::invalid(format!("its configuration is wrong: {error}")))?;
+    for warning in &manifest.warnings {
+        tracing::warn!(%model, "{warning}");
+    }
+    Ok(manifest)
 }

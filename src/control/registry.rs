@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
 
+use super::manifest::Manifest;
 use super::version::{PrepareError, Preparer, open_model};
-use super::{Settings, scan};
+use super::{Settings, manifest_of, scan};
 use crate::domain::{
-    ErrorKind, Failure, IndexEntry, ModelControl, ModelFile, ModelName, ModelSettings, Version,
-    VersionState,
+    ErrorKind, Failure, IndexEntry, ModelControl, ModelFile, ModelName, Version, VersionState,
 };
 use crate::engine::{Engines, release_memory};
 use crate::observe::Observer;
@@ -230,10 +230,10 @@ impl Shared {
             }
             other => refused(&other),
         })?;
-        let settings = settings_of(&root.join(model.as_str()), model, brought.config.as_deref())?;
+        let manifest = manifest_of(&root.join(model.as_str()), model, brought.config.as_deref())?;
         let there = scan::versions(&folder)
             .map_err(|error| Failure::invalid(format!("its folder cannot be read: {error}")))?;
-        let chosen = scan::chosen(&there, settings.versions.as_ref());
+        let chosen = scan::chosen(&there, manifest.settings.versions.as_ref());
         if chosen.is_empty() {
             return Err(Failure::invalid("it has no version: no folder is named by a number"));
         }
@@ -241,7 +241,7 @@ impl Shared {
         let mut latest = Ok(());
         // The highest first: it is what most callers get.
         for (at, version) in chosen.iter().rev().enumerate() {
-            let done = self.load_version(root, model, *version, &settings);
+            let done = self.load_version(root, model, *version, &manifest);
             if at == 0 {
                 latest = done;
             }
@@ -282,11 +282,11 @@ impl Shared {
         root: &Path,
         model: &ModelName,
         version: Version,
-        settings: &ModelSettings,
+        manifest: &Manifest,
     ) -> Result<(), Failure> {
         let started = Instant::now();
         let before = self.served(model, version);
-        match self.prepare(root, model, version, settings, before.as_ref()) {
+        match self.prepare(root, model, version, manifest, before.as_ref()) {
             Ok(None) => {
                 self.mark(model, version, VersionState::Ready, "");
                 Ok(())
@@ -330,10 +330,11 @@ impl Shared {
         root: &Path,
         model: &ModelName,
         version: Version,
-        settings: &ModelSettings,
+        manifest: &Manifest,
         before: Option<&Arc<Served>>,
     ) -> Result<Option<Served>, PrepareError> {
-        let checked = self.preparer.check(root, model, version, settings)?;
+        let checked = self.preparer.check(root, model, version, manifest)?;
+        let settings = &manifest.settings;
         let same =
             |before: &Arc<Served>| before.digest == checked.digest && before.settings == *settings;
         if before.is_some_and(same) {
@@ -448,17 +449,6 @@ fn drain(served: Arc<Served>, longest: Duration) {
 
 fn refused(error: &PrepareError) -> Failure {
     Failure::invalid(error.to_string())
-}
-
-fn settings_of(
-    _folder: &Path,
-    _model: &ModelName,
-    config: Option<&str>,
-) -> Result<ModelSettings, Failure> {
-    match config {
-        None => Ok(ModelSettings::default()),
-        Some(_) => Err(Failure::unsupported("a config in a load call is not supported")),
-    }
 }
 
 /// Writes the files of a load call into a private folder.

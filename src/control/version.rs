@@ -10,10 +10,11 @@ use super::confined::{ConfineError, Folder};
 use super::fetch::{
     Cache, FetchError, Fetched, MODEL_FILE, Staging, hex, make_folder, write_whole,
 };
+use super::manifest::{Declared, DeclaredTensor, Manifest};
 use super::probe::{self, Job, ProbeError, Report, TrialJob};
 use super::{Settings, trial};
 use crate::batch::{Lane, LaneParts, ThreadBudget};
-use crate::domain::{Digest, ModelName, ModelSettings, Signature, Version};
+use crate::domain::{Digest, ModelName, ModelSettings, Signature, TensorSpec, Version};
 use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
 use crate::observe::{Observer, VersionStats};
 use crate::route::Served;
@@ -102,8 +103,9 @@ impl Preparer {
         root: &Path,
         model: &ModelName,
         version: Version,
-        settings: &ModelSettings,
+        manifest: &Manifest,
     ) -> Result<Checked, PrepareError> {
+        let settings = &manifest.settings;
         let folder = open_version(root, model, version)?;
         let file = settings.model_file.as_deref().unwrap_or(MODEL_FILE);
         let cache = self.cache()?;
@@ -112,6 +114,9 @@ impl Preparer {
         })?;
         let samples = read_samples(&folder).map_err(PrepareError::Samples)?;
         let report = self.report(cache, &fetched, settings, samples)?;
+        if let Some(declared) = &manifest.declared {
+            agree(declared, &report.signature).map_err(PrepareError::Contradiction)?;
+        }
         Ok(Checked {
             digest: fetched.digest,
             signature: report.signature.clone(),
@@ -268,6 +273,49 @@ impl Preparer {
             stats,
         })
     }
+}
+
+/// Whether what `config.pbtxt` declares is what the graph says.
+fn agree(declared: &Declared, signature: &Signature) -> Result<(), String> {
+    let sides = [
+        ("input", &declared.inputs, &signature.inputs),
+        ("output", &declared.outputs, &signature.outputs),
+    ];
+    for (role, tensors, specs) in sides {
+        for tensor in tensors {
+            let name = &tensor.name;
+            let Some(spec) = specs.iter().find(|spec| spec.name == *name) else {
+                let names: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
+                let names = names.join(", ");
+                return Err(format!(
+                    "config.pbtxt declares {role} '{name}', the graph has the {role}s {names}"
+                ));
+            };
+            same_tensor(tensor, spec, declared.max_batch_size > 0)
+                .map_err(|what| format!("{role} '{name}': {what}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn same_tensor(tensor: &DeclaredTensor, spec: &TensorSpec, batched: bool) -> Result<(), String> {
+    if tensor.datatype != spec.datatype {
+        let (says, is) = (tensor.datatype, spec.datatype);
+        return Err(format!("config.pbtxt says datatype {says}, the graph says {is}"));
+    }
+    if spec.shape.is_none() {
+        return Ok(());
+    }
+    let mut says = tensor.dims.clone();
+    if batched {
+        says.insert(0, -1);
+    }
+    let is = spec.wire_shape();
+    let fits = |(says, is): (&i64, &i64)| *says < 0 || *is < 0 || says == is;
+    if says.len() != is.len() || !says.iter().zip(&is).all(fits) {
+        return Err(format!("config.pbtxt says shape {says:?}, the graph says {is:?}"));
+    }
+    Ok(())
 }
 
 pub(super) fn open_model(root: &Path, model: &ModelName) -> Result<Folder, PrepareError> {
