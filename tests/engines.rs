@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use prost::Message;
 use tidegate::domain::{DataType, EngineChoice, Provider, Shape, Tensor};
-use tidegate::engine::conformance::conforms;
+use tidegate::engine::conformance::{close, conforms, make_inputs};
 use tidegate::engine::fake::FakeModel;
 use tidegate::engine::ort::OrtBackend;
 use tidegate::engine::tract::TractBackend;
@@ -68,7 +68,7 @@ fn suite(backend: &dyn Backend, lacking: &[DataType]) {
         }
         let model = load(backend, &name);
         conforms(&*model).unwrap_or_else(|broken| panic!("{name}: {broken}"));
-        let inputs = tidegate::engine::conformance::make_inputs(model.signature(), 5).unwrap();
+        let inputs = make_inputs(model.signature(), 5).unwrap();
         assert_eq!(run(&*model, &inputs), inputs, "{name}");
     }
 }
@@ -107,6 +107,44 @@ fn tract_conforms() {
 #[test]
 fn the_fake_conforms() {
     conforms(&FakeModel::new(4, 1.0)).unwrap();
+}
+
+/// Model files of the repository's own `models/`.
+fn served() -> Vec<Artifact> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    let folders = |path: &Path| -> Vec<PathBuf> {
+        std::fs::read_dir(path).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
+    };
+    let versions = folders(&root).into_iter().flat_map(|model| folders(&model));
+    let files = versions.map(|version| version.join("model.onnx")).filter(|path| path.is_file());
+    files.map(|path| Artifact { path, derived: None }).collect()
+}
+
+/// tract is the second opinion on what ONNX Runtime says, where it can run a model at all.
+#[test]
+fn the_engines_agree_on_the_models_that_we_ship() {
+    let models = served();
+    assert!(models.len() >= 4, "{models:?}");
+    let mut agreed = 0;
+    for artifact in &models {
+        let path = artifact.path.display();
+        let model = ort().load(artifact, &options()).unwrap();
+        conforms(&*model).unwrap_or_else(|broken| panic!("{path} on ONNX Runtime: {broken}"));
+        let second = match tract().load(artifact, &options()) {
+            Ok(second) => second,
+            Err(EngineError::Unsupported { .. }) => continue,
+            Err(error) => panic!("{path} on tract: {error}"),
+        };
+        conforms(&*second).unwrap_or_else(|broken| panic!("{path} on tract: {broken}"));
+        let inputs = make_inputs(model.signature(), 2).unwrap();
+        let (left, right) = (run(&*model, &inputs), run(&*second, &inputs));
+        assert!(
+            left.iter().zip(&right).all(|(left, right)| close(left, right)),
+            "{path}: {left:?} {right:?}"
+        );
+        agreed += 1;
+    }
+    assert!(agreed >= 2, "only {agreed} of {} models run on both", models.len());
 }
 
 #[test]

@@ -153,7 +153,8 @@ fn rows_are_independent(
     Ok(())
 }
 
-fn close(left: &Tensor, right: &Tensor) -> bool {
+/// Equal, or nearly so where elements are floating point.
+pub fn close(left: &Tensor, right: &Tensor) -> bool {
     if left == right {
         return true;
     }
