@@ -1,5 +1,7 @@
 //! Both engines and the fake against one suite, and each against values worked out by hand.
 
+#![cfg(all(feature = "ort", feature = "tract"))]
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 

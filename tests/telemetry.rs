@@ -3,6 +3,8 @@
 //!
 //! One test in a program of its own, because it counts the threads of the whole process.
 
+#![cfg(feature = "ort")]
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 

@@ -28,6 +28,7 @@ pub const DECODERS: &[(&str, Decoder)] = &[
     ("invocations_csv", invocations_csv),
     ("compressed", compressed),
     ("grpc_infer", grpc_infer),
+    ("onnx", onnx),
 ];
 
 pub fn infer_json(data: &[u8]) {
@@ -80,6 +81,14 @@ pub fn grpc_infer(data: &[u8]) {
     if let Inputs::Named(named) = decoded.request.inputs {
         check(Ok(named));
     }
+}
+
+/// A model file, of which the signature is read before any engine sees it.
+pub fn onnx(data: &[u8]) {
+    let Ok(model) = tidegate::engine::onnx::parse(data) else { return };
+    let signature = &model.signature;
+    assert!(!signature.outputs.is_empty());
+    assert!(signature.inputs.iter().chain(&signature.outputs).all(|spec| !spec.name.is_empty()));
 }
 
 fn infer(body: &[u8], json_len: Option<usize>) {
