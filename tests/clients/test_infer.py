@@ -113,14 +113,6 @@ def test_grpc_compression(server, case, algorithm):
     case.check(result)
 
 
-def test_large_grpc_message(server):
-    rows = 20_000
-    image = np.random.default_rng(1).random((rows, 1, 8, 8), np.float32)
-    tensor = triton_grpc.InferInput("image", list(image.shape), "FP32").set_data_from_numpy(image)
-    with triton_grpc.InferenceServerClient(server.grpc) as client:
-        assert client.infer("digits", [tensor]).as_numpy("logits").shape == (rows, 10)
-
-
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_classification(server, iris, protocol):
     module = {"http": triton_http, "grpc": triton_grpc}[protocol]

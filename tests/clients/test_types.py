@@ -124,6 +124,16 @@ def test_metadata_names_the_datatype(types_server, datatype):
     assert metadata["inputs"] == [{"name": "x", "datatype": datatype, "shape": [-1, -1]}]
 
 
+@pytest.mark.parametrize("module", [triton_http, triton_grpc], ids=["http", "grpc"])
+def test_a_large_tensor(types_server, module):
+    """8 MiB: more than gRPC's usual limit of 4."""
+    values = np.random.default_rng(1).random((1, 1 << 21), np.float32)
+    tensor = module.InferInput("x", list(values.shape), "FP32").set_data_from_numpy(values)
+    address = types_server.grpc if module is triton_grpc else types_server.http
+    with module.InferenceServerClient(address) as client:
+        np.testing.assert_array_equal(client.infer("identity_fp32", [tensor]).as_numpy("y"), values)
+
+
 def test_an_empty_tensor(types_server):
     values = np.zeros((1, 0), np.float32)
     tensor = triton_http.InferInput("x", [1, 0], "FP32").set_data_from_numpy(values)
