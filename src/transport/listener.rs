@@ -138,10 +138,11 @@ async fn accept_loop(
         };
         match accepted {
             Ok((stream, peer)) => {
+                let counted = front.api.gateway.observer().connection();
                 let connection = connection(Arc::clone(&front), stream, peer, graceful.watcher());
                 tokio::spawn(async move {
                     connection.await;
-                    drop(slot);
+                    drop((slot, counted));
                 });
             }
             Err(error) => {
