@@ -218,7 +218,7 @@ fn element(datatype: DataType, value: u8) -> Vec<u8> {
         DataType::Bf16 => half::bf16::from_f32(value.into()).to_le_bytes().to_vec(),
         DataType::Fp32 => f32::from(value).to_le_bytes().to_vec(),
         DataType::Fp64 => f64::from(value).to_le_bytes().to_vec(),
-        DataType::Bytes if bit => b"\x01\0\0\01".to_vec(),
+        DataType::Bytes if bit => vec![1, 0, 0, 0, b'1'],
         DataType::Bytes => vec![0; 4],
         _ => {
             let mut bytes = vec![0; datatype.size().unwrap_or(1)];
