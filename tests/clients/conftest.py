@@ -1,5 +1,6 @@
 """Starts the built binary for the tests, on free ports, and asks Python's onnxruntime for the right answers."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -50,6 +51,8 @@ class Server:
             arguments += ["--config", str(folder / "tidegate.toml")]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        # A test that fails half-way leaves nothing running; for a process that has ended this does nothing.
+        atexit.register(self.process.kill)
         if wait:
             self.wait_ready()
 
