@@ -1,1 +1,156 @@
-//! app: to be filled.
+//! Builds every part from the configuration, wires them, and owns the order of start and end.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{MissedTickBehavior, interval, sleep};
+
+use crate::config::Config;
+use crate::control::Registry;
+use crate::domain::ModelControl;
+use crate::engine::Engines;
+use crate::gateway::Gateway;
+use crate::observe::Observer;
+use crate::observe::log::LogHandle;
+use crate::route::{Published, RouteTable};
+use crate::transport::listener::Listeners;
+use crate::transport::shm::SharedMemory;
+use crate::transport::toggles::Toggles;
+use crate::transport::{Api, Health, metrics};
+
+/// Connections that the kernel holds until we accept them.
+const LISTEN_BACKLOG: i32 = 1024;
+/// How often metrics do what has to be done off the request path.
+const UPKEEP_EVERY: Duration = Duration::from_secs(1);
+
+/// Serves until SIGTERM or SIGINT, then drains.
+///
+/// # Errors
+/// When an address cannot be bound, no engine can be opened, or the state folder cannot be used.
+pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
+    for note in &config.unsafe_notes {
+        tracing::warn!("{note}");
+    }
+    let mut stop = Stop::listen()?;
+    let observer = Observer::new(config.observe.clone());
+    let engines = Engines::open(config.control.engine, config.control.ort_library.as_deref())
+        .context("open an inference engine")?;
+    if let Some(problem) = engines.ort_problem() {
+        tracing::warn!("serving without ONNX Runtime: {problem}");
+    }
+    for (name, version) in engines.describe() {
+        observer.engine_info(name, &version);
+        tracing::info!(engine = name, version, "engine ready");
+    }
+    let table = Arc::new(Published::new(RouteTable::default()));
+    let registry = Registry::new(config.control.clone(), Arc::clone(&table), Arc::clone(&observer));
+    let control: Arc<dyn ModelControl> = Arc::clone(&registry) as Arc<dyn ModelControl>;
+    let gateway = Gateway::new(table, Arc::clone(&observer), control, config.gateway.clone());
+    let api = Arc::new(Api {
+        gateway: Arc::new(gateway),
+        health: Arc::new(Health::default()),
+        shm: SharedMemory::new(config.system_shared_memory),
+        toggles: Toggles::default(),
+        settings: config.transport.clone(),
+    });
+
+    let level = config.log_level.clone();
+    api.toggles.on_log(Box::new(move |wanted| {
+        if let Err(error) = log.set_level(&wanted.filter(&level)) {
+            tracing::error!(%error, "cannot change the log's level");
+        }
+    }));
+
+    let mut listeners = Listeners::new(Arc::clone(&api));
+    for (protocol, address) in [("http", config.http), ("grpc", config.grpc)] {
+        let listener = bind(address).with_context(|| format!("listen on {address}"))?;
+        tracing::info!(protocol, address = %listener.local_addr()?, "listening");
+        listeners.serve(listener);
+    }
+    let metrics_listener =
+        bind(config.metrics).with_context(|| format!("listen on {}", config.metrics))?;
+    tracing::info!(protocol = "metrics", address = %metrics_listener.local_addr()?, "listening");
+    tokio::spawn(metrics::serve(metrics_listener, Arc::clone(&api)));
+    tokio::spawn(upkeep(Arc::clone(&observer)));
+
+    tokio::select! {
+        () = registry.load_all() => {
+            if has_something_to_serve(&api, &*registry) {
+                api.health.set_ready();
+            } else {
+                tracing::error!("no model could be loaded, not ready");
+            }
+            stop.wait().await;
+        }
+        () = stop.wait() => {}
+    }
+    shut_down(&config, &api, listeners, stop).await;
+    Ok(())
+}
+
+/// An empty repository is ready: models may come. One whose every model is broken is not.
+fn has_something_to_serve(api: &Api, control: &impl ModelControl) -> bool {
+    !api.gateway.table().models.is_empty() || control.index().is_empty()
+}
+
+/// The order is the contract: stop promising, keep accepting for a while, stop accepting, finish.
+async fn shut_down(config: &Config, api: &Api, listeners: Listeners, mut stop: Stop) {
+    tracing::info!("draining");
+    api.health.set_draining();
+    tokio::select! {
+        () = sleep(config.drain_notice) => {}
+        () = stop.wait() => return tracing::warn!("second signal, stopping now"),
+    }
+    tokio::select! {
+        cut = listeners.drain(config.drain_grace) => match cut {
+            0 => tracing::info!("drained"),
+            cut => tracing::warn!(connections = cut, "grace is over, open connections were cut"),
+        },
+        () = stop.wait() => tracing::warn!("second signal, stopping now"),
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Stop {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+}
+
+impl Stop {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
+}
+
+fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = socket2::Socket::new(
+        socket2::Domain::for_address(address),
+        socket2::Type::STREAM,
+        Some(socket2::Protocol::TCP),
+    )?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(LISTEN_BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+async fn upkeep(observer: Arc<Observer>) {
+    let mut tick = interval(UPKEEP_EVERY);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        observer.upkeep();
+    }
+}

@@ -19,7 +19,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the gateway until SIGTERM or SIGINT, then drain and exit
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// Validate a configuration, print every problem at once and what is unsafe
     CheckConfig(check_config::Args),
     /// Inspect a model file or validate a whole repository
@@ -34,10 +34,17 @@ enum Command {
 /// Parses the arguments and runs; 0 on success, 1 on a failed check, 2 on wrong usage.
 pub fn run() -> ExitCode {
     match Cli::parse().command {
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => serve::run(&args),
         Command::CheckConfig(args) => check_config::run(&args),
         Command::Models(args) => models::run(&args),
         Command::Infer(args) => infer::run(&args),
         Command::Probe => crate::control::probe::child_main(),
     }
+}
+
+/// Tells the user what is wrong, on standard error.
+fn complain(problem: &dyn std::fmt::Display) {
+    use std::io::Write;
+    // Nowhere is left to say that standard error is gone.
+    drop(writeln!(std::io::stderr(), "tidegate: {problem}"));
 }

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::domain::ModelName;
-use crate::{control, gateway, transport};
+use crate::{control, gateway, observe, transport};
 
 mod assemble;
 mod layers;
@@ -34,11 +34,10 @@ pub struct Config {
     pub transport: transport::Settings,
     pub gateway: gateway::Settings,
     pub system_shared_memory: bool,
-    pub log: LogSettings,
-    /// `None`: no spans are exported.
-    pub otlp: Option<OtlpSettings>,
-    /// Triton's metric names beside our own.
-    pub triton_metrics: bool,
+    pub observe: observe::Settings,
+    pub log_format: observe::log::Format,
+    /// A level or a filter expression: `info`, `tidegate=debug,warn`.
+    pub log_level: String,
     /// How long connections are still accepted after the signal to stop.
     pub drain_notice: Duration,
     /// How long running requests may take after that.
@@ -52,37 +51,6 @@ impl Config {
     pub fn default_model(&self) -> Option<&ModelName> {
         self.control.default_model.as_ref()
     }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LogSettings {
-    pub format: LogFormat,
-    /// A level or a filter expression: `info`, `tidegate=debug,warn`.
-    pub level: String,
-    pub access: AccessLog,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    Text,
-    Json,
-}
-
-/// Which requests have a line in the access log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AccessLog {
-    Off,
-    Errors,
-    All,
-}
-
-/// Export of spans to an OpenTelemetry collector over gRPC.
-#[derive(Clone, Debug, PartialEq)]
-pub struct OtlpSettings {
-    pub endpoint: String,
-    /// Share of the requests without a sampling decision of the caller's.
-    pub sample_ratio: f64,
-    pub service_name: String,
 }
 
 /// Flags of `serve`; they win over the environment and the file.

@@ -16,6 +16,7 @@ pub mod grpc;
 pub mod http;
 pub mod listener;
 pub mod meta;
+pub mod metrics;
 pub mod model_config;
 pub mod shm;
 pub mod status;

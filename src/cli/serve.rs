@@ -2,9 +2,43 @@
 
 use std::process::ExitCode;
 
-#[derive(clap::Args)]
-pub(super) struct Args {}
+use crate::config::{self, ServeArgs};
 
-pub(super) fn run(_args: Args) -> ExitCode {
-    ExitCode::SUCCESS
+#[derive(clap::Args)]
+#[command(
+    after_help = "Example:\n  tidegate serve --model-repository models --state-dir /var/lib/tidegate"
+)]
+pub(super) struct Args {
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+pub(super) fn run(args: &Args) -> ExitCode {
+    let config = match config::load(&args.serve) {
+        Ok(config) => config,
+        Err(problems) => {
+            super::complain(&problems);
+            return ExitCode::from(2);
+        }
+    };
+    // Before any thread is started, because it changes the environment.
+    crate::engine::prepare_environment();
+    let log = match crate::observe::log::init(config.log_format, &config.log_level) {
+        Ok(log) => log,
+        Err(error) => {
+            super::complain(&error);
+            return ExitCode::from(2);
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let served = runtime
+        .map_err(anyhow::Error::from)
+        .and_then(|runtime| runtime.block_on(crate::app::serve(config, log)));
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("cannot serve: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

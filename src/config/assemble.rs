@@ -4,10 +4,11 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::Config;
 use super::layers::{Layers, Problems};
-use super::{AccessLog, Config, LogFormat, LogSettings, OtlpSettings};
 use crate::domain::{EngineChoice, ModelName};
-use crate::{control, gateway, transport};
+use crate::observe::{AccessLog, Otlp, log};
+use crate::{control, gateway, observe, transport};
 
 pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
     let from = &mut layers;
@@ -23,9 +24,9 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         transport: transport_settings(from),
         gateway: gateway::Settings { timeout_max: from.millis("server.timeout_max_ms") },
         system_shared_memory: from.flag("server.system_shared_memory"),
-        log: log_settings(from),
-        otlp: otlp_settings(from),
-        triton_metrics: from.flag("telemetry.triton_metrics"),
+        observe: observe_settings(from),
+        log_format: log_format(from),
+        log_level: log_level(from),
         drain_notice: from.millis("server.drain_notice_ms"),
         drain_grace: from.millis("server.drain_grace_ms"),
         unsafe_notes: Vec::new(),
@@ -94,26 +95,34 @@ fn transport_settings(from: &mut Layers) -> transport::Settings {
     }
 }
 
-fn log_settings(from: &mut Layers) -> LogSettings {
-    let level = from.text("log.level").unwrap_or_else(|| "info".to_owned());
-    if let Err(error) = level.parse::<tracing_subscriber::filter::Targets>() {
-        from.problems.add("log.level", format!("'{level}' is no level or filter: {error}"));
-    }
-    LogSettings {
-        format: match from.text("log.format").as_deref() {
-            Some("json") => LogFormat::Json,
-            _ => LogFormat::Text,
-        },
-        level,
-        access: match from.text("log.access").as_deref() {
+fn observe_settings(from: &mut Layers) -> observe::Settings {
+    observe::Settings {
+        triton_metrics: from.flag("telemetry.triton_metrics"),
+        access_log: match from.text("log.access").as_deref() {
             Some("off") => AccessLog::Off,
             Some("all") => AccessLog::All,
             _ => AccessLog::Errors,
         },
+        otlp: otlp_settings(from),
     }
 }
 
-fn otlp_settings(from: &mut Layers) -> Option<OtlpSettings> {
+fn log_format(from: &mut Layers) -> log::Format {
+    match from.text("log.format").as_deref() {
+        Some("json") => log::Format::Json,
+        _ => log::Format::Text,
+    }
+}
+
+fn log_level(from: &mut Layers) -> String {
+    let level = from.text("log.level").unwrap_or_else(|| "info".to_owned());
+    if let Err(error) = level.parse::<tracing_subscriber::filter::Targets>() {
+        from.problems.add("log.level", format!("'{level}' is no level or filter: {error}"));
+    }
+    level
+}
+
+fn otlp_settings(from: &mut Layers) -> Option<Otlp> {
     let sample_ratio = from.ratio("telemetry.sample_ratio");
     let service_name = from.text("telemetry.service_name").unwrap_or_default();
     let endpoint = from.text("telemetry.otlp_endpoint")?;
@@ -123,7 +132,7 @@ fn otlp_settings(from: &mut Layers) -> Option<OtlpSettings> {
         let message = format!("expected a URL like http://127.0.0.1:4317, got '{endpoint}'");
         from.problems.add("telemetry.otlp_endpoint", message);
     }
-    Some(OtlpSettings { endpoint, sample_ratio, service_name })
+    Some(Otlp { endpoint, sample_ratio, service_name })
 }
 
 fn listeners(config: &Config) -> [(&'static str, SocketAddr); 4] {

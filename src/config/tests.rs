@@ -29,8 +29,8 @@ fn nothing_said_gives_the_documented_defaults() {
     assert_eq!(config.drain_grace, Duration::from_secs(30));
     assert_eq!(config.gateway.timeout_max, gateway::Settings::default().timeout_max);
     assert_eq!(format!("{:?}", config.transport), format!("{:?}", transport::Settings::default()));
-    assert_eq!(config.otlp, None);
-    assert!(config.triton_metrics);
+    assert_eq!(config.observe.otlp, None);
+    assert!(config.observe.triton_metrics);
     assert_eq!(config.unsafe_notes, Vec::<String>::new());
 }
 

@@ -24,6 +24,20 @@ pub struct LogSettings {
     pub verbose_level: u32,
 }
 
+impl LogSettings {
+    /// The log filter that these settings ask for; `configured` when they say nothing more.
+    pub fn filter(self, configured: &str) -> String {
+        match self {
+            Self { verbose_level: 2.., .. } => "trace".to_owned(),
+            Self { verbose_level: 1, .. } => "debug".to_owned(),
+            Self { info: true, .. } => configured.to_owned(),
+            Self { warning: true, .. } => "warn".to_owned(),
+            Self { error: true, .. } => "error".to_owned(),
+            _ => "off".to_owned(),
+        }
+    }
+}
+
 impl Default for LogSettings {
     fn default() -> Self {
         Self { info: true, warning: true, error: true, verbose_level: 0 }
