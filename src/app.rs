@@ -47,7 +47,12 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         tracing::info!(engine = name, version, "engine ready");
     }
     let table = Arc::new(Published::new(RouteTable::default()));
-    let registry = Registry::new(config.control.clone(), Arc::clone(&table), Arc::clone(&observer));
+    let registry = Registry::new(
+        config.control.clone(),
+        Arc::new(engines),
+        Arc::clone(&table),
+        Arc::clone(&observer),
+    );
     let control: Arc<dyn ModelControl> = Arc::clone(&registry) as Arc<dyn ModelControl>;
     let gateway = Gateway::new(table, Arc::clone(&observer), control, config.gateway.clone());
     let api = Arc::new(Api {
