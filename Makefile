@@ -29,7 +29,7 @@ test-rust: ort ## unit, property and integration tests in Rust
 	$(CARGO) test --locked --doc
 
 test-clients: ort $(STAMP) ## real clients against the built binary
-	$(CARGO) build --locked
+	$(CARGO) build --locked --bins --tests
 	$(VENV)/bin/python -m pytest -q tests/clients
 
 # Two environments, because the clients want different versions of protobuf.
