@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::control::Registry;
@@ -26,6 +27,8 @@ use crate::transport::{Api, Health, metrics};
 const LISTEN_BACKLOG: i32 = 1024;
 /// How often metrics do what has to be done off the request path.
 const UPKEEP_EVERY: Duration = Duration::from_secs(1);
+/// How long the last spans may take to leave.
+const TRACES_FLUSH_MAX: Duration = Duration::from_secs(3);
 
 /// Serves until SIGTERM or SIGINT, then drains.
 ///
@@ -81,6 +84,8 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     tracing::info!(protocol = "metrics", address = %metrics_listener.local_addr()?, "listening");
     tokio::spawn(metrics::serve(metrics_listener, Arc::clone(&api)));
     tokio::spawn(upkeep(Arc::clone(&observer)));
+    let traced = CancellationToken::new();
+    let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 
     tokio::select! {
         () = registry.load_all() => {
@@ -94,7 +99,16 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         () = stop.wait() => {}
     }
     shut_down(&config, &api, listeners, stop).await;
+    // The last requests have ended: what is left to send is sent, for as long as that is worth.
+    traced.cancel();
+    if timeout(TRACES_FLUSH_MAX, traces).await.is_err() {
+        tracing::warn!("the collector did not take the last spans in time");
+    }
     Ok(())
+}
+
+async fn export_traces(observer: Arc<Observer>, stop: CancellationToken) {
+    observer.export_traces(stop.cancelled()).await;
 }
 
 /// An empty repository is ready: models may come. One whose every model is broken is not.

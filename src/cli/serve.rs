@@ -21,8 +21,6 @@ pub(super) fn run(args: &Args) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    // Before any thread is started, because it changes the environment.
-    crate::engine::prepare_environment();
     let log = match crate::observe::log::init(config.log_format, &config.log_level) {
         Ok(log) => log,
         Err(error) => {
