@@ -1,6 +1,7 @@
 //! Both engines and the fake against one suite, and each against values worked out by hand.
 
 #![cfg(all(feature = "ort", feature = "tract"))]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -4,6 +4,7 @@
 //! One test in a program of its own, because it counts the threads of the whole process.
 
 #![cfg(feature = "ort")]
+#![expect(clippy::unwrap_used, reason = "a test may stop at what it did not expect")]
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -255,7 +255,8 @@ mod tests {
 
     #[test]
     fn a_tensor_is_checked_when_made() {
-        let cases: &[(&str, DataType, &[usize], &[u8], bool)] = &[
+        type Case<'a> = (&'a str, DataType, &'a [usize], &'a [u8], bool);
+        let cases: &[Case<'_>] = &[
             ("exact", DataType::Uint8, &[2, 2], &[1, 2, 3, 4], true),
             ("short", DataType::Uint8, &[2, 2], &[1, 2, 3], false),
             ("scalar", DataType::Int16, &[], &[1, 0], true),
