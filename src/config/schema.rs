@@ -41,7 +41,7 @@ pub const KEYS: &[Key] = &[
     key("server.body_max_bytes", Kind::Int(1024, i32::MAX as i64), "67108864"),
     key("server.compression_ratio_max", Kind::Int(1, 100_000), "100"),
     key("server.compress_min_bytes", Kind::Int(0, i32::MAX as i64), "1024"),
-    key("server.header_timeout_ms", Kind::Int(1, HOUR_MS), "10000"),
+    key("server.header_timeout_ms", Kind::Int(1, HOUR_MS), "60000"),
     key("server.connections_max", Kind::Int(1, 1_000_000), "8192"),
     key("server.http2_streams_max", Kind::Int(1, U32_MAX), "256"),
     key("server.stream_concurrency_max", Kind::Int(1, 65_536), "64"),
