@@ -29,6 +29,7 @@ test-rust: ort ## unit, property and integration tests in Rust
 	$(CARGO) test --locked --doc
 
 test-clients: ort $(STAMP) ## real clients against the built binary
+	@scripts/install-test-packages.sh
 	$(CARGO) build --locked --bins --tests
 	$(VENV)/bin/python -m pytest -q tests/clients
 

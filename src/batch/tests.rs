@@ -58,32 +58,64 @@ async fn everyone_gets_their_own_rows_back() {
     assert_eq!(lane.in_flight(), 0);
 }
 
+/// Tells when a run begins, and ends it when the test says so.
+struct Gated {
+    entered: std::sync::mpsc::Sender<()>,
+    leave: std::sync::mpsc::Receiver<()>,
+}
+
+impl Session for Gated {
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        self.entered.send(()).unwrap();
+        self.leave.recv_timeout(Duration::from_secs(20)).unwrap();
+        Ok(inputs.to_vec())
+    }
+}
+
+async fn until(what: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !what() {
+        assert!(Instant::now() < end, "waited too long");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_queue_answers_and_the_dead_never_run() {
-    let mut model = FakeModel::new(2, 0.0);
-    model.cost = Duration::from_millis(100);
+    let (entered, runs) = std::sync::mpsc::channel();
+    let (release, leave) = std::sync::mpsc::channel();
     let batch = BatchSettings { size_max: 1, queue_max: 2, ..BatchSettings::default() };
-    let lane = Arc::new(lane(&model, 1, batch));
-    let mut calls = Vec::new();
-    for _ in 0..3 {
+    let lane = Arc::new(lane_of(vec![Box::new(Gated { entered, leave })], batch));
+    let call = |deadline| {
         let lane = Arc::clone(&lane);
-        calls.push(tokio::spawn(async move { lane.infer(vec![row(&[0.0; 2])], soon(), 0).await }));
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+        tokio::spawn(async move { lane.infer(vec![row(&[0.0; 2])], deadline, 0).await })
+    };
+    let running = call(soon());
+    tokio::task::block_in_place(|| runs.recv_timeout(Duration::from_secs(20))).unwrap();
+    let waiting = call(soon());
+    until(|| lane.queue_depth() == 1).await;
+    let leaving = call(soon());
+    until(|| lane.queue_depth() == 2).await;
+
     let refused = lane.infer(vec![row(&[0.0; 2])], soon(), 0).await.unwrap_err();
     assert!(matches!(refused, BatchError::QueueFull { queue_max: 2, .. }), "{refused:?}");
     assert!(refused.into_failure().retry_after.is_some());
-    // The one that waits longest leaves; what took its place has too little time.
-    calls.remove(2).abort();
-    tokio::time::sleep(Duration::from_millis(5)).await;
-    let late = Deadline::new(Instant::now(), Duration::from_millis(10));
+
+    // One leaves; what takes its place has too little time.
+    leaving.abort();
+    assert!(leaving.await.unwrap_err().is_cancelled());
+    let late = Deadline::new(Instant::now(), Duration::from_millis(50));
     let expired = lane.infer(vec![row(&[0.0; 2])], late, 0).await.unwrap_err();
     assert_eq!(expired.kind(), ErrorKind::DeadlineExceeded);
-    for call in calls {
-        call.await.unwrap().unwrap();
+
+    for _ in 0..4 {
+        release.send(()).unwrap();
     }
-    tokio::time::sleep(Duration::from_millis(150)).await;
-    assert_eq!(model.runs.load(Ordering::Relaxed), 2, "only the two that were waited for ran");
+    running.await.unwrap().unwrap();
+    waiting.await.unwrap().unwrap();
+    until(|| lane.queue_depth() == 0).await;
+    drop(lane);
+    assert_eq!(runs.iter().count(), 1, "after the first, only the one that was waited for ran");
 }
 
 /// Fails or panics on any batch that holds a NaN.

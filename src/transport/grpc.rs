@@ -13,11 +13,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use http::{HeaderValue, header::HeaderName};
+use tokio::time::Instant;
 use tonic::Status;
 use tonic::codec::CompressionEncoding;
 use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service as _;
 
+use super::meta::Arrived;
 use super::{Api, Body};
 use crate::proto::DESCRIPTORS;
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
@@ -83,6 +85,7 @@ impl Grpc {
         if request.headers().get(ENCODING).is_none_or(|encoding| encoding == "identity") {
             request.headers_mut().remove(ACCEPT_ENCODING);
         }
+        request.extensions_mut().insert(Arrived(Instant::now()));
         let path = request.uri().path();
         let mut response = match path.strip_prefix('/').and_then(|path| path.split_once('/')) {
             Some((SERVICE, _)) if path == STREAM_INFER && self.api.settings.mlserver_stream => {
@@ -101,6 +104,12 @@ impl Grpc {
         too_large(response.headers_mut());
         response
     }
+}
+
+/// When the call came; what tonic hands over has its message read already.
+fn arrived<T>(request: &tonic::Request<T>) -> Arrived {
+    let arrived = request.extensions().get::<Arrived>().copied();
+    arrived.unwrap_or_else(|| Arrived(Instant::now()))
 }
 
 /// The codec calls a message over the limit OUT_OF_RANGE; nothing else here does.

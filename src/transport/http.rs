@@ -19,7 +19,9 @@ use http::header::CONTENT_LENGTH;
 use http::{HeaderMap, Method};
 use http_body_util::BodyExt;
 use percent_encoding::percent_decode_str;
+use tokio::time::Instant;
 
+use super::meta::Arrived;
 use super::{Api, Body};
 use crate::domain::{ErrorKind, Failure, ModelName, VersionRef};
 use infer::Call;
@@ -59,6 +61,7 @@ where
     B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    let arrived = Arrived(Instant::now());
     let (head, body) = request.into_parts();
     let accepted = compress::accepted(&head.headers);
     let compress_min = api.settings.compress_min_bytes;
@@ -67,7 +70,7 @@ where
         Ok(route) => {
             let body = read_body(body, &head.headers, &api).await;
             // Boxed so that a connection's future stays small.
-            Box::pin(answer(api, route, head.method, head.headers, body)).await
+            Box::pin(answer(api, route, head.method, head.headers, body, arrived)).await
         }
     };
     compress::answer(reply, accepted, compress_min).await.into_response()
@@ -227,6 +230,7 @@ async fn answer(
     method: Method,
     headers: HeaderMap,
     body: Result<Bytes, Failure>,
+    arrived: Arrived,
 ) -> Reply {
     let call = |Of { model, version }: Of, api: Arc<Api>, headers, body| Call {
         api,
@@ -234,6 +238,7 @@ async fn answer(
         version,
         headers,
         body,
+        arrived,
     };
     match route {
         Route::Infer(of) => call(of, api, headers, body).infer().await,

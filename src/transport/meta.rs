@@ -16,6 +16,10 @@ const MODEL_VERSION: HeaderName = HeaderName::from_static("tidegate-model-versio
 const ARM: HeaderName = HeaderName::from_static("tidegate-arm");
 const MODEL_DIGEST: HeaderName = HeaderName::from_static("tidegate-model-digest");
 
+/// When a request's headers were there; its deadline and its total time count from here.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrived(pub Instant);
+
 /// Reads deadline, trace context and sticky key.
 ///
 /// # Errors
@@ -23,6 +27,7 @@ const MODEL_DIGEST: HeaderName = HeaderName::from_static("tidegate-model-digest"
 pub fn call_meta(
     headers: &HeaderMap,
     protocol: Protocol,
+    Arrived(received): Arrived,
     settings: &Settings,
 ) -> Result<CallMeta, Failure> {
     let timeout = match protocol {
@@ -34,7 +39,7 @@ pub fn call_meta(
     let sticky_key = text("tidegate-sticky-key").or(configured);
     Ok(CallMeta {
         protocol,
-        received: Instant::now(),
+        received,
         timeout,
         trace: text("traceparent").and_then(trace_context),
         sticky_key: sticky_key.filter(|key| key.len() <= STICKY_KEY_LEN_MAX).map(str::to_owned),

@@ -259,7 +259,8 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         request: Request<pb::ModelInferRequest>,
     ) -> Answered<pb::ModelInferResponse> {
         let headers = request.metadata().as_ref();
-        let meta = meta::call_meta(headers, Protocol::Grpc, &self.api.settings)
+        let arrived = super::arrived(&request);
+        let meta = meta::call_meta(headers, Protocol::Grpc, arrived, &self.api.settings)
             .map_err(|failure| encode::status(&failure, None))?;
         let done = infer(&self.api, meta, request.into_inner()).await;
         let (message, head) = done.map_err(|refusal| refusal.status())?;

@@ -96,7 +96,8 @@ fn start<T: Send + 'static>(
     form: fn(Item) -> Result<T, Status>,
 ) -> Result<Ordered<T>, Status> {
     let headers = request.metadata().as_ref();
-    let opened = meta::call_meta(headers, Protocol::GrpcStream, &api.settings)
+    let arrived = super::arrived(&request);
+    let opened = meta::call_meta(headers, Protocol::GrpcStream, arrived, &api.settings)
         .map_err(|failure| encode::status(&failure, None))?;
     let at_once = api.settings.stream_concurrency_max.max(1);
     let (sender, running) = mpsc::channel(at_once);

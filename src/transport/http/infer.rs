@@ -14,6 +14,7 @@ use super::{response, shared};
 use crate::domain::{
     Answer, CallMeta, Failure, InferRequest, Inputs, ModelName, Protocol, VersionRef,
 };
+use crate::transport::meta::Arrived;
 use crate::transport::{Api, meta};
 
 /// What is known of a prediction before its body is looked at.
@@ -24,6 +25,7 @@ pub(super) struct Call {
     pub(super) headers: HeaderMap,
     /// As read from the connection, decompressed; a failure to do so is the prediction's.
     pub(super) body: Result<Bytes, Failure>,
+    pub(super) arrived: Arrived,
 }
 
 impl Call {
@@ -84,10 +86,11 @@ impl Call {
     /// Reads the headers; a bad one is the prediction's failure.
     fn meta(&mut self) -> Result<CallMeta, Box<Reply>> {
         let settings = &self.api.settings;
-        meta::call_meta(&self.headers, Protocol::Http, settings).map_err(|failure| {
+        meta::call_meta(&self.headers, Protocol::Http, self.arrived, settings).map_err(|failure| {
             // Only the deadline can be wrong; without it there is enough to record the refusal.
             self.headers.remove("tidegate-timeout-ms");
-            let without = meta::call_meta(&self.headers, Protocol::Http, &self.api.settings);
+            let without =
+                meta::call_meta(&self.headers, Protocol::Http, self.arrived, &self.api.settings);
             Box::new(match without {
                 Ok(meta) => self.refuse(&meta, &failure),
                 Err(_) => Reply::failure(&failure),
