@@ -246,7 +246,10 @@ impl Shared {
                 latest = done;
             }
         }
-        self.retire_others(model, &chosen);
+        // A refused load takes nothing out of service: a broken new version must not end the old.
+        if latest.is_ok() {
+            self.retire_others(model, &chosen);
+        }
         release_memory();
         latest
     }

@@ -228,6 +228,26 @@ def test_version_policies(tmp_path):
             assert not client.is_model_ready("latest", "10")
 
 
+def test_a_broken_new_version_does_not_end_the_old(tmp_path, protocol):
+    """Also where the policy wants only the new one, or one that is not there."""
+    write(tmp_path / "models", "scaling", {1: 2.0}, "version_policy: { latest: { num_versions: 1 } }")
+    with running(tmp_path / "models", tmp_path / "server", CONTROL) as server, connect(server, protocol) as client:
+        new = tmp_path / "models" / "scaling" / "2"
+        new.mkdir()
+        (new / "model.onnx").write_bytes(b"no model")
+        refusals = [None, json.dumps({"version_policy": {"specific": {"versions": [9]}}})]
+        for config in refusals:
+            with pytest.raises(InferenceServerException, match="version [29]"):
+                client.load_model("scaling", config=config)
+            assert client.is_model_ready("scaling")
+            assert factor_of(client, protocol, "scaling") == 2
+            assert index_of(client, protocol)[("scaling", "1")][0] == "READY"
+        (new / "model.onnx").write_bytes(scaling(3.0))
+        client.load_model("scaling")
+        assert factor_of(client, protocol, "scaling") == 3
+        assert set(index_of(client, protocol)) == {("scaling", "2")}
+
+
 class Callers:
     """Threads that send without pause, whatever comes back."""
 
