@@ -60,7 +60,7 @@ async fn everyone_gets_their_own_rows_back() {
 
 /// Tells when a run begins, and ends it when the test says so.
 struct Gated {
-    entered: std::sync::mpsc::Sender<()>,
+    entered: std::sync::mpsc::SyncSender<()>,
     leave: std::sync::mpsc::Receiver<()>,
 }
 
@@ -82,8 +82,8 @@ async fn until(what: impl Fn() -> bool) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_queue_answers_and_the_dead_never_run() {
-    let (entered, runs) = std::sync::mpsc::channel();
-    let (release, leave) = std::sync::mpsc::channel();
+    let (entered, runs) = std::sync::mpsc::sync_channel(8);
+    let (release, leave) = std::sync::mpsc::sync_channel(8);
     let batch = BatchSettings { size_max: 1, queue_max: 2, ..BatchSettings::default() };
     let lane = Arc::new(lane_of(vec![Box::new(Gated { entered, leave })], batch));
     let call = |deadline| {

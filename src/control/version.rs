@@ -288,7 +288,7 @@ fn agree(declared: &Declared, signature: &Signature) -> Result<(), String> {
                 let names: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
                 let names = names.join(", ");
                 return Err(format!(
-                    "config.pbtxt declares {role} '{name}', the graph has the {role}s {names}"
+                    "the configuration declares {role} '{name}', the graph has the {role}s {names}"
                 ));
             };
             same_tensor(tensor, spec, declared.max_batch_size > 0)
@@ -301,7 +301,7 @@ fn agree(declared: &Declared, signature: &Signature) -> Result<(), String> {
 fn same_tensor(tensor: &DeclaredTensor, spec: &TensorSpec, batched: bool) -> Result<(), String> {
     if tensor.datatype != spec.datatype {
         let (says, is) = (tensor.datatype, spec.datatype);
-        return Err(format!("config.pbtxt says datatype {says}, the graph says {is}"));
+        return Err(format!("the configuration says datatype {says}, the graph says {is}"));
     }
     if spec.shape.is_none() {
         return Ok(());
@@ -313,7 +313,7 @@ fn same_tensor(tensor: &DeclaredTensor, spec: &TensorSpec, batched: bool) -> Res
     let is = spec.wire_shape();
     let fits = |(says, is): (&i64, &i64)| *says < 0 || *is < 0 || says == is;
     if says.len() != is.len() || !says.iter().zip(&is).all(fits) {
-        return Err(format!("config.pbtxt says shape {says:?}, the graph says {is:?}"));
+        return Err(format!("the configuration says shape {says:?}, the graph says {is:?}"));
     }
     Ok(())
 }
