@@ -440,7 +440,7 @@ async fn repository_control_is_off_until_allowed() {
     let load = "/v2/repository/models/fake/load";
     let answer = post(&off, load, &json!({})).await;
     assert_eq!(answer.status, StatusCode::FORBIDDEN);
-    assert!(answer.json()["error"].as_str().unwrap().contains("server.model_control"));
+    assert!(answer.json()["error"].as_str().unwrap().contains("repository.model_control"));
 
     let on = api_with(Settings { model_control: true, ..Settings::default() });
     let body = json!({"parameters": {"config": "{}", "file:1/model.onnx": "AQI="}});

@@ -127,7 +127,7 @@ impl Service {
     fn controlled(&self, repository: &str, model: &str) -> Result<ModelName, Failure> {
         if !self.api.settings.model_control {
             return Err(Failure::unsupported(
-                "loading and unloading is off, set 'server.model_control' to turn it on",
+                "loading and unloading is off, set 'repository.model_control' to turn it on",
             ));
         }
         match (repository, model) {

@@ -74,7 +74,7 @@ fn allowed(api: &Api) -> Result<(), Failure> {
         return Ok(());
     }
     let message =
-        "loading and unloading over this port is off, set 'server.model_control' to allow it";
+        "loading and unloading over this port is off, set 'repository.model_control' to allow it";
     Err(Failure::new(ErrorKind::Forbidden, message))
 }
 
