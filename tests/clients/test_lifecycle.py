@@ -131,6 +131,20 @@ def test_readiness_goes_before_the_listener(tmp_path):
     assert server.process.wait(40) == 0
 
 
+def test_a_quiet_stream_does_not_hold_up_the_end(tmp_path, iris):
+    """The grace is ten minutes: only a stream that the server ends itself lets it stop in time."""
+    server = Server(MODELS, tmp_path, "[server]\ndrain_grace_ms = 600000\n")
+    answers = []
+    with triton_grpc.InferenceServerClient(server.grpc) as client:
+        client.start_stream(callback=lambda result, error: answers.append((result, error)))
+        client.async_stream_infer("iris", iris.inputs(triton_grpc))
+        wait_for(lambda: answers)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(40) == 0
+    assert answers[0][1] is None
+    iris.check(answers[0][0])
+
+
 def test_sigint_too(tmp_path):
     server = Server(MODELS, tmp_path)
     server.process.send_signal(signal.SIGINT)

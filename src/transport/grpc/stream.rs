@@ -14,6 +14,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use http::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -30,6 +31,9 @@ use crate::proto::inference::{
     InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
 };
 use crate::transport::{Api, Body, meta};
+
+/// Longest pause between requests of a stream while the server drains.
+const QUIET_IN_DRAIN: Duration = Duration::from_secs(1);
 
 const FINAL: &str = "triton_final_response";
 /// Metadata with which a client asks for a status in place of `error_message`.
@@ -117,7 +121,12 @@ async fn read<T: Send + 'static>(
     let permits = Arc::new(Semaphore::new(at_once));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
-        let (task, last) = match requests.message().await {
+        let message = tokio::select! {
+            biased;
+            message = requests.message() => message,
+            () = quiet_in_drain(&api) => return,
+        };
+        let (task, last) = match message {
             Ok(None) => return,
             Ok(Some(message)) => {
                 let (api, meta) = (Arc::clone(&api), arrived(&opened));
@@ -130,6 +139,18 @@ async fn read<T: Send + 'static>(
             return;
         }
     }
+}
+
+/// Ready when the server drains and nothing came for a while: an open stream with nothing to do
+/// must not hold up the end.
+async fn quiet_in_drain(api: &Api) {
+    let mut changes = api.health.changes();
+    while !api.health.is_draining() {
+        if !changes.changed().await {
+            return std::future::pending().await;
+        }
+    }
+    tokio::time::sleep(QUIET_IN_DRAIN).await;
 }
 
 /// The call's metadata for a request that comes now: a deadline of the stream is one for each.
