@@ -1,8 +1,8 @@
 //! Turns bytes into typed requests and results into bytes. Only these modules know a protocol.
 //!
 //! ```text
-//! listener ──▶ http  (REST, KServe v1, MLflow, SageMaker) ──┐
-//!     └──────▶ grpc  (Open Inference Protocol v2)  ─────────┴─▶ gateway::Gateway
+//! listener ─▶ connection ─┬─▶ http (REST, KServe v1, MLflow, SageMaker) ──┐
+//!                         └─▶ grpc (Open Inference Protocol v2) ──────────┴─▶ gateway::Gateway
 //! ```
 
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::gateway::Gateway;
 
+mod connection;
 pub mod grpc;
 pub mod http;
 pub mod listener;
