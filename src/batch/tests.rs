@@ -1,8 +1,8 @@
 use std::sync::atomic::AtomicBool;
 
 use super::*;
-use crate::domain::{DataType, Digest, Shape};
-use crate::engine::Model;
+use crate::domain::{DataType, Digest, ErrorKind, Shape};
+use crate::engine::{EngineError, Model};
 use crate::engine::fake::FakeModel;
 use crate::observe::Observer;
 

@@ -1,0 +1,51 @@
+//! Why a lane did not answer with outputs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::domain::{ErrorKind, Failure, ModelName};
+use crate::engine::EngineError;
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BatchError {
+    #[error("queue of model '{model}' is full ({queue_max} requests are waiting)")]
+    QueueFull { model: ModelName, queue_max: usize, retry_after: Duration },
+    #[error("deadline passed after {} ms", waited.as_millis())]
+    DeadlineExceeded { waited: Duration },
+    #[error("version is being retired")]
+    Retired,
+    #[error("batch size {rows} is over the model's limit of {rows_max}")]
+    TooManyRows { rows: usize, rows_max: usize },
+    #[error("priority {priority} is over the model's {levels} levels")]
+    Priority { priority: u32, levels: u32 },
+    #[error(transparent)]
+    Engine(Arc<EngineError>),
+    #[error("output {at} has {got} rows for a batch of {expected}")]
+    OutputRows { at: usize, got: usize, expected: usize },
+    #[error("inference worker was lost")]
+    WorkerLost,
+}
+
+impl BatchError {
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::QueueFull { .. } => ErrorKind::Overloaded,
+            Self::DeadlineExceeded { .. } => ErrorKind::DeadlineExceeded,
+            Self::Retired => ErrorKind::Unavailable,
+            Self::TooManyRows { .. } | Self::Priority { .. } => ErrorKind::InvalidInput,
+            Self::Engine(error) => error.kind(),
+            Self::OutputRows { .. } => ErrorKind::ModelFailed,
+            Self::WorkerLost => ErrorKind::Internal,
+        }
+    }
+
+    /// What the caller sees.
+    pub fn into_failure(self) -> Failure {
+        let failure = Failure::new(self.kind(), self.to_string());
+        match self {
+            Self::QueueFull { retry_after, .. } => failure.retry_after(retry_after),
+            Self::Retired => failure.retry_after(Duration::from_secs(1)),
+            _ => failure,
+        }
+    }
+}

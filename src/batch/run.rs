@@ -1,0 +1,119 @@
+//! Runs one batch on one session and answers its members.
+//!
+//! Invariant: a request that fails alone never fails its neighbours.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::queue::Entry;
+use super::{BatchError, Job, Ran, Shared};
+use crate::domain::{Tensor, Timings};
+use crate::engine::{EngineError, Session};
+
+/// Runs `batch` together, or one by one if that fails, and answers every member.
+pub(super) fn run_batch(
+    shared: &Shared,
+    session: &mut dyn Session,
+    mut batch: Vec<Entry<Job>>,
+    free_since: Instant,
+) {
+    // The wait for the thread budget may have outlasted some.
+    let now = Instant::now();
+    for at in (0..batch.len()).rev() {
+        if batch[at].expires_at <= now || batch[at].item.reply.is_closed() {
+            expire(batch.remove(at));
+        }
+    }
+    match batch.len() {
+        0 => {}
+        1 => batch.into_iter().for_each(|entry| run_alone(shared, session, entry, free_since)),
+        _ => match run_joined(shared, session, &batch, free_since) {
+            Ok(results) => {
+                for (entry, ran) in batch.into_iter().zip(results) {
+                    answer(entry.item.reply, Ok(ran));
+                }
+            }
+            Err(error) => {
+                tracing::debug!(model = %shared.model, %error, "batch failed, run one by one");
+                for entry in batch {
+                    run_alone(shared, session, entry, free_since);
+                }
+            }
+        },
+    }
+}
+
+fn run_alone(shared: &Shared, session: &mut dyn Session, entry: Entry<Job>, free_since: Instant) {
+    let started = Instant::now();
+    let result = run(session, &entry.item.inputs);
+    let took = started.elapsed();
+    shared.learn(took);
+    let timings =
+        Timings { compute_infer: took, ..waits(shared, entry.queued_at, free_since, started) };
+    shared.stats.executed(entry.rows, &timings);
+    let ran = result.map(|outputs| Ran { outputs, timings, batch_size: entry.rows });
+    answer(entry.item.reply, ran);
+}
+
+/// Time in the queue, split into waiting for a worker and waiting for company.
+fn waits(shared: &Shared, queued_at: Instant, free_since: Instant, started: Instant) -> Timings {
+    let waited = started.saturating_duration_since(queued_at);
+    let batch_wait = if shared.batch.wait_max.is_zero() {
+        Duration::ZERO
+    } else {
+        started.saturating_duration_since(queued_at.max(free_since)).min(shared.batch.wait_max)
+    };
+    Timings { queue: waited.saturating_sub(batch_wait), batch_wait, ..Timings::default() }
+}
+
+fn run_joined(
+    shared: &Shared,
+    session: &mut dyn Session,
+    batch: &[Entry<Job>],
+    free_since: Instant,
+) -> Result<Vec<Ran>, BatchError> {
+    let started = Instant::now();
+    let members: Vec<&[Tensor]> = batch.iter().map(|entry| &*entry.item.inputs).collect();
+    let batched = shared.form.join(&members).ok_or(BatchError::WorkerLost)?;
+    let joined = Instant::now();
+    let outputs = run(session, &batched.inputs)?;
+    let ran = Instant::now();
+    let cut = batched.cut(&outputs)?;
+    let compute = Timings {
+        compute_input: joined - started,
+        compute_infer: ran - joined,
+        compute_output: ran.elapsed(),
+        ..Timings::default()
+    };
+    let rows = batched.rows();
+    shared.learn(compute.compute_infer);
+    shared.stats.executed(rows, &compute);
+    let ran = batch.iter().zip(cut).map(|(entry, outputs)| {
+        let waits = waits(shared, entry.queued_at, free_since, started);
+        let timings = Timings { queue: waits.queue, batch_wait: waits.batch_wait, ..compute };
+        Ran { outputs, timings, batch_size: rows }
+    });
+    Ok(ran.collect())
+}
+
+/// A panicking engine fails its request and nothing else.
+pub(super) fn run(session: &mut dyn Session, inputs: &[Tensor]) -> Result<Vec<Tensor>, BatchError> {
+    let caught = catch_unwind(AssertUnwindSafe(|| session.run(inputs)));
+    let result = caught.unwrap_or_else(|_| Err(EngineError::Run("the engine panicked".to_owned())));
+    result.map_err(|error| BatchError::Engine(Arc::new(error)))
+}
+
+/// Answers a request that is of no use any more.
+pub(super) fn expire(entry: Entry<Job>) {
+    let waited = entry.item.received.elapsed();
+    answer(entry.item.reply, Err(BatchError::DeadlineExceeded { waited }));
+}
+
+fn answer(reply: oneshot::Sender<Result<Ran, BatchError>>, result: Result<Ran, BatchError>) {
+    // A caller who left meanwhile is recorded as cancelled by its own completion.
+    drop(reply.send(result));
+}
