@@ -204,3 +204,46 @@ fn every_metric_is_described() {
         assert!(document.contains(&format!("`{name}")), "docs/metrics.md lacks {name}");
     }
 }
+
+/// Cells of the rows of a page's tables.
+fn rows(page: &str) -> Vec<Vec<String>> {
+    let text = std::fs::read_to_string(root().join(page)).unwrap();
+    let inner =
+        |line: &'_ str| Some(line.strip_prefix('|')?.trim_end().strip_suffix('|')?.to_owned());
+    let cells = |row: String| row.split('|').map(|cell| cell.trim().to_owned()).collect();
+    text.lines().filter_map(inner).map(cells).collect()
+}
+
+#[test]
+fn every_limit_has_a_key_that_exists_and_its_default() {
+    // Those of a model, which a test of `control` holds against its reader.
+    let of_models: BTreeSet<String> = rows("docs/configuration.md")
+        .into_iter()
+        .filter(|row| row.len() == 2)
+        .map(|row| row[0].trim_matches('`').to_owned())
+        .collect();
+    let mut wrong = Vec::new();
+    let mut seen = 0;
+    for row in rows("docs/limits.md").iter().skip(2) {
+        let [limit, key, default, answer] = &row[..] else {
+            wrong.push(format!("{row:?}: expected four cells"));
+            continue;
+        };
+        let heads_group = limit.starts_with("**");
+        if !heads_group && (default.is_empty() || answer.is_empty()) {
+            wrong.push(format!("{limit}: has no default or no answer"));
+        }
+        let key = key.trim_matches('`');
+        seen += 1;
+        match tidegate::config::schema::find(key) {
+            _ if key.is_empty() || of_models.contains(key) => {}
+            None => wrong.push(format!("{limit}: there is no key '{key}'")),
+            Some(known) if !default.starts_with(&format!("`{}`", known.default)) => {
+                wrong.push(format!("{limit}: the default of '{key}' is `{}`", known.default));
+            }
+            Some(_) => {}
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(seen > 60, "{seen} rows are not the whole table");
+}
