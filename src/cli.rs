@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod check_config;
+mod health;
 mod infer;
 mod models;
 mod serve;
@@ -26,6 +27,8 @@ enum Command {
     Models(models::Args),
     /// Send one request and print the answer
     Infer(infer::Args),
+    /// Ask a running gateway whether it is ready; 0 if it is, 1 if not
+    Health(health::Args),
     /// Try a model under limits, as told on stdin
     #[command(hide = true)]
     Probe,
@@ -38,6 +41,7 @@ pub fn run() -> ExitCode {
         Command::CheckConfig(args) => check_config::run(&args),
         Command::Models(args) => models::run(&args),
         Command::Infer(args) => infer::run(&args),
+        Command::Health(args) => health::run(&args),
         Command::Probe => crate::control::probe::child_main(),
     }
 }

@@ -62,6 +62,9 @@ pub struct ServeArgs {
     /// Folder of models, <DIR>/<model>/<version>/model.onnx [default: models]
     #[arg(long, value_name = "DIR")]
     pub model_repository: Option<String>,
+    /// Name of the model, when that folder is one model's own: <DIR>/model.onnx
+    #[arg(long, value_name = "NAME")]
+    pub model_name: Option<String>,
     /// Folder for what the gateway keeps [default: tidegate-state]
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<String>,

@@ -9,7 +9,7 @@
 //! - Only a verified, private copy of a model is ever loaded.
 //! - A broken model is reported with its reason and never stops the others or the gateway.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::domain::{EngineChoice, Failure, ModelName};
@@ -37,6 +37,8 @@ pub use version::{Checked, PrepareError, Preparer};
 pub struct Settings {
     /// Folder of models: `<model>/<version>/model.onnx`.
     pub repository: PathBuf,
+    /// What the model is called when `repository` is one model's own folder.
+    pub model_name: Option<ModelName>,
     /// Where the copies and verdicts are kept; made when missing.
     pub state_dir: PathBuf,
     /// Engine of the models that do not choose one themselves.
@@ -63,6 +65,7 @@ impl Settings {
     pub fn new(repository: impl Into<PathBuf>, state_dir: impl Into<PathBuf>) -> Self {
         Self {
             repository: repository.into(),
+            model_name: None,
             state_dir: state_dir.into(),
             engine: EngineChoice::Auto,
             ort_library: None,
@@ -98,15 +101,21 @@ impl Default for ProbeLimits {
     }
 }
 
+/// The one model whose own folder the repository is, if it is that.
+pub fn sole_model(settings: &Settings) -> Option<ModelName> {
+    scan::Repository::new(settings).sole().cloned()
+}
+
 /// Settings of a model, from its folder or from what a load call says instead.
 fn manifest_of(
-    folder: &Path,
+    repository: &scan::Repository,
     model: &ModelName,
     config: Option<&str>,
 ) -> Result<Manifest, Failure> {
     let read = match config {
-        None => manifest::read(folder),
         Some(config) => manifest::from_json(config),
+        None if repository.sole().is_some() => manifest::read_sole(repository.root()),
+        None => manifest::read(&repository.path(model)),
     };
     let manifest =
         read.map_err(|error| Failure::invalid(format!("its configuration is wrong: {error}")))?;

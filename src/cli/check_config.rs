@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use serde_json::json;
 
 use crate::config::{self, ServeArgs};
-use crate::control::manifest;
+use crate::control::manifest::{self, Manifest, ManifestError};
 use crate::domain::ModelName;
 
 #[derive(clap::Args)]
@@ -83,7 +83,13 @@ fn check(args: &ServeArgs) -> Findings {
     match config::load(args) {
         Ok(config) => {
             findings.unsafe_notes.clone_from(&config.unsafe_notes);
-            check_repository(&config.control.repository, &mut findings);
+            match crate::control::sole_model(&config.control) {
+                Some(model) => {
+                    let read = manifest::read_sole(&config.control.repository);
+                    note(&model, read, &mut findings);
+                }
+                None => check_repository(&config.control.repository, &mut findings),
+            }
         }
         Err(problems) => findings.problems = problems.0.iter().map(ToString::to_string).collect(),
     }
@@ -107,19 +113,24 @@ fn check_repository(repository: &Path, findings: &mut Findings) {
         if name.starts_with('.') {
             continue;
         }
-        if let Err(error) = name.parse::<ModelName>() {
-            findings.warnings.push(format!("folder '{name}' is not served: {error}"));
-            continue;
-        }
-        match manifest::read(&folder) {
-            Ok(manifest) => {
-                let lines = manifest.warnings.iter().map(|line| format!("model {name}: {line}"));
-                findings.warnings.extend(lines);
-            }
+        match name.parse::<ModelName>() {
+            Ok(model) => note(&model, manifest::read(&folder), findings),
             Err(error) => {
-                let lines = error.problems.iter().map(|line| format!("model {name}: {line}"));
-                findings.model_problems.extend(lines);
+                findings.warnings.push(format!("folder '{name}' is not served: {error}"));
             }
+        }
+    }
+}
+
+fn note(name: &ModelName, read: Result<Manifest, ManifestError>, findings: &mut Findings) {
+    match read {
+        Ok(manifest) => {
+            let lines = manifest.warnings.iter().map(|line| format!("model {name}: {line}"));
+            findings.warnings.extend(lines);
+        }
+        Err(error) => {
+            let lines = error.problems.iter().map(|line| format!("model {name}: {line}"));
+            findings.model_problems.extend(lines);
         }
     }
 }
@@ -158,6 +169,17 @@ mod tests {
         assert!(printed(&findings, false).starts_with("problem: model m: config.pbtxt: max_batch"));
         let json: serde_json::Value = serde_json::from_str(&printed(&findings, true)).unwrap();
         assert_eq!(json["ok"], false);
+    }
+
+    #[test]
+    fn a_repository_that_is_one_model_is_checked_as_such() {
+        let (keep, args) = repository("");
+        std::fs::write(keep.path().join("model.onnx"), "").unwrap();
+        std::fs::write(keep.path().join("config.pbtxt"), "name: 'net' max_batch_size: -4").unwrap();
+        assert_eq!(check(&args).code(false), 0, "a folder of models has no such file");
+        let findings = check(&ServeArgs { model_name: Some("iris".to_owned()), ..args });
+        assert_eq!(findings.model_problems.len(), 1, "the name in the file is not held against it");
+        assert!(findings.model_problems[0].starts_with("model iris: config.pbtxt: max_batch_size"));
     }
 
     #[test]

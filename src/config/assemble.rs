@@ -65,12 +65,14 @@ fn control_settings(from: &mut Layers) -> control::Settings {
         wall_max: from.millis("probe.wall_max_ms"),
     };
     settings.model_size_max = from.number("repository.model_size_max_mb") << 20;
-    settings.default_model = from.text("models.default").and_then(|text| {
-        text.parse::<ModelName>()
-            .map_err(|error| from.problems.add("models.default", error.to_string()))
-            .ok()
-    });
+    settings.model_name = model_name(from, "repository.model_name");
+    settings.default_model = model_name(from, "models.default");
     settings
+}
+
+fn model_name(from: &mut Layers, path: &str) -> Option<ModelName> {
+    let parsed = from.text(path)?.parse::<ModelName>();
+    parsed.map_err(|error| from.problems.add(path, error.to_string())).ok()
 }
 
 fn transport_settings(from: &mut Layers) -> transport::Settings {

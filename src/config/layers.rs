@@ -129,6 +129,7 @@ impl Layers {
     pub(super) fn add_flags(&mut self, args: &ServeArgs) {
         let texts = [
             ("repository.path", "--model-repository", &args.model_repository),
+            ("repository.model_name", "--model-name", &args.model_name),
             ("server.state_dir", "--state-dir", &args.state_dir),
             ("server.http_address", "--http-address", &args.http_address),
             ("server.grpc_address", "--grpc-address", &args.grpc_address),

@@ -52,6 +52,7 @@ pub const KEYS: &[Key] = &[
     key("server.drain_grace_ms", Kind::Int(0, HOUR_MS), "30000"),
     key("auth.data", Kind::OneOf(&["open"]), "open"),
     key("repository.path", Kind::Text, "models"),
+    key("repository.model_name", Kind::Text, ""),
     key("repository.model_control", Kind::Bool, "false"),
     key("repository.model_size_max_mb", Kind::Int(1, 1 << 30), "16384"),
     key("models.default", Kind::Text, ""),

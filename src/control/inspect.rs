@@ -1,13 +1,14 @@
 //! Looks at models without serving them.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::fetch::sha256_of;
 use super::manifest::Manifest;
 use super::probe::{self, Job, Report, TrialJob};
+use super::scan::{self, Repository};
 use super::version::{PrepareError, Preparer, open_model};
-use super::{ProbeLimits, manifest_of, scan};
+use super::{ProbeLimits, manifest_of};
 use crate::domain::{Digest, EngineChoice, ModelName, ModelSettings, Signature, Version};
 use crate::engine::onnx::{self, OnnxModel};
 
@@ -84,14 +85,14 @@ pub struct Verdict {
 /// # Errors
 /// When the repository itself cannot be read.
 pub fn validate(preparer: &Preparer) -> io::Result<Vec<Verdict>> {
-    let root: PathBuf = preparer.settings().repository.clone();
+    let repository = Repository::new(preparer.settings());
     let mut verdicts = Vec::new();
-    for model in scan::models(&root)? {
-        match model_of(&root, &model) {
+    for model in repository.models()? {
+        match model_of(&repository, &model) {
             Err(reason) => verdicts.push(Verdict { model, version: None, result: Err(reason) }),
             Ok((manifest, versions)) => {
                 verdicts.extend(versions.into_iter().map(|version| {
-                    let checked = preparer.check(&root, &model, version, &manifest);
+                    let checked = preparer.check(&repository, &model, version, &manifest);
                     let result = checked.map_err(|error| error.to_string());
                     Verdict { model: model.clone(), version: Some(version), result }
                 }));
@@ -101,11 +102,13 @@ pub fn validate(preparer: &Preparer) -> io::Result<Vec<Verdict>> {
     Ok(verdicts)
 }
 
-fn model_of(root: &Path, model: &ModelName) -> Result<(Manifest, Vec<Version>), String> {
-    let folder = open_model(root, model).map_err(|error| error.to_string())?;
-    let manifest =
-        manifest_of(&root.join(model.as_str()), model, None).map_err(|failure| failure.message)?;
-    let there = scan::versions(&folder).map_err(|error| error.to_string())?;
+fn model_of(
+    repository: &Repository,
+    model: &ModelName,
+) -> Result<(Manifest, Vec<Version>), String> {
+    let folder = open_model(repository, model).map_err(|error| error.to_string())?;
+    let manifest = manifest_of(repository, model, None).map_err(|failure| failure.message)?;
+    let there = repository.versions(&folder).map_err(|error| error.to_string())?;
     let chosen = scan::chosen(&there, manifest.settings.versions.as_ref());
     if chosen.is_empty() {
         return Err("it has no version: no folder is named by a number".to_owned());

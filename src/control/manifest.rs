@@ -19,6 +19,8 @@ const FILE_SIZE_MAX: u64 = 4 << 20;
 
 const PBTXT: &str = "config.pbtxt";
 const TOML: &str = "tidegate.toml";
+/// The files that may configure a model.
+pub(super) const FILES: [&str; 2] = [PBTXT, TOML];
 
 /// What the files say.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -59,7 +61,20 @@ pub struct ManifestError {
 /// # Errors
 /// Everything that is wrong with either file.
 pub fn read(model_dir: &Path) -> Result<Manifest, ManifestError> {
-    let mut draft = Draft { folder: Some(model_dir), ..Draft::default() };
+    let name = model_dir.file_name().and_then(|name| name.to_str());
+    read_named(model_dir, name)
+}
+
+/// As [`read`], of a folder whose name says nothing about the model's.
+///
+/// # Errors
+/// Everything that is wrong with either file.
+pub fn read_sole(model_dir: &Path) -> Result<Manifest, ManifestError> {
+    read_named(model_dir, None)
+}
+
+fn read_named(model_dir: &Path, name: Option<&str>) -> Result<Manifest, ManifestError> {
+    let mut draft = Draft { folder: Some(model_dir), name, ..Draft::default() };
     if let Some(text) = draft.text_of(PBTXT) {
         pbtxt::apply_text(&mut draft, &text);
     }
@@ -83,6 +98,8 @@ pub fn from_json(json: &str) -> Result<Manifest, ManifestError> {
 /// A manifest in the making.
 struct Draft<'a> {
     folder: Option<&'a Path>,
+    /// What the model has to be called; `None`: anything.
+    name: Option<&'a str>,
     /// File being read, for messages.
     file: &'static str,
     manifest: Manifest,
@@ -91,7 +108,13 @@ struct Draft<'a> {
 
 impl Default for Draft<'_> {
     fn default() -> Self {
-        Self { folder: None, file: PBTXT, manifest: Manifest::default(), problems: Vec::new() }
+        Self {
+            folder: None,
+            name: None,
+            file: PBTXT,
+            manifest: Manifest::default(),
+            problems: Vec::new(),
+        }
     }
 }
 

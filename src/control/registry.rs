@@ -17,8 +17,9 @@ use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::manifest::Manifest;
+use super::scan::{self, Repository};
 use super::version::{PrepareError, Preparer, open_model};
-use super::{Settings, manifest_of, scan};
+use super::{Settings, manifest_of};
 use crate::domain::{
     ErrorKind, Failure, IndexEntry, ModelControl, ModelFile, ModelName, Version, VersionState,
 };
@@ -86,11 +87,11 @@ impl Registry {
     /// Loads every model of the repository, several at a time; each takes traffic as soon as it
     /// is ready. Broken ones are reported and skipped.
     pub async fn load_all(&self) {
-        let repository = self.shared.preparer.settings().repository.clone();
-        let models = match scan::models(&repository) {
+        let repository = Repository::new(self.shared.preparer.settings());
+        let models = match repository.models() {
             Ok(models) => models,
             Err(error) => {
-                let repository = repository.display();
+                let repository = repository.root().display();
                 tracing::error!(%repository, %error, "the model repository cannot be read");
                 return;
             }
@@ -217,21 +218,22 @@ impl Shared {
 
     fn load_locked(&self, model: &ModelName, brought: &Override) -> Result<(), Failure> {
         let staging;
-        let root = if brought.files.is_empty() {
-            self.preparer.settings().repository.as_path()
+        let repository = if brought.files.is_empty() {
+            Repository::new(self.preparer.settings())
         } else {
             staging = self.preparer.staging().map_err(|error| refused(&error))?;
             place(&staging.path().join(model.as_str()), &brought.files)?;
-            staging.path()
+            Repository::of_models(staging.path())
         };
-        let folder = open_model(root, model).map_err(|error| match error {
+        let folder = open_model(&repository, model).map_err(|error| match error {
             PrepareError::Folder { what: "model's folder", .. } => {
                 Failure::not_found("it is not in the repository")
             }
             other => refused(&other),
         })?;
-        let manifest = manifest_of(&root.join(model.as_str()), model, brought.config.as_deref())?;
-        let there = scan::versions(&folder)
+        let manifest = manifest_of(&repository, model, brought.config.as_deref())?;
+        let there = repository
+            .versions(&folder)
             .map_err(|error| Failure::invalid(format!("its folder cannot be read: {error}")))?;
         let chosen = scan::chosen(&there, manifest.settings.versions.as_ref());
         if chosen.is_empty() {
@@ -241,7 +243,7 @@ impl Shared {
         let mut latest = Ok(());
         // The highest first: it is what most callers get.
         for (at, version) in chosen.iter().rev().enumerate() {
-            let done = self.load_version(root, model, *version, &manifest);
+            let done = self.load_version(&repository, model, *version, &manifest);
             if at == 0 {
                 latest = done;
             }
@@ -282,14 +284,14 @@ impl Shared {
 
     fn load_version(
         &self,
-        root: &Path,
+        repository: &Repository,
         model: &ModelName,
         version: Version,
         manifest: &Manifest,
     ) -> Result<(), Failure> {
         let started = Instant::now();
         let before = self.served(model, version);
-        match self.prepare(root, model, version, manifest, before.as_ref()) {
+        match self.prepare(repository, model, version, manifest, before.as_ref()) {
             Ok(None) => {
                 self.mark(model, version, VersionState::Ready, "");
                 Ok(())
@@ -330,13 +332,13 @@ impl Shared {
     /// The version, ready to serve; `None` when the one that serves is the same.
     fn prepare(
         &self,
-        root: &Path,
+        repository: &Repository,
         model: &ModelName,
         version: Version,
         manifest: &Manifest,
         before: Option<&Arc<Served>>,
     ) -> Result<Option<Served>, PrepareError> {
-        let checked = self.preparer.check(root, model, version, manifest)?;
+        let checked = self.preparer.check(repository, model, version, manifest)?;
         let settings = &manifest.settings;
         let same =
             |before: &Arc<Served>| before.digest == checked.digest && before.settings == *settings;

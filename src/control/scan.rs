@@ -1,13 +1,100 @@
 //! What a repository folder holds: models and their versions.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::confined::Folder;
+use super::Settings;
+use super::confined::{ConfineError, Folder};
+use super::fetch::MODEL_FILE;
+use super::manifest;
 use crate::domain::{ModelName, Version, VersionPolicy};
 
+/// Where the models lie: a folder of models, or the folder of one.
+///
+/// ```text
+/// many:  <root>/<model>/<version>/model.onnx
+/// sole:  <root>/<version>/model.onnx   or   <root>/model.onnx, which is version 1
+/// ```
+#[derive(Clone, Debug)]
+pub(super) struct Repository {
+    root: PathBuf,
+    /// The name of the model whose folder `root` is.
+    sole: Option<ModelName>,
+}
+
+impl Repository {
+    pub(super) fn of_models(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into(), sole: None }
+    }
+
+    /// As configured. A name alone makes no sole model: its folder has to look like one.
+    pub(super) fn new(settings: &Settings) -> Self {
+        let root = settings.repository.clone();
+        let sole = settings.model_name.clone().filter(|_| is_model(&root));
+        Self { root, sole }
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub(super) fn sole(&self) -> Option<&ModelName> {
+        self.sole.as_ref()
+    }
+
+    pub(super) fn models(&self) -> io::Result<Vec<ModelName>> {
+        match &self.sole {
+            Some(model) => Ok(vec![model.clone()]),
+            None => models(&self.root),
+        }
+    }
+
+    /// A model's folder in a folder of models, whether or not it is there.
+    pub(super) fn path(&self, model: &ModelName) -> PathBuf {
+        self.root.join(model.as_str())
+    }
+
+    /// The model's folder, opened; the outer error is the repository's own.
+    pub(super) fn open(&self, model: &ModelName) -> io::Result<Result<Folder, ConfineError>> {
+        let root = Folder::open(&self.root)?;
+        Ok(match &self.sole {
+            Some(sole) if sole == model => Ok(root),
+            Some(_) => Err(ConfineError::Missing),
+            None => root.folder(model.as_str()),
+        })
+    }
+
+    pub(super) fn versions(&self, model: &Folder) -> io::Result<Vec<Version>> {
+        let there = versions(model)?;
+        match self.sole {
+            Some(_) if there.is_empty() => Ok(Version::new(1).into_iter().collect()),
+            _ => Ok(there),
+        }
+    }
+
+    /// One version's folder in the model's, which is the same for a sole model without versions.
+    pub(super) fn version(&self, model: Folder, version: Version) -> Result<Folder, ConfineError> {
+        let flat = self.sole.is_some() && versions(&model).is_ok_and(|there| there.is_empty());
+        match flat && version.get() == 1 {
+            true => Ok(model),
+            false => model.folder(&version.to_string()),
+        }
+    }
+}
+
+/// Whether a folder is one model's: it holds a model file, a model's configuration, or a version.
+fn is_model(path: &Path) -> bool {
+    let Ok(folder) = Folder::open(path) else { return false };
+    let is_file = |name: &str| folder.file(name).is_ok();
+    if is_file(MODEL_FILE) || manifest::FILES.into_iter().any(is_file) {
+        return true;
+    }
+    let there = versions(&folder).unwrap_or_default();
+    there.iter().any(|version| is_file(&format!("{version}/{MODEL_FILE}")))
+}
+
 /// Models of the repository, by name. A folder whose name is no model name is reported, not served.
-pub(super) fn models(repository: &Path) -> io::Result<Vec<ModelName>> {
+fn models(repository: &Path) -> io::Result<Vec<ModelName>> {
     let folder = Folder::open(repository)?;
     let mut models = Vec::new();
     for name in folder.names()? {
@@ -23,7 +110,7 @@ pub(super) fn models(repository: &Path) -> io::Result<Vec<ModelName>> {
 }
 
 /// Versions in a model's folder, ascending. Other folders are none of ours.
-pub(super) fn versions(model: &Folder) -> io::Result<Vec<Version>> {
+fn versions(model: &Folder) -> io::Result<Vec<Version>> {
     let names = model.names()?;
     let numbers = names.iter().filter(|name| model.is_folder(name));
     let mut versions: Vec<Version> = numbers.filter_map(|name| name.parse().ok()).collect();
@@ -71,5 +158,60 @@ mod tests {
         assert_eq!(numbers(chosen(&there, Some(&VersionPolicy::Latest(2)))), [2, 10]);
         let specific = VersionPolicy::Specific(vec![3, 1, 1]);
         assert_eq!(numbers(chosen(&there, Some(&specific))), [1, 3]);
+    }
+
+    #[test]
+    fn a_named_model_may_be_the_whole_repository() {
+        let dir = tempfile::tempdir().unwrap();
+        let name: ModelName = "iris".parse().unwrap();
+        let open = || {
+            let settings = Settings {
+                model_name: Some(name.clone()),
+                ..Settings::new(dir.path(), dir.path().join("state"))
+            };
+            Repository::new(&settings)
+        };
+        let numbers = |repository: &Repository| -> Vec<u64> {
+            let folder = repository.open(&name).unwrap().unwrap();
+            repository.versions(&folder).unwrap().into_iter().map(Version::get).collect()
+        };
+
+        // A model file alone: version 1 is the folder itself.
+        std::fs::write(dir.path().join("model.onnx"), "flat").unwrap();
+        let repository = open();
+        assert_eq!(repository.models().unwrap(), std::slice::from_ref(&name));
+        assert_eq!(numbers(&repository), [1]);
+        let folder = repository.open(&name).unwrap().unwrap();
+        let first = repository.version(folder, Version::new(1).unwrap()).unwrap();
+        assert_eq!(first.text("model.onnx", 10).unwrap().as_deref(), Some("flat"));
+        let folder = repository.open(&name).unwrap().unwrap();
+        assert!(repository.version(folder, Version::new(2).unwrap()).is_err());
+        assert!(repository.open(&"other".parse().unwrap()).unwrap().is_err());
+
+        // Folders of versions: the file beside them is none.
+        std::fs::create_dir(dir.path().join("3")).unwrap();
+        std::fs::write(dir.path().join("3/model.onnx"), "third").unwrap();
+        assert_eq!(numbers(&open()), [3]);
+        std::fs::remove_file(dir.path().join("model.onnx")).unwrap();
+        assert_eq!(numbers(&open()), [3]);
+        std::fs::rename(dir.path().join("3/model.onnx"), dir.path().join("3/net.onnx")).unwrap();
+        std::fs::write(dir.path().join("tidegate.toml"), "[model]\nfile = 'net.onnx'").unwrap();
+        assert_eq!(numbers(&open()), [3]);
+    }
+
+    #[test]
+    fn a_folder_of_models_stays_one_whatever_the_name() {
+        let dir = tempfile::tempdir().unwrap();
+        // '7' is a model here: what lies in it is a version, not a model file.
+        for path in ["iris/1", "7/1"] {
+            std::fs::create_dir_all(dir.path().join(path)).unwrap();
+            std::fs::write(dir.path().join(path).join("model.onnx"), "").unwrap();
+        }
+        let settings = Settings {
+            model_name: Some("iris".parse().unwrap()),
+            ..Settings::new(dir.path(), dir.path().join("state"))
+        };
+        let names = Repository::new(&settings).models().unwrap();
+        assert_eq!(names.iter().map(ModelName::as_str).collect::<Vec<_>>(), ["7", "iris"]);
     }
 }

@@ -12,6 +12,7 @@ use super::fetch::{
 };
 use super::manifest::{Declared, DeclaredTensor, Manifest};
 use super::probe::{self, Job, ProbeError, Report, TrialJob};
+use super::scan::Repository;
 use super::{Settings, trial};
 use crate::batch::{Lane, LaneParts, ThreadBudget};
 use crate::domain::{Digest, ModelName, ModelSettings, Signature, TensorSpec, Version};
@@ -96,17 +97,16 @@ impl Preparer {
         self.cache()?.staging().map_err(|error| PrepareError::State(error.to_string()))
     }
 
-    /// Fetches `<root>/<model>/<version>` and tries it; a verdict that is known is not sought
-    /// again.
-    pub fn check(
+    /// Fetches a version and tries it; a verdict that is known is not sought again.
+    pub(super) fn check(
         &self,
-        root: &Path,
+        repository: &Repository,
         model: &ModelName,
         version: Version,
         manifest: &Manifest,
     ) -> Result<Checked, PrepareError> {
         let settings = &manifest.settings;
-        let folder = open_version(root, model, version)?;
+        let folder = open_version(repository, model, version)?;
         let file = settings.model_file.as_deref().unwrap_or(MODEL_FILE);
         let cache = self.cache()?;
         let fetched = cache.fetch(&folder, file, self.settings.model_size_max, &|path| {
@@ -318,19 +318,22 @@ fn same_tensor(tensor: &DeclaredTensor, spec: &TensorSpec, batched: bool) -> Res
     Ok(())
 }
 
-pub(super) fn open_model(root: &Path, model: &ModelName) -> Result<Folder, PrepareError> {
-    let what = "repository";
-    let root = Folder::open(root)
-        .map_err(|error| PrepareError::Folder { what, reason: error.to_string() })?;
-    let refused = |error: ConfineError| PrepareError::Folder {
-        what: "model's folder",
-        reason: error.to_string(),
-    };
-    root.folder(model.as_str()).map_err(refused)
+pub(super) fn open_model(
+    repository: &Repository,
+    model: &ModelName,
+) -> Result<Folder, PrepareError> {
+    let refused = |what, reason: String| PrepareError::Folder { what, reason };
+    let folder =
+        repository.open(model).map_err(|error| refused("repository", error.to_string()))?;
+    folder.map_err(|error| refused("model's folder", error.to_string()))
 }
 
-fn open_version(root: &Path, model: &ModelName, version: Version) -> Result<Folder, PrepareError> {
-    let folder = open_model(root, model)?.folder(&version.to_string());
+fn open_version(
+    repository: &Repository,
+    model: &ModelName,
+    version: Version,
+) -> Result<Folder, PrepareError> {
+    let folder = repository.version(open_model(repository, model)?, version);
     folder.map_err(|error| PrepareError::Folder {
         what: "version's folder",
         reason: error.to_string(),

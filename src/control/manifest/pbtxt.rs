@@ -170,8 +170,7 @@ fn unsupported(message: &DynamicMessage, prefix: &str, ignored: &mut Vec<String>
 }
 
 fn check_kind(draft: &mut Draft<'_>, config: &pb::ModelConfig) {
-    let folder = draft.folder.and_then(|folder| folder.file_name()).and_then(|name| name.to_str());
-    if let Some(folder) = folder
+    if let Some(folder) = draft.name
         && !config.name.is_empty()
         && config.name != folder
     {

@@ -57,6 +57,9 @@ fn confine(limits: &ProbeLimits) -> io::Result<()> {
         let limit = Rlimit { current: Some(soft.min(before)), maximum: Some(hard.min(before)) };
         rustix::process::setrlimit(resource, limit)
     };
+    // In a container the memory limit is shared with the gateway: when it is reached, the kernel is to
+    // take the trial. Where it may not be told, the other limits hold all the same.
+    drop(std::fs::write("/proc/self/oom_score_adj", "1000"));
     let cpu = limits.cpu_max.as_secs().max(1);
     set(Resource::Core, 0, 0)?;
     set(Resource::As, limits.memory_max_bytes, limits.memory_max_bytes)?;
