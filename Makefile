@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := tests/.venv
 STAMP := $(VENV)/installed
 
-.PHONY: help run build ort test test-rust test-clients lint models
+.PHONY: help run build ort test test-rust test-clients bench lint models
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,7 @@ test-rust: ort ## unit, property and integration tests in Rust
 		echo '$(CARGO) test --locked (cargo-nextest is not installed)'; $(CARGO) test --locked --lib --bins --tests; \
 	fi
 	$(CARGO) test --locked --doc
+	$(CARGO) test --locked --quiet --bench request_path >/dev/null # each benchmark once
 
 test-clients: ort $(STAMP) ## real clients against the built binary
 	@scripts/install-test-packages.sh
@@ -41,6 +42,9 @@ $(STAMP): tests/requirements.txt tests/requirements-kserve.txt
 	@$(PYTHON) -m venv $(VENV)/kserve
 	@$(VENV)/kserve/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-kserve.txt
 	@touch $@
+
+bench: ort ## what each step of a request costs (a release build and a few minutes)
+	$(CARGO) bench --locked --bench request_path
 
 lint: ## formatting, clippy with warnings as errors, licences and sources of dependencies
 	$(CARGO) fmt --check

@@ -1,0 +1,102 @@
+//! A whole gateway in this process, made of the models that a test or a benchmark brings.
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use tidegate::batch::{Lane, LaneParts, ThreadBudget};
+use tidegate::domain::{
+    BatchSettings, Digest, Failure, IndexEntry, ModelControl, ModelFile, ModelName, ModelSettings,
+    Signature, Version,
+};
+use tidegate::engine::Session;
+use tidegate::gateway::{self, Gateway};
+use tidegate::observe::{Observer, VersionStats};
+use tidegate::route::{ModelRoutes, Published, RouteTable, Served};
+use tidegate::transport::shm::SharedMemory;
+use tidegate::transport::toggles::Toggles;
+use tidegate::transport::{Api, Health, Settings};
+
+type Done<'a> = Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>>;
+
+/// No repository: nothing to list, to load or to unload.
+struct NoControl;
+
+impl ModelControl for NoControl {
+    fn index(&self) -> Vec<IndexEntry> {
+        Vec::new()
+    }
+
+    fn load<'a>(
+        &'a self,
+        _model: &'a ModelName,
+        _config: Option<&'a str>,
+        _files: Vec<ModelFile>,
+    ) -> Done<'a> {
+        Box::pin(async { Err(Failure::unsupported("there is no repository")) })
+    }
+
+    fn unload<'a>(&'a self, _model: &'a ModelName) -> Done<'a> {
+        Box::pin(async { Err(Failure::unsupported("there is no repository")) })
+    }
+}
+
+/// Version 1 of a model, with one worker for each session.
+pub fn served(
+    observer: &Observer,
+    budget: &Arc<ThreadBudget>,
+    name: &str,
+    signature: &Signature,
+    sessions: Vec<Box<dyn Session>>,
+    batch: BatchSettings,
+) -> Arc<Served> {
+    let model: ModelName = name.parse().unwrap();
+    let version = Version::new(1).unwrap();
+    let digest = Digest::new([7; 32]);
+    let stats = VersionStats::new(observer, &model, version, &digest, "fake");
+    let settings = ModelSettings { batch: batch.clone(), ..ModelSettings::default() };
+    let parts = LaneParts {
+        model: model.clone(),
+        version,
+        batch,
+        batched: signature.batched,
+        sessions,
+        stats: Arc::clone(&stats),
+        budget: Arc::clone(budget),
+    };
+    let lane = Lane::new(parts).unwrap();
+    stats.set_gauges(Box::new(lane.gauges()));
+    let signature = signature.clone();
+    Arc::new(Served { model, version, digest, engine: "fake", signature, settings, lane, stats })
+}
+
+/// A table of these models, each under its own name.
+pub fn table(models: impl IntoIterator<Item = Arc<Served>>) -> RouteTable {
+    let routes = |served: Arc<Served>| {
+        let name = served.model.clone();
+        let versions = BTreeMap::from([(served.version, served)]);
+        (name, ModelRoutes { versions, labels: HashMap::new() })
+    };
+    let models = models.into_iter().map(routes).collect();
+    RouteTable { models, default_model: None, revision: 1 }
+}
+
+/// Everything behind the listeners, ready.
+pub fn api(
+    observer: Arc<Observer>,
+    models: impl IntoIterator<Item = Arc<Served>>,
+    gateway: gateway::Settings,
+    settings: Settings,
+) -> Arc<Api> {
+    let table = Arc::new(Published::new(table(models)));
+    let health = Arc::new(Health::default());
+    health.set_ready();
+    Arc::new(Api {
+        gateway: Arc::new(Gateway::new(table, observer, Arc::new(NoControl), gateway)),
+        health,
+        shm: SharedMemory::new(false),
+        toggles: Toggles::default(),
+        settings,
+    })
+}
