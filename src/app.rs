@@ -83,7 +83,7 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         bind(config.metrics).with_context(|| format!("listen on {}", config.metrics))?;
     tracing::info!(protocol = "metrics", address = %metrics_listener.local_addr()?, "listening");
     tokio::spawn(metrics::serve(metrics_listener, Arc::clone(&api)));
-    tokio::spawn(upkeep(Arc::clone(&observer)));
+    tokio::spawn(upkeep(Arc::clone(&observer), Arc::clone(&api.gateway)));
     let traced = CancellationToken::new();
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 
@@ -165,11 +165,12 @@ fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-async fn upkeep(observer: Arc<Observer>) {
+async fn upkeep(observer: Arc<Observer>, gateway: Arc<Gateway>) {
     let mut tick = interval(UPKEEP_EVERY);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
         observer.upkeep();
+        gateway.upkeep();
     }
 }

@@ -4,12 +4,13 @@
 //! - Every call ends in exactly one [`Completion`], whatever becomes of it, cancellation included.
 //! - One snapshot of the route table is taken per request.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::cache::{self, Cache};
 use crate::domain::{
     Answer, AnswerHead, CallMeta, Completion, Deadline, ErrorKind, Failure, InferRequest, Inputs,
     ModelControl, ModelName, NamedTensor, Outcome, ParameterValue, RequestedOutput, Tensor,
@@ -19,17 +20,20 @@ use crate::observe::Observer;
 use crate::route::{Pick, Published, RouteTable, Served};
 
 mod classify;
+mod recall;
 
 /// Limits and waits of the request path.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Deadline when the caller sets none, and the longest one it may set.
     pub timeout_max: Duration,
+    /// Answers kept for the models that ask for it.
+    pub cache: cache::Settings,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { timeout_max: Duration::from_secs(60) }
+        Self { timeout_max: Duration::from_secs(60), cache: cache::Settings::default() }
     }
 }
 
@@ -47,6 +51,8 @@ pub struct Gateway {
     observer: Arc<Observer>,
     control: Arc<dyn ModelControl>,
     settings: Settings,
+    /// Made for the first request that may be answered from it.
+    cache: OnceLock<Cache>,
 }
 
 impl Gateway {
@@ -56,7 +62,7 @@ impl Gateway {
         control: Arc<dyn ModelControl>,
         settings: Settings,
     ) -> Self {
-        Self { table, observer, control, settings }
+        Self { table, observer, control, settings, cache: OnceLock::new() }
     }
 
     /// The route table of this moment: for metadata, configuration, statistics and readiness.
@@ -152,11 +158,22 @@ impl Gateway {
         let bound = served.signature.bind(named)?;
         record.bound(&served, &bound);
         let priority = priority(parameters)?;
+        let asked = match self.recall(&served, &bound) {
+            recall::Recalled::Hit(outputs) => {
+                record.recalled(&outputs);
+                return select(&served, &wanted, &outputs);
+            }
+            recall::Recalled::Miss(asked) => Some(asked),
+            recall::Recalled::Off => None,
+        };
         let ran = served.lane.infer(bound, deadline, priority).await.map_err(|error| {
             tracing::debug!(model = %served.model, version = %served.version, %error, "not run");
             error.into_failure()
         })?;
         record.ran(&ran);
+        if let Some(asked) = asked {
+            self.keep(asked, &served, &ran.outputs);
+        }
         select(&served, &wanted, &ran.outputs)
     }
 
@@ -276,6 +293,7 @@ impl<'a> Record<'a> {
             timings: Timings::default(),
             rows: 1,
             batch_size: 0,
+            cached: false,
             inputs: Vec::new(),
             outputs: Vec::new(),
         };
@@ -327,6 +345,12 @@ impl<'a> Record<'a> {
         completion.timings = ran.timings;
         completion.batch_size = ran.batch_size;
         completion.outputs.clone_from(&ran.outputs);
+    }
+
+    fn recalled(&mut self, outputs: &[Tensor]) {
+        let completion = self.open();
+        completion.cached = true;
+        completion.outputs = outputs.to_vec();
     }
 
     fn finish(mut self, outcome: Outcome) {

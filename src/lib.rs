@@ -5,6 +5,7 @@
 
 pub mod app;
 pub mod batch;
+pub mod cache;
 pub mod cli;
 pub mod config;
 pub mod control;

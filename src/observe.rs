@@ -157,6 +157,13 @@ impl Observer {
         self.process.load_failures.increment(1);
     }
 
+    /// Shows how full the cache of answers is, and how many it dropped to make room so far.
+    pub fn cache(&self, bytes: u64, entries: u64, evicted: u64) {
+        self.process.cache_bytes.set(bytes as f64);
+        self.process.cache_entries.set(entries as f64);
+        self.process.cache_evictions.absolute(evicted);
+    }
+
     /// Work that somebody has to do once a second.
     pub fn upkeep(&self) {
         self.process.lines_dropped.increment(log::take_dropped());

@@ -68,6 +68,7 @@ fn completion(arm: Arm, protocol: Protocol, total_us: u64, outcome: Outcome) -> 
             ..Timings::default()
         },
         rows: 1,
+        cached: false,
         inputs: Vec::new(),
         outputs: Vec::new(),
     }

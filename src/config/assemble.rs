@@ -8,7 +8,7 @@ use super::Config;
 use super::layers::{Layers, Problems};
 use crate::domain::{EngineChoice, ModelName};
 use crate::observe::{AccessLog, Otlp, log};
-use crate::{control, gateway, observe, transport};
+use crate::{cache, control, gateway, observe, transport};
 
 pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
     let from = &mut layers;
@@ -22,7 +22,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         allow_unauthenticated: from.flag("server.allow_unauthenticated"),
         control: control_settings(from),
         transport: transport_settings(from),
-        gateway: gateway::Settings { timeout_max: from.millis("server.timeout_max_ms") },
+        gateway: gateway_settings(from),
         system_shared_memory: from.flag("server.system_shared_memory"),
         observe: observe_settings(from),
         log_format: log_format(from),
@@ -38,6 +38,23 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
     config.unsafe_notes = unsafe_notes(&config);
     config.unsafe_notes.extend(layers.notes);
     Ok(config)
+}
+
+fn gateway_settings(from: &mut Layers) -> gateway::Settings {
+    let ttl = from.millis("cache.ttl_ms");
+    let cache = cache::Settings {
+        bytes_max: from.size("cache.bytes_max"),
+        entry_bytes_max: from.size("cache.entry_bytes_max"),
+        ttl: (!ttl.is_zero()).then_some(ttl),
+    };
+    // The cache is cut into parts, each with room for several entries.
+    let most = cache.bytes_max / 8;
+    if cache.entry_bytes_max > most {
+        let got = cache.entry_bytes_max;
+        let message = format!("expected at most an eighth of cache.bytes_max, {most}, got {got}");
+        from.problems.add("cache.entry_bytes_max", message);
+    }
+    gateway::Settings { timeout_max: from.millis("server.timeout_max_ms"), cache }
 }
 
 fn control_settings(from: &mut Layers) -> control::Settings {

@@ -125,6 +125,8 @@ pub struct Completion {
     pub rows: usize,
     /// Rows of the batch it ran in; 0 when it never ran.
     pub batch_size: usize,
+    /// Answered with what the model said before.
+    pub cached: bool,
     /// In the signature's order; empty when they were never bound.
     pub inputs: Vec<Tensor>,
     pub outputs: Vec<Tensor>,

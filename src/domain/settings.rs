@@ -100,6 +100,10 @@ pub struct ModelSettings {
     pub versions: Option<VersionPolicy>,
     /// Deadline when the caller sets none, and the longest one that it may set.
     pub timeout_max: Option<Duration>,
+    /// Equal inputs may be answered with what the model said before.
+    pub cached: bool,
+    /// Most bytes of one request's outputs; `None`: the gateway's.
+    pub output_bytes_max: Option<usize>,
 }
 
 /// Which of a model's versions are loaded.

@@ -155,6 +155,13 @@ impl Tensor {
         Some(Self { datatype: self.datatype, shape, data })
     }
 
+    /// The same tensor in memory of its own, and no more of it than it takes.
+    #[must_use]
+    pub fn copied(&self) -> Self {
+        let data = Bytes::copy_from_slice(&self.data);
+        Self { datatype: self.datatype, shape: self.shape.clone(), data }
+    }
+
     /// Joins tensors of one datatype and one inner shape along the first axis, in one copy.
     ///
     /// `None` when there is none, or they differ in more than the first dimension.

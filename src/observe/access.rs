@@ -43,6 +43,7 @@ pub(super) fn log(mode: AccessLog, completion: &Completion) {
         queue_ms = ms(timings.queue + timings.batch_wait),
         compute_ms = ms(timings.compute_infer),
         batch_size = completion.batch_size,
+        cached = completion.cached.then_some(true),
         prediction_id = %completion.prediction_id,
         request_id = shown(&completion.request_id).as_deref(),
         trace_id = completion.trace.map(|trace| format!("{:032x}", trace.trace_id)),
@@ -118,6 +119,7 @@ mod tests {
             },
             rows: 1,
             batch_size: 4,
+            cached: false,
             inputs: Vec::new(),
             outputs: Vec::new(),
         };

@@ -57,7 +57,33 @@ pub(super) fn requests(versions: &Versions, unrouted: &Unrouted) -> Vec<Family> 
         "Requests waiting",
         |view| Some(view.fold.load.queue_depth as f64),
     ));
+    families.extend(cache(versions));
     families
+}
+
+/// Of versions that have asked the cache, so that others have no series of it.
+fn cache(versions: &Versions) -> [Family; 2] {
+    let of = |view: &VersionView, count: u64| uses_cache(view).then_some(count as f64);
+    [
+        per_version(
+            versions,
+            "tidegate_cache_hits_total",
+            Kind::Counter,
+            "Requests answered with what the model said before",
+            |view| of(view, view.fold.stats.cache_hit.count),
+        ),
+        per_version(
+            versions,
+            "tidegate_cache_misses_total",
+            Kind::Counter,
+            "Requests that the cache could not answer and the model did",
+            |view| of(view, view.fold.stats.cache_miss.count),
+        ),
+    ]
+}
+
+pub(super) fn uses_cache(view: &VersionView) -> bool {
+    view.fold.stats.cache_hit.count + view.fold.stats.cache_miss.count > 0
 }
 
 /// Families of what is loaded.

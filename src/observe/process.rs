@@ -14,6 +14,9 @@ use super::page::{self, Family, Kind, Labels};
 const BUILD_INFO: &str = "tidegate_build_info";
 const CONNECTIONS: &str = "tidegate_connections";
 const LOAD_FAILURES: &str = "tidegate_model_load_failures_total";
+const CACHE_BYTES: &str = "tidegate_cache_bytes";
+const CACHE_ENTRIES: &str = "tidegate_cache_entries";
+const CACHE_EVICTIONS: &str = "tidegate_cache_evictions_total";
 const SPANS_DROPPED: &str = "tidegate_spans_dropped_total";
 const LOG_LINES_DROPPED: &str = "tidegate_access_lines_dropped_total";
 
@@ -23,6 +26,9 @@ pub(super) struct Process {
     pub(super) load_failures: metrics::Counter,
     pub(super) spans_dropped: metrics::Counter,
     pub(super) lines_dropped: metrics::Counter,
+    pub(super) cache_bytes: metrics::Gauge,
+    pub(super) cache_entries: metrics::Gauge,
+    pub(super) cache_evictions: metrics::Counter,
 }
 
 impl Process {
@@ -33,16 +39,29 @@ impl Process {
         metrics::describe_counter!(LOAD_FAILURES, "Loads of model versions that failed");
         metrics::describe_counter!(SPANS_DROPPED, "Traced requests that were not exported");
         metrics::describe_counter!(LOG_LINES_DROPPED, "Access log lines that found no room");
+        metrics::describe_gauge!(CACHE_BYTES, "Memory of answers kept, a second ago at most");
+        metrics::describe_gauge!(CACHE_ENTRIES, "Answers kept, a second ago at most");
+        metrics::describe_counter!(CACHE_EVICTIONS, "Answers that made room for others");
         metrics::gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
         let process = Self {
             connections: metrics::gauge!(CONNECTIONS),
             load_failures: metrics::counter!(LOAD_FAILURES),
             spans_dropped: metrics::counter!(SPANS_DROPPED),
             lines_dropped: metrics::counter!(LOG_LINES_DROPPED),
+            cache_bytes: metrics::gauge!(CACHE_BYTES),
+            cache_entries: metrics::gauge!(CACHE_ENTRIES),
+            cache_evictions: metrics::counter!(CACHE_EVICTIONS),
         };
         // Shows them from zero.
         process.connections.increment(0.0);
-        for counter in [&process.load_failures, &process.spans_dropped, &process.lines_dropped] {
+        process.cache_bytes.increment(0.0);
+        process.cache_entries.increment(0.0);
+        for counter in [
+            &process.load_failures,
+            &process.spans_dropped,
+            &process.lines_dropped,
+            &process.cache_evictions,
+        ] {
             counter.increment(0);
         }
         process

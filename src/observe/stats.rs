@@ -74,6 +74,10 @@ pub struct StatsSnapshot {
     pub compute_input: DurationStat,
     pub compute_infer: DurationStat,
     pub compute_output: DurationStat,
+    /// Answered by the cache: time to find the answer. Not part of `inference_count`.
+    pub cache_hit: DurationStat,
+    /// Asked of the cache in vain, then answered by the model: time to look and to keep.
+    pub cache_miss: DurationStat,
     pub batches: Vec<BatchStat>,
 }
 
@@ -99,6 +103,8 @@ pub struct VersionStats {
     /// Guards the counters of executions, which the lane adds to once per batch, beside a run of
     /// the model that costs far more. Nothing else happens under it.
     executions: Mutex<Executions>,
+    cache_hit: DurationCount,
+    cache_miss: DurationCount,
     gauges: OnceLock<Gauges>,
     loaded_in: OnceLock<Duration>,
 }
@@ -187,9 +193,29 @@ impl VersionFold {
             (&mut ours.compute_input, theirs.compute_input),
             (&mut ours.compute_infer, theirs.compute_infer),
             (&mut ours.compute_output, theirs.compute_output),
+            (&mut ours.cache_hit, theirs.cache_hit),
+            (&mut ours.cache_miss, theirs.cache_miss),
         ] {
             mine.add(more.count, more.ns);
         }
+    }
+}
+
+/// A [`DurationStat`] that is added to; of models that use the cache only, so kept once.
+#[derive(Default)]
+struct DurationCount {
+    count: AtomicU64,
+    ns: AtomicU64,
+}
+
+impl DurationCount {
+    fn add(&self, took: Duration) {
+        add(&self.count, 1);
+        add(&self.ns, nanos(took));
+    }
+
+    fn read(&self) -> DurationStat {
+        DurationStat { count: read(&self.count), ns: read(&self.ns) }
     }
 }
 
@@ -217,6 +243,8 @@ impl VersionStats {
             fixed: Default::default(),
             rules: Box::new([const { OnceLock::new() }; RULES_MAX]),
             executions: Mutex::default(),
+            cache_hit: DurationCount::default(),
+            cache_miss: DurationCount::default(),
             gauges: OnceLock::new(),
             loaded_in: OnceLock::new(),
         });
@@ -257,8 +285,22 @@ impl VersionStats {
         }
     }
 
+    /// One request that the cache answered.
+    pub fn cache_hit(&self, took: Duration) {
+        self.cache_hit.add(took);
+    }
+
+    /// One request that the cache could not answer and the model did.
+    pub fn cache_miss(&self, took: Duration) {
+        self.cache_miss.add(took);
+    }
+
     pub fn snapshot(&self) -> StatsSnapshot {
-        let mut stats = StatsSnapshot::default();
+        let mut stats = StatsSnapshot {
+            cache_hit: self.cache_hit.read(),
+            cache_miss: self.cache_miss.read(),
+            ..StatsSnapshot::default()
+        };
         for (_, arms) in self.every_arm() {
             for series in arms.0.iter().filter_map(OnceLock::get) {
                 series.fold_stats(&mut stats);
@@ -378,6 +420,9 @@ impl Shard {
         if ok && ran {
             self.record_success(completion);
         }
+        if ok && completion.cached {
+            self.record_last(completion);
+        }
     }
 
     fn record_success(&self, completion: &Completion) {
@@ -388,6 +433,10 @@ impl Shard {
         add(&self.compute_input_ns, nanos(timings.compute_input));
         add(&self.compute_infer_ns, nanos(timings.compute_infer));
         add(&self.compute_output_ns, nanos(timings.compute_output));
+        self.record_last(completion);
+    }
+
+    fn record_last(&self, completion: &Completion) {
         let since_epoch = completion.received_at.duration_since(SystemTime::UNIX_EPOCH);
         let ms = since_epoch.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(0));
         self.last_ms.fetch_max(ms, Ordering::Relaxed);

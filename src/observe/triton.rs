@@ -1,9 +1,9 @@
 //! Triton's metric names beside our own, so that existing dashboards and tools keep working.
 //!
 //! Same meanings and units as there. Without a GPU there are no GPU families, as there; pinned
-//! memory pools and the response cache are left out because we have neither.
+//! memory pools are left out because we have none. The response cache has series where it is used.
 
-use super::families::{VersionView, Versions, per_version, version_labels};
+use super::families::{VersionView, Versions, per_version, uses_cache, version_labels};
 use super::page::{Family, Kind, Labels};
 use super::stats::{OUTCOMES, StatsSnapshot, outcome_word};
 
@@ -28,7 +28,26 @@ pub(super) fn families(versions: &Versions) -> Vec<Family> {
                 Some(value(&view.fold.stats) as f64)
             })
         };
+    let cache = |name, help, value: fn(&StatsSnapshot) -> u64| {
+        per_version(versions, name, Kind::Counter, help, |view| {
+            uses_cache(view).then(|| value(&view.fold.stats) as f64)
+        })
+    };
     vec![
+        cache("nv_cache_num_hits_per_model", "Requests that the cache answered", |stats| {
+            stats.cache_hit.count
+        }),
+        cache("nv_cache_num_misses_per_model", "Requests that the cache did not answer", |stats| {
+            stats.cache_miss.count
+        }),
+        cache("nv_cache_hit_duration_per_model", "Time of cache hits, us, cumulative", |stats| {
+            stats.cache_hit.ns / 1000
+        }),
+        cache(
+            "nv_cache_miss_duration_per_model",
+            "Time of cache misses, us, cumulative",
+            |stats| stats.cache_miss.ns / 1000,
+        ),
         counter("nv_inference_request_success", "Successful inference requests", |stats| {
             stats.success.count
         }),

@@ -30,6 +30,7 @@ pub fn to_proto(served: &Served) -> pb::ModelConfig {
         output: signature.outputs.iter().map(|spec| output(spec, batched)).collect(),
         instance_group: instance_group(model.as_str(), settings),
         default_model_filename: model_file(settings).to_owned(),
+        response_cache: settings.cached.then_some(pb::ModelResponseCache { enable: true }),
         scheduling_choice: (batched && settings.batch.size_max > 1)
             .then(|| dynamic_batching(&settings.batch)),
         ..pb::ModelConfig::default()

@@ -40,6 +40,7 @@ const SUPPORTED: &[&str] = &[
     "sequence_batching",
     "ensemble_scheduling",
     "default_model_filename",
+    "response_cache.enable",
     "parameters",
     "model_warmup",
 ];
@@ -138,6 +139,9 @@ fn apply(draft: &mut Draft<'_>, message: &DynamicMessage, said_batch_size: bool)
     batching(draft, &config, said_batch_size);
     instances(draft, &config.instance_group);
     versions(draft, config.version_policy.as_ref());
+    if let Some(cache) = &config.response_cache {
+        draft.manifest.settings.cached = cache.enable;
+    }
     if !config.default_model_filename.is_empty() {
         draft.set_model_file("default_model_filename", &config.default_model_filename);
     }

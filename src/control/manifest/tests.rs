@@ -77,6 +77,7 @@ fn a_full_config_is_read() {
     assert_eq!(settings.model_file.as_deref(), Some("net.onnx"));
     assert_eq!(settings.intra_threads, Some(2));
     assert_eq!(settings.warmup.runs, 5);
+    assert!(settings.cached);
     let labels = vec!["cat".to_owned(), "dog".to_owned(), "bird".to_owned()];
     assert_eq!(settings.labels, [("y".to_owned(), labels)]);
     let declared = manifest.declared.unwrap();
@@ -90,7 +91,6 @@ fn a_full_config_is_read() {
         [
             "optimization.execution_accelerators.gpu_execution_accelerator",
             "parameters[memory.enable_memory_arena_shrinkage]",
-            "response_cache.enable",
         ]
     );
 }

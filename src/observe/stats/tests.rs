@@ -30,6 +30,7 @@ fn completion(arm: Arm, protocol: Protocol) -> Completion {
         },
         rows: 3,
         batch_size: 8,
+        cached: false,
         inputs: Vec::new(),
         outputs: Vec::new(),
     }

@@ -36,6 +36,7 @@ fn completion(trace: Option<TraceContext>) -> Completion {
         },
         rows: 1,
         batch_size: 1,
+        cached: false,
         inputs: Vec::new(),
         outputs: Vec::new(),
     }

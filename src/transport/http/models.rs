@@ -140,6 +140,8 @@ fn version_stats(served: &Served) -> Value {
         compute_input,
         compute_infer,
         compute_output,
+        cache_hit,
+        cache_miss,
         batches,
     } = served.stats.snapshot();
     json!({
@@ -155,8 +157,8 @@ fn version_stats(served: &Served) -> Value {
             "compute_input": duration(compute_input),
             "compute_infer": duration(compute_infer),
             "compute_output": duration(compute_output),
-            "cache_hit": duration(DurationStat::default()),
-            "cache_miss": duration(DurationStat::default()),
+            "cache_hit": duration(cache_hit),
+            "cache_miss": duration(cache_miss),
         },
         "response_stats": {},
         "batch_stats": batches.iter().map(batch).collect::<Vec<_>>(),

@@ -1,0 +1,7 @@
+//! What one caller can do to another, to the operator's logs and metrics, and to the process:
+//! with figures for each.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod cache;
+mod support;
