@@ -2,8 +2,8 @@ use std::sync::atomic::AtomicBool;
 
 use super::*;
 use crate::domain::{DataType, Digest, ErrorKind, Shape};
-use crate::engine::{EngineError, Model};
 use crate::engine::fake::FakeModel;
+use crate::engine::{EngineError, Model};
 use crate::observe::Observer;
 
 fn row(values: &[f32]) -> Tensor {

@@ -72,7 +72,7 @@ fn deadlines_are_cut_to_the_servers_longest() {
     alone(|runtime| {
         let slow = Slow::new("slow", Duration::from_secs(2), 1);
         let longest = Duration::from_millis(300);
-        let settings = gateway::Settings { timeout_max: longest };
+        let settings = gateway::Settings { timeout_max: longest, ..gateway::Settings::default() };
         let server = Server::with(&[&slow], settings, Settings::default());
         runtime.block_on(async {
             let client = Client::new(server.data);
