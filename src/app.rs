@@ -18,6 +18,7 @@ use crate::gateway::Gateway;
 use crate::observe::Observer;
 use crate::observe::log::LogHandle;
 use crate::route::{Published, RouteTable};
+use crate::transport::intake::Intake;
 use crate::transport::listener::Listeners;
 use crate::transport::shm::SharedMemory;
 use crate::transport::toggles::Toggles;
@@ -63,9 +64,13 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         health: Arc::new(Health::default()),
         shm: SharedMemory::new(config.system_shared_memory),
         toggles: Toggles::default(),
+        intake: Intake::new(&config.transport),
         settings: config.transport.clone(),
     });
 
+    let budget = Arc::clone(api.intake.budget());
+    tracing::info!(bytes = budget.max(), "requests in progress may hold");
+    observer.set_intake(Box::new(move || (budget.held(), budget.refused())));
     let level = config.log_level.clone();
     api.toggles.on_log(Box::new(move |wanted| {
         if let Err(error) = log.set_level(&wanted.filter(&level)) {

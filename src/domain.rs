@@ -20,7 +20,7 @@ pub use index::{IndexEntry, ModelControl, ModelFile, VersionState};
 pub use names::{Digest, Label, ModelName, NameError, Version, VersionRef};
 pub use request::{
     Answer, AnswerHead, CallMeta, Deadline, InferRequest, Inputs, NamedTensor, ParameterValue,
-    Parameters, RequestedOutput, TypeInputs,
+    Parameters, RequestedOutput, TypeInputs, TypedInputs,
 };
 pub use settings::{
     BatchSettings, EngineChoice, ModelSettings, Provider, VersionPolicy, WarmupSettings,

@@ -153,7 +153,7 @@ impl Gateway {
         let wanted = wanted_outputs(&served, requested)?;
         let named = match inputs {
             Inputs::Named(named) => named,
-            Inputs::Deferred(make) => make(&served.signature)?,
+            Inputs::Deferred(make) => make(&served.signature).await?,
         };
         let bound = served.signature.bind(named)?;
         record.bound(&served, &bound);

@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -68,6 +68,9 @@ pub struct Otlp {
     pub service_name: String,
 }
 
+/// Reads how many bytes requests hold, and how many requests were refused for bytes.
+type IntakeGauges = Box<dyn Fn() -> (usize, u64) + Send + Sync>;
+
 /// Receives every completion.
 pub struct Observer {
     settings: Settings,
@@ -80,6 +83,7 @@ pub struct Observer {
     cpu: Mutex<triton::CpuTimes>,
     unrouted: [[AtomicU64; stats::OUTCOMES]; Protocol::ALL.len()],
     shed: [AtomicU64; SHED.len()],
+    intake: OnceLock<IntakeGauges>,
     traces: Option<trace::Traces>,
     process: process::Process,
 }
@@ -106,6 +110,7 @@ impl Observer {
             cpu: Mutex::default(),
             unrouted: Default::default(),
             shed: Default::default(),
+            intake: OnceLock::new(),
             traces,
             process,
         }
@@ -122,10 +127,8 @@ impl Observer {
                     .fetch_add(1, Ordering::Relaxed);
             }
         }
-        if let Outcome::Failed { kind, .. } = &completion.outcome
-            && let Some(at) = SHED.iter().position(|shed| shed == kind)
-        {
-            self.shed[at].fetch_add(1, Ordering::Relaxed);
+        if let Outcome::Failed { kind, .. } = &completion.outcome {
+            self.count_shed(*kind);
         }
         access::log(self.settings.access_log, completion);
         if let Some(traces) = &self.traces {
@@ -144,6 +147,25 @@ impl Observer {
     /// Shows an engine that is ready to load models.
     pub fn engine_info(&self, name: &str, version: &str) {
         self.engines.lock().insert(name.to_owned(), version.to_owned());
+    }
+
+    /// Counts a prediction that was refused before it named a model.
+    pub fn refused(&self, protocol: Protocol, kind: ErrorKind) {
+        let outcome = Outcome::Failed { kind, message: String::new() };
+        self.unrouted[protocol as usize][stats::outcome_index(&outcome)]
+            .fetch_add(1, Ordering::Relaxed);
+        self.count_shed(kind);
+    }
+
+    fn count_shed(&self, kind: ErrorKind) {
+        if let Some(at) = SHED.iter().position(|shed| *shed == kind) {
+            self.shed[at].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Says where the bytes that requests hold are read. Later calls have no effect.
+    pub fn set_intake(&self, gauges: IntakeGauges) {
+        drop(self.intake.set(gauges));
     }
 
     /// Counts a connection until the guard goes.
@@ -182,6 +204,7 @@ impl Observer {
         });
         let mut families = families::requests(&versions, &unrouted);
         families.push(self.shed());
+        families.push(self.in_flight_bytes());
         families.push(self.engines());
         families.extend(families::models(&versions));
         families.extend(process::families());
@@ -197,10 +220,27 @@ impl Observer {
     fn shed(&self) -> Family {
         let help = "Requests turned away or given up for lack of capacity or time";
         let mut family = Family::new("tidegate_shed_total", Kind::Counter, help);
+        let (_, for_bytes) = self.intake.get().map_or((0, 0), |read| read());
+        let mut push = |reason: &str, count: u64| {
+            family.push(vec![("reason".into(), reason.to_owned())], count as f64);
+        };
         for (kind, count) in SHED.iter().zip(&self.shed) {
-            let labels = vec![("reason".into(), kind.code().to_owned())];
-            family.push(labels, count.load(Ordering::Relaxed) as f64);
+            let mut count = count.load(Ordering::Relaxed);
+            // To the caller they are overloaded too; the page tells them apart.
+            if *kind == ErrorKind::Overloaded {
+                count = count.saturating_sub(for_bytes);
+            }
+            push(kind.code(), count);
         }
+        push("bytes", for_bytes);
+        family
+    }
+
+    fn in_flight_bytes(&self) -> Family {
+        let help = "Bytes that requests in progress hold";
+        let mut family = Family::new("tidegate_in_flight_bytes", Kind::Gauge, help);
+        let (held, _) = self.intake.get().map_or((0, 0), |read| read());
+        family.push(Vec::new(), held as f64);
         family
     }
 

@@ -15,6 +15,7 @@ use crate::gateway::Gateway;
 mod connection;
 pub mod grpc;
 pub mod http;
+pub mod intake;
 pub mod listener;
 pub mod meta;
 pub mod metrics;
@@ -49,6 +50,7 @@ pub struct Api {
     pub health: Arc<Health>,
     pub shm: shm::SharedMemory,
     pub toggles: toggles::Toggles,
+    pub intake: intake::Intake,
     pub settings: Settings,
 }
 
@@ -68,6 +70,11 @@ impl Api {
 pub struct Settings {
     /// Largest request body, decoded, in bytes; over it: 413 / RESOURCE_EXHAUSTED.
     pub body_max_bytes: usize,
+    /// Most bytes that all requests in progress hold, decoded ones too; 0: by the memory there is.
+    /// Over it: 503 / UNAVAILABLE.
+    pub in_flight_bytes_max: usize,
+    /// Large bodies that wait to be decoded or encoded; more: 503 / UNAVAILABLE.
+    pub decode_queue_max: usize,
     /// Largest ratio of decoded to encoded body bytes, beyond the first MiB.
     pub compression_ratio_max: usize,
     /// Answers smaller than this are never compressed.
@@ -92,6 +99,8 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             body_max_bytes: 64 << 20,
+            in_flight_bytes_max: 0,
+            decode_queue_max: 256,
             compression_ratio_max: 100,
             compress_min_bytes: 1024,
             model_control: false,

@@ -26,6 +26,7 @@ use tidegate::proto::inference::model_infer_request::{
     InferInputTensor, InferRequestedOutputTensor,
 };
 use tidegate::route::{ModelRoutes, Published, RouteTable, Served};
+use tidegate::transport::intake::Intake;
 use tidegate::transport::listener::Listeners;
 use tidegate::transport::shm::SharedMemory;
 use tidegate::transport::toggles::Toggles;
@@ -130,6 +131,7 @@ async fn start(settings: Settings, shm: bool) -> Server {
         health: Arc::new(Health::default()),
         shm: SharedMemory::new(shm),
         toggles: Toggles::default(),
+        intake: Intake::new(&settings),
         settings,
     });
     api.health.set_ready();

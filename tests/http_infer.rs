@@ -22,6 +22,7 @@ use tidegate::engine::fake::FakeModel;
 use tidegate::gateway::{self, Gateway};
 use tidegate::observe::{Observer, VersionStats};
 use tidegate::route::{ModelRoutes, Published, RouteTable, Served};
+use tidegate::transport::intake::Intake;
 use tidegate::transport::shm::SharedMemory;
 use tidegate::transport::toggles::Toggles;
 use tidegate::transport::{Api, Health, Settings, http as rest};
@@ -112,6 +113,7 @@ fn api_with(settings: Settings) -> Arc<Api> {
         health,
         shm: SharedMemory::new(false),
         toggles: Toggles::default(),
+        intake: Intake::new(&settings),
         settings,
     })
 }
@@ -309,9 +311,15 @@ async fn bad_requests_say_what_is_wrong() {
         ("deep", x(&format!(r#","data":{}"#, "[".repeat(100_000))), 400, "request body"),
         (
             "deep and whole",
-            x(&format!(r#","data":{}{}"#, "[".repeat(200), "]".repeat(200))),
+            x(&format!(r#","data":{}{}"#, "[".repeat(90), "]".repeat(90))),
             400,
             "deeper than 16",
+        ),
+        (
+            "deeper than any body",
+            x(&format!(r#","unknown":{}{}"#, "[".repeat(200), "]".repeat(200))),
+            400,
+            "deeper than 100",
         ),
         (
             "datatype",

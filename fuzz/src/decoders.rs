@@ -4,6 +4,9 @@
 //! Each decodes hostile bytes, which may be refused but never panic, and checks that whatever was
 //! accepted keeps the promises of its type.
 
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+
 use bytes::Bytes;
 use prost::Message as _;
 use tidegate::domain::{
@@ -67,7 +70,7 @@ pub fn invocations_csv(data: &[u8]) {
 pub fn compressed(data: &[u8]) {
     const SIZE_MAX: usize = 4 << 20;
     for encoding in [Encoding::Gzip, Encoding::Deflate] {
-        if let Ok(body) = compress::inflate(encoding, data, SIZE_MAX, 100) {
+        if let Ok(body) = compress::inflate(encoding, data, SIZE_MAX, 100, &|_| Ok(())) {
             assert!(body.len() <= SIZE_MAX);
         }
     }
@@ -98,7 +101,16 @@ fn infer(body: &[u8], json_len: Option<usize>) {
     assert_eq!(decoded.outputs.len(), decoded.forms.len());
     match decoded.inputs {
         Inputs::Named(named) => check(Ok(named)),
-        Inputs::Deferred(make) => check(make(&signatures()[0])),
+        Inputs::Deferred(make) => check(at_once(make(&signatures()[0]))),
+    }
+}
+
+/// What is ready without waiting.
+fn at_once<F: Future + Unpin>(mut future: F) -> F::Output {
+    let mut context = Context::from_waker(Waker::noop());
+    match Pin::new(&mut future).poll(&mut context) {
+        Poll::Ready(output) => output,
+        Poll::Pending => panic!("a decoder waits"),
     }
 }
 

@@ -101,6 +101,8 @@ fn transport_settings(from: &mut Layers) -> transport::Settings {
     }
     transport::Settings {
         body_max_bytes: from.size("server.body_max_bytes"),
+        in_flight_bytes_max: from.size("server.in_flight_bytes_max"),
+        decode_queue_max: from.size("server.decode_queue_max"),
         compression_ratio_max: from.size("server.compression_ratio_max"),
         compress_min_bytes: from.size("server.compress_min_bytes"),
         model_control: from.flag("repository.model_control"),

@@ -39,6 +39,8 @@ pub const KEYS: &[Key] = &[
     key("server.allow_unauthenticated", Kind::Bool, "false"),
     key("server.timeout_max_ms", Kind::Int(1, 24 * HOUR_MS), "60000"),
     key("server.body_max_bytes", Kind::Int(1024, i32::MAX as i64), "67108864"),
+    key("server.in_flight_bytes_max", Kind::Int(0, i64::MAX), "0"),
+    key("server.decode_queue_max", Kind::Int(0, 1_000_000), "256"),
     key("server.compression_ratio_max", Kind::Int(1, 100_000), "100"),
     key("server.compress_min_bytes", Kind::Int(0, i32::MAX as i64), "1024"),
     key("server.header_timeout_ms", Kind::Int(1, HOUR_MS), "60000"),

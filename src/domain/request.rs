@@ -1,5 +1,6 @@
 //! A prediction request and its answer, free of any protocol.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -29,8 +30,11 @@ pub enum ParameterValue {
 /// Parameters in the order they came.
 pub type Parameters = Vec<(String, ParameterValue)>;
 
+/// Tensors in the making, perhaps on another thread.
+pub type TypedInputs = Pin<Box<dyn Future<Output = Result<Vec<NamedTensor>, Failure>> + Send>>;
+
 /// Makes a request's tensors once the model, and so its signature, is known.
-pub type TypeInputs = Box<dyn FnOnce(&Signature) -> Result<Vec<NamedTensor>, Failure> + Send>;
+pub type TypeInputs = Box<dyn FnOnce(&Signature) -> TypedInputs + Send>;
 
 /// Where a request's tensors come from.
 pub enum Inputs {

@@ -21,6 +21,7 @@ use http_body_util::BodyExt;
 use percent_encoding::percent_decode_str;
 use tokio::time::Instant;
 
+use super::intake::Held;
 use super::meta::Arrived;
 use super::{Api, Body};
 use crate::domain::{ErrorKind, Failure, ModelName, VersionRef};
@@ -64,16 +65,24 @@ where
     let arrived = Arrived(Instant::now());
     let (head, body) = request.into_parts();
     let accepted = compress::accepted(&head.headers);
-    let compress_min = api.settings.compress_min_bytes;
+    let compressing = Arc::clone(&api);
     let reply = match find(&head.method, head.uri.path()) {
         Err(reply) => *reply,
         Ok(route) => {
-            let body = read_body(body, &head.headers, &api).await;
+            let held = api.intake.open();
+            let body = read_body(body, &head.headers, &api, arrived, &held).await;
+            let arrival = Arrival { at: arrived, held };
             // Boxed so that a connection's future stays small.
-            Box::pin(answer(api, route, head.method, head.headers, body, arrived)).await
+            Box::pin(answer(api, route, head.method, head.headers, body, arrival)).await
         }
     };
-    compress::answer(reply, accepted, compress_min).await.into_response()
+    compress::answer(reply, accepted, &compressing).await.into_response()
+}
+
+/// When a request came, and what it holds since.
+struct Arrival {
+    at: Arrived,
+    held: Arc<Held>,
 }
 
 /// Everything that can be asked for.
@@ -230,7 +239,7 @@ async fn answer(
     method: Method,
     headers: HeaderMap,
     body: Result<Bytes, Failure>,
-    arrived: Arrived,
+    Arrival { at: arrived, held }: Arrival,
 ) -> Reply {
     let call = |Of { model, version }: Of, api: Arc<Api>, headers, body| Call {
         api,
@@ -239,16 +248,17 @@ async fn answer(
         headers,
         body,
         arrived,
+        held,
     };
     match route {
         Route::Infer(of) => call(of, api, headers, body).infer().await,
         Route::V1Predict(of) => {
-            call(of, api, headers, body).predict(|body, _| Ok(v1::inputs(body))).await
+            call(of, api, headers, body).predict(|body, _| Ok(v1::typing(body))).await
         }
         Route::Invocations => match api.gateway.table().default_model.clone() {
             Some(model) => {
                 let of = Of { model, version: None };
-                call(of, api, headers, body).predict(invocations::inputs).await
+                call(of, api, headers, body).predict(invocations::typing).await
             }
             None => Reply::failure(&Failure::not_found(
                 "there is no default model for /invocations, use /v2/models/{model}/infer",
@@ -321,8 +331,14 @@ fn settings(body: &[u8]) -> Result<serde_json::Value, Failure> {
     json::from_slice(body)
 }
 
-/// Reads a body up to its limit and decompresses it.
-async fn read_body<B>(body: B, headers: &HeaderMap, api: &Api) -> Result<Bytes, Failure>
+/// Reads a body up to its limit and decompresses it; `held` counts every byte of it.
+async fn read_body<B>(
+    body: B,
+    headers: &HeaderMap,
+    api: &Api,
+    Arrived(received): Arrived,
+    held: &Arc<Held>,
+) -> Result<Bytes, Failure>
 where
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -330,7 +346,7 @@ where
     let encoding = compress::content_encoding(headers)?;
     let limit = api.settings.body_max_bytes;
     let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    let body = match tokio::time::timeout(BODY_TIME_MAX, collect(body, limit, announced)).await {
+    let body = match tokio::time::timeout(BODY_TIME_MAX, collect(body, limit, announced, held)).await {
         Ok(body) => body?,
         Err(_) => {
             let seconds = BODY_TIME_MAX.as_secs();
@@ -339,13 +355,21 @@ where
         }
     };
     match encoding {
-        None => Ok(body),
+        None => Ok(held.keep(body)),
         Some(_) if body.is_empty() => Ok(body),
-        Some(encoding) => compress::decode(encoding, body, &api.settings).await,
+        Some(encoding) => {
+            let deadline = received + BODY_TIME_MAX;
+            compress::decode(encoding, body, api, deadline, held).await
+        }
     }
 }
 
-async fn collect<B>(mut body: B, limit: usize, announced: Option<usize>) -> Result<Bytes, Failure>
+async fn collect<B>(
+    mut body: B,
+    limit: usize,
+    announced: Option<usize>,
+    held: &Held,
+) -> Result<Bytes, Failure>
 where
     B: http_body::Body<Data = Bytes> + Unpin,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -357,6 +381,7 @@ where
     if announced.is_some_and(|announced| announced > limit) {
         return Err(too_large());
     }
+    held.expect(announced.unwrap_or(0))?;
     let mut first: Option<Bytes> = None;
     let mut joined = BytesMut::new();
     while let Some(frame) = body.frame().await {
@@ -369,6 +394,7 @@ where
         if have.saturating_add(data.len()) > limit {
             return Err(too_large());
         }
+        held.grow(data.len())?;
         // A body in one piece, as most are, is used where it lies.
         match first.take() {
             None if joined.is_empty() => first = Some(data),

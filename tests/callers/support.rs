@@ -78,6 +78,7 @@ impl Inside {
             health: Arc::new(Health::default()),
             shm: SharedMemory::new(false),
             toggles: Toggles::default(),
+            intake: tidegate::transport::intake::Intake::new(&Settings::default()),
             settings: Settings::default(),
         });
         api.health.set_ready();

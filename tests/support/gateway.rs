@@ -97,6 +97,7 @@ pub fn api(
         health,
         shm: SharedMemory::new(false),
         toggles: Toggles::default(),
+        intake: tidegate::transport::intake::Intake::new(&settings),
         settings,
     })
 }

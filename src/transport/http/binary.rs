@@ -98,8 +98,10 @@ pub fn decode(
 
 /// A whole body that is the one input of a model.
 fn raw(body: Bytes) -> Decoded {
-    let inputs =
-        Inputs::Deferred(Box::new(move |signature| Ok(vec![raw_tensor(signature, body)?])));
+    let inputs = Inputs::Deferred(Box::new(move |signature| {
+        let typed = raw_tensor(signature, body).map(|tensor| vec![tensor]);
+        Box::pin(std::future::ready(typed))
+    }));
     let (outputs, forms) = (Vec::new(), Vec::new());
     Decoded { id: None, inputs, outputs, forms, form: Form::Binary, parameters: Vec::new() }
 }

@@ -6,6 +6,8 @@
 //! - One layer: a body is decoded once, whatever it looks like then.
 
 use std::io::{Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use flate2::Compression;
@@ -13,16 +15,24 @@ use flate2::bufread::{GzDecoder, ZlibDecoder};
 use flate2::write::{GzEncoder, ZlibEncoder};
 use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, VARY};
 use http::{HeaderMap, HeaderValue};
+use tokio::time::Instant;
 
 use super::reply::Reply;
 use crate::domain::{ErrorKind, Failure};
-use crate::transport::Settings;
+use crate::transport::Api;
+use crate::transport::intake::{Held, INLINE_MAX_BYTES};
 
 /// Decoded bytes before the ratio counts: small bodies may well compress a thousandfold.
 const RATIO_FREE_BYTES: usize = 1 << 20;
 
-/// Larger bodies are compressed and decoded off the threads that serve connections.
-const INLINE_MAX_BYTES: usize = 64 << 10;
+/// Bodies up to this size are decoded where they arrive: the free MiB takes about a millisecond.
+const INFLATED_INLINE_MAX_BYTES: usize = 1 << 10;
+
+/// Longest wait for a thread to compress an answer on.
+const COMPRESS_WAIT_MAX: Duration = Duration::from_secs(1);
+
+/// Decoded bytes for which room is made at once.
+const GROWTH_BYTES: usize = 64 << 10;
 
 /// `deflate` is zlib's form, as the HTTP specification says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,21 +81,27 @@ fn unsupported(what: &str) -> Failure {
 ///
 /// # Errors
 /// `InvalidInput` for a broken stream, `TooLarge` over a limit.
-pub(super) async fn decode(
+pub async fn decode(
     encoding: Encoding,
     body: Bytes,
-    settings: &Settings,
+    api: &Api,
+    deadline: Instant,
+    held: &Arc<Held>,
 ) -> Result<Bytes, Failure> {
-    let (size_max, ratio_max) = (settings.body_max_bytes, settings.compression_ratio_max);
-    if body.len() <= INLINE_MAX_BYTES {
-        return inflate(encoding, &body, size_max, ratio_max);
+    let (size_max, ratio_max) = (api.settings.body_max_bytes, api.settings.compression_ratio_max);
+    let inflated = move |held: &Arc<Held>, body: &[u8]| {
+        let out = inflate(encoding, body, size_max, ratio_max, &|more| held.grow(more))?;
+        Ok(held.keep(out))
+    };
+    if body.len() <= INFLATED_INLINE_MAX_BYTES {
+        return inflated(held, &body);
     }
-    let task = move || inflate(encoding, &body, size_max, ratio_max);
-    tokio::task::spawn_blocking(task).await.unwrap_or_else(|error| {
-        tracing::error!(%error, "decompression did not end");
-        Err(Failure::new(ErrorKind::Internal, "the body could not be decompressed"))
-    })
+    let held = Arc::clone(held);
+    api.intake.run(deadline, move || inflated(&held, &body)).await
 }
+
+/// Counts bytes before they are there.
+type Grow<'a> = &'a dyn Fn(usize) -> Result<(), Failure>;
 
 /// Decodes one whole stream of at most `size_max` bytes.
 ///
@@ -96,16 +112,16 @@ pub fn inflate(
     body: &[u8],
     size_max: usize,
     ratio_max: usize,
+    grow: Grow<'_>,
 ) -> Result<Bytes, Failure> {
     let limit = size_max.min(body.len().saturating_mul(ratio_max).max(RATIO_FREE_BYTES));
-    let (read, out, left) = match encoding {
-        Encoding::Gzip => read_to(GzDecoder::new(body), limit, GzDecoder::into_inner),
-        Encoding::Deflate => read_to(ZlibDecoder::new(body), limit, ZlibDecoder::into_inner),
-    };
     let name = encoding.name();
-    if let Err(error) = read {
-        return Err(Failure::invalid(format!("request body is no {name} stream: {error}")));
-    }
+    let (out, left) = match encoding {
+        Encoding::Gzip => read_to(GzDecoder::new(body), limit, name, grow, GzDecoder::into_inner),
+        Encoding::Deflate => {
+            read_to(ZlibDecoder::new(body), limit, name, grow, ZlibDecoder::into_inner)
+        }
+    }?;
     if out.len() > limit {
         let message = if limit < size_max {
             format!("request body decompresses to more than {ratio_max} times its size")
@@ -125,12 +141,23 @@ pub fn inflate(
 fn read_to<'a, R: Read>(
     mut decoder: R,
     limit: usize,
+    name: &str,
+    grow: Grow<'_>,
     rest: impl FnOnce(R) -> &'a [u8],
-) -> (std::io::Result<usize>, Vec<u8>, &'a [u8]) {
+) -> Result<(Vec<u8>, &'a [u8]), Failure> {
     let mut out = Vec::new();
-    let over = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
-    let read = decoder.by_ref().take(over).read_to_end(&mut out);
-    (read, out, rest(decoder))
+    loop {
+        let room = GROWTH_BYTES.max(out.len()).min(limit.saturating_add(1) - out.len());
+        grow(room)?;
+        let (before, part) = (out.len(), u64::try_from(room).unwrap_or(u64::MAX));
+        out.reserve_exact(room);
+        decoder.by_ref().take(part).read_to_end(&mut out).map_err(|error| {
+            Failure::invalid(format!("request body is no {name} stream: {error}"))
+        })?;
+        if out.len() - before < room || out.len() > limit {
+            return Ok((out, rest(decoder)));
+        }
+    }
 }
 
 /// The encoding that the caller likes best of those we have.
@@ -167,16 +194,20 @@ fn quality(parameters: &str) -> u16 {
 }
 
 /// Compresses an answer if the caller takes it and it is worth it.
-pub(super) async fn answer(mut reply: Reply, accepted: Option<Encoding>, least: usize) -> Reply {
-    let Some(encoding) = accepted.filter(|_| reply.body.len() >= least.max(1)) else {
+pub(super) async fn answer(mut reply: Reply, accepted: Option<Encoding>, api: &Api) -> Reply {
+    let least = api.settings.compress_min_bytes.max(1);
+    let Some(encoding) = accepted.filter(|_| reply.body.len() >= least) else {
         return reply;
     };
     let body = reply.body.clone();
     let deflated = if body.len() <= INLINE_MAX_BYTES {
         deflate(encoding, &body)
     } else {
-        let task = move || deflate(encoding, &body);
-        tokio::task::spawn_blocking(task).await.unwrap_or_else(|error| Err(error.into()))
+        // When too many wait for a thread already, this one leaves as it is.
+        let deadline = Instant::now() + COMPRESS_WAIT_MAX;
+        let task = move || Ok(deflate(encoding, &body));
+        let done = api.intake.run(deadline, task).await;
+        done.unwrap_or_else(|failure| Err(std::io::Error::other(failure)))
     };
     match deflated {
         Ok(body) => {
@@ -184,7 +215,7 @@ pub(super) async fn answer(mut reply: Reply, accepted: Option<Encoding>, least: 
             reply.headers.insert(CONTENT_ENCODING, HeaderValue::from_static(encoding.name()));
             reply.headers.insert(VARY, HeaderValue::from_static("accept-encoding"));
         }
-        Err(error) => tracing::warn!(%error, "answer goes out uncompressed"),
+        Err(error) => tracing::debug!(%error, "answer goes out uncompressed"),
     }
     reply
 }

@@ -8,12 +8,15 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::HeaderMap;
 
-use super::binary::{self, Decoded};
+use super::binary::{self, Decoded, Form, SharedSlice};
+use super::json::census;
 use super::reply::{JSON_LENGTH, Reply};
-use super::{response, shared};
+use super::{BODY_TIME_MAX, response, shared};
 use crate::domain::{
-    Answer, CallMeta, Failure, InferRequest, Inputs, ModelName, Protocol, VersionRef,
+    Answer, CallMeta, Failure, InferRequest, Inputs, ModelName, NamedTensor, Protocol, Signature,
+    VersionRef,
 };
+use crate::transport::intake::{Held, INLINE_MAX_BYTES};
 use crate::transport::meta::Arrived;
 use crate::transport::{Api, meta};
 
@@ -26,7 +29,12 @@ pub(super) struct Call {
     /// As read from the connection, decompressed; a failure to do so is the prediction's.
     pub(super) body: Result<Bytes, Failure>,
     pub(super) arrived: Arrived,
+    /// Counts the body, and what it becomes.
+    pub(super) held: Arc<Held>,
 }
+
+/// Reads a body once the model's signature is known.
+pub(super) type Typing = Box<dyn FnOnce(&Signature) -> Result<Vec<NamedTensor>, Failure> + Send>;
 
 impl Call {
     /// The Open Inference Protocol's own form.
@@ -36,10 +44,10 @@ impl Call {
             Err(reply) => return *reply,
         };
         let api = Arc::clone(&self.api);
-        let decoded = self.body().and_then(|body| {
-            let json_len = json_len(&self.headers)?;
-            binary::decode(&body, json_len, &|slice| shared::read(&api, slice))
-        });
+        let decoded = match self.body() {
+            Ok(body) => self.decode(body).await,
+            Err(failure) => Err(failure),
+        };
         let Decoded { id, inputs, outputs, forms, form, parameters } = match decoded {
             Ok(decoded) => decoded,
             Err(failure) => return self.refuse(&meta, &failure),
@@ -52,22 +60,61 @@ impl Call {
             outputs,
             parameters,
         };
-        answer(&api, meta, request, |answer| {
-            response::write(answer, &forms, &form, &|slice, data| shared::write(&api, slice, data))
+        let all_binary = forms.iter().chain([&form]).all(|form| *form == Form::Binary);
+        let writer = Arc::clone(&api);
+        answer(&api, meta, request, all_binary, move |answer| {
+            let shared = |slice: &SharedSlice, data: &[u8]| shared::write(&writer, slice, data);
+            response::write(answer, &forms, &form, &shared)
         })
         .await
+    }
+
+    /// Makes a request of a body; of one with much JSON on another thread.
+    async fn decode(&self, body: Bytes) -> Result<Decoded, Failure> {
+        let json_len = json_len(&self.headers)?;
+        let text_len = json_len.unwrap_or(body.len()).min(body.len());
+        let (api, held) = (Arc::clone(&self.api), Arc::clone(&self.held));
+        let decode = move || {
+            let read = |slice: &SharedSlice| {
+                // A copy of the region, which no body's limit bounds.
+                held.grow(usize::try_from(slice.byte_size).unwrap_or(usize::MAX))?;
+                shared::read(&api, slice)
+            };
+            if text_len <= INLINE_MAX_BYTES {
+                return binary::decode(&body, json_len, &read);
+            }
+            held.grow(census(&body[..text_len])?.decoded_max())?;
+            let mut decoded = binary::decode(&body, json_len, &read)?;
+            if let Inputs::Named(named) = decoded.inputs {
+                decoded.inputs = Inputs::Named(kept(named, &held));
+            }
+            Ok(decoded)
+        };
+        if text_len <= INLINE_MAX_BYTES {
+            return decode();
+        }
+        self.api.intake.run(self.work_deadline(), decode).await
+    }
+
+    /// Until when work on the body may be waited for.
+    fn work_deadline(&self) -> tokio::time::Instant {
+        self.arrived.0 + BODY_TIME_MAX
     }
 
     /// Forms whose tensors only the model's signature can type; they answer `predictions`.
     pub(super) async fn predict(
         mut self,
-        inputs: impl FnOnce(Bytes, &HeaderMap) -> Result<Inputs, Failure>,
+        typing: impl FnOnce(Bytes, &HeaderMap) -> Result<Typing, Failure>,
     ) -> Reply {
         let meta = match self.meta() {
             Ok(meta) => meta,
             Err(reply) => return *reply,
         };
-        let inputs = match self.body().and_then(|body| inputs(body, &self.headers)) {
+        let inputs = match self.body() {
+            Ok(body) => self.deferred(body, typing),
+            Err(failure) => Err(failure),
+        };
+        let inputs = match inputs {
             Ok(inputs) => inputs,
             Err(failure) => return self.refuse(&meta, &failure),
         };
@@ -79,8 +126,37 @@ impl Call {
             outputs: Vec::new(),
             parameters: Vec::new(),
         };
-        answer(&self.api, meta, request, |answer| response::write_predictions(&answer.outputs))
-            .await
+        let write = |answer: &Answer| response::write_predictions(&answer.outputs);
+        answer(&self.api, meta, request, false, write).await
+    }
+
+    /// Inputs that are read when the model is known; those of a large body on another thread.
+    fn deferred(
+        &self,
+        body: Bytes,
+        typing: impl FnOnce(Bytes, &HeaderMap) -> Result<Typing, Failure>,
+    ) -> Result<Inputs, Failure> {
+        let len = body.len();
+        if len <= INLINE_MAX_BYTES {
+            let typing = typing(body, &self.headers)?;
+            return Ok(Inputs::Deferred(Box::new(move |signature| {
+                Box::pin(std::future::ready(typing(signature)))
+            })));
+        }
+        let text = body.clone();
+        let typing = typing(body, &self.headers)?;
+        let (api, held) = (Arc::clone(&self.api), Arc::clone(&self.held));
+        let deadline = self.work_deadline();
+        Ok(Inputs::Deferred(Box::new(move |signature| {
+            let signature = signature.clone();
+            Box::pin(async move {
+                let decode = move || {
+                    held.grow(census(&text)?.table_max())?;
+                    Ok(kept(typing(&signature)?, &held))
+                };
+                api.intake.run(deadline, decode).await
+            })
+        })))
     }
 
     /// Reads the headers; a bad one is the prediction's failure.
@@ -109,14 +185,35 @@ impl Call {
     }
 }
 
+/// Ties decoded tensors to the account of their request.
+fn kept(named: Vec<NamedTensor>, held: &Arc<Held>) -> Vec<NamedTensor> {
+    let keep = |NamedTensor { name, tensor }| NamedTensor {
+        name,
+        tensor: tensor.held_by(|data| held.keep(data)),
+    };
+    named.into_iter().map(keep).collect()
+}
+
+/// Makes the prediction and writes its answer; one with much JSON on another thread.
 async fn answer(
     api: &Api,
     meta: CallMeta,
     request: InferRequest,
-    write: impl FnOnce(&Answer) -> Result<Reply, Failure>,
+    all_binary: bool,
+    write: impl FnOnce(&Answer) -> Result<Reply, Failure> + Send + 'static,
 ) -> Reply {
     match api.gateway.infer(meta, request).await {
-        Ok(answer) => write(&answer).unwrap_or_else(Reply::from).head(&answer.head),
+        Ok(answer) => {
+            let bytes: usize = answer.outputs.iter().map(|output| output.tensor.data().len()).sum();
+            let head = answer.head.clone();
+            let written = if all_binary || bytes <= INLINE_MAX_BYTES {
+                write(&answer)
+            } else {
+                let deadline = tokio::time::Instant::now() + BODY_TIME_MAX;
+                api.intake.run(deadline, move || write(&answer)).await
+            };
+            written.unwrap_or_else(Reply::from).head(&head)
+        }
         Err(refused) => Reply::failure(&refused.failure).head(&refused.head),
     }
 }

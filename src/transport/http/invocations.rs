@@ -11,9 +11,10 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::elements::{self, ElementError};
+use super::infer::Typing;
 use super::json::{AtMost, COLUMNS_MAX, Members, Object, ROWS_MAX, from_slice};
 use super::v1::{self, table_shape, textual};
-use crate::domain::{DataType, ErrorKind, Failure, Inputs, NamedTensor, Signature, TensorSpec};
+use crate::domain::{DataType, ErrorKind, Failure, NamedTensor, Signature, TensorSpec};
 
 #[derive(Deserialize)]
 struct RequestJson<'a> {
@@ -45,7 +46,7 @@ pub enum Form {
 ///
 /// # Errors
 /// `UnsupportedMedia` for another content type than JSON and CSV.
-pub(super) fn inputs(body: Bytes, headers: &HeaderMap) -> Result<Inputs, Failure> {
+pub(super) fn typing(body: Bytes, headers: &HeaderMap) -> Result<Typing, Failure> {
     let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let essence = content_type.and_then(|text| text.split(';').next()).map(str::trim);
     let form = match essence.map(str::to_ascii_lowercase).as_deref() {
@@ -57,7 +58,7 @@ pub(super) fn inputs(body: Bytes, headers: &HeaderMap) -> Result<Inputs, Failure
             return Err(Failure::new(ErrorKind::UnsupportedMedia, message));
         }
     };
-    Ok(Inputs::Deferred(Box::new(move |signature| decode(signature, form, &body))))
+    Ok(Box::new(move |signature| decode(signature, form, &body)))
 }
 
 /// Reads a body for a model of this signature.

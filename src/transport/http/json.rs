@@ -60,8 +60,74 @@ pub fn parse(json: &[u8]) -> Result<RequestJson<'_>, Failure> {
     from_slice::<Object<RequestJson<'_>>>(json).map(|Object(request)| request)
 }
 
+/// Deepest nesting of lists and objects in any body.
+pub const DEPTH_MAX: usize = 100;
+
+/// What a text holds at most, counted without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Census {
+    len: usize,
+    /// Elements of lists and members of objects.
+    elements: usize,
+    members: usize,
+}
+
+impl Census {
+    /// Bytes that its tensors take at most: eight for a number, four and itself for a string.
+    pub(super) fn decoded_max(&self) -> usize {
+        self.len + 8 * self.elements
+    }
+
+    /// The same for a table, of which each cell is found first: the place of its text, its name.
+    pub(super) fn table_max(&self) -> usize {
+        self.decoded_max() + 64 * self.elements + 96 * self.members
+    }
+}
+
+/// Counts a text's elements.
+///
+/// # Errors
+/// `InvalidInput` for one nested deeper than [`DEPTH_MAX`].
+pub(super) fn census(json: &[u8]) -> Result<Census, Failure> {
+    let (mut depth, mut commas, mut colons) = (0_usize, 0, 0);
+    let mut at = 0;
+    while let Some(&byte) = json.get(at) {
+        match byte {
+            b'"' => at += string_len(&json[at + 1..]),
+            b',' => commas += 1,
+            b':' => colons += 1,
+            b'[' | b'{' => {
+                depth += 1;
+                if depth > DEPTH_MAX {
+                    return Err(Failure::invalid(format!(
+                        "request body: nested deeper than {DEPTH_MAX} levels at byte {at}"
+                    )));
+                }
+            }
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        at += 1;
+    }
+    Ok(Census { len: json.len(), elements: commas + 1, members: colons })
+}
+
+/// Length of a string after its first quote, the last one included.
+fn string_len(rest: &[u8]) -> usize {
+    let mut at = 0;
+    while let Some(&byte) = rest.get(at) {
+        match byte {
+            b'"' => return at + 1,
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+    rest.len()
+}
+
 /// Any JSON body.
 pub(super) fn from_slice<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Result<T, Failure> {
+    census(json)?;
     serde_json::from_slice(json).map_err(|error| Failure::invalid(format!("request body: {error}")))
 }
 

@@ -9,8 +9,9 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::elements::{self, Nesting};
+use super::infer::Typing;
 use super::json::{AtMost, Members, Object, ROWS_MAX, from_slice};
-use crate::domain::{DataType, Failure, Inputs, NamedTensor, Shape, Signature, Tensor, TensorSpec};
+use crate::domain::{DataType, Failure, NamedTensor, Shape, Signature, Tensor, TensorSpec};
 
 #[derive(Deserialize)]
 struct RequestJson<'a> {
@@ -19,8 +20,8 @@ struct RequestJson<'a> {
 }
 
 /// The inputs of a `:predict` body, typed later.
-pub(super) fn inputs(body: Bytes) -> Inputs {
-    Inputs::Deferred(Box::new(move |signature| decode(signature, &body)))
+pub(super) fn typing(body: Bytes) -> Typing {
+    Box::new(move |signature| decode(signature, &body))
 }
 
 /// Reads a `:predict` body for a model of this signature.
