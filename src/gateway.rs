@@ -151,10 +151,13 @@ impl Gateway {
         record.picked(pick);
         let deadline = self.deadline(meta, &served, parameters)?;
         let wanted = wanted_outputs(&served, requested)?;
-        let named = match inputs {
+        let mut named = match inputs {
             Inputs::Named(named) => named,
             Inputs::Deferred(make) => make(&served.signature).await?,
         };
+        if let Some(padding) = &served.lane.form().padding {
+            padding.fill_mask(&mut named);
+        }
         let bound = served.signature.bind(named)?;
         record.bound(&served, &bound);
         let priority = priority(parameters)?;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::form::Elements;
 use super::queue::Entry;
 use super::{BatchError, Job, Ran, Shared};
 use crate::domain::{Tensor, Timings};
@@ -55,6 +56,7 @@ fn run_alone(shared: &Shared, session: &mut dyn Session, entry: Entry<Job>, free
     let timings =
         Timings { compute_infer: took, ..waits(shared, entry.queued_at, free_since, started) };
     shared.stats.executed(entry.rows, &timings);
+    shared.count_elements(&[&entry.item.inputs], &entry.item.inputs);
     let ran = result.map(|outputs| Ran { outputs, timings, batch_size: entry.rows });
     answer(entry.item.reply, ran);
 }
@@ -78,11 +80,11 @@ fn run_joined(
 ) -> Result<Vec<Ran>, BatchError> {
     let started = Instant::now();
     let members: Vec<&[Tensor]> = batch.iter().map(|entry| &*entry.item.inputs).collect();
-    let batched = shared.form.join(&members).ok_or(BatchError::WorkerLost)?;
+    let batched = shared.form.join(&members).ok_or(BatchError::NotJoined)?;
     let joined = Instant::now();
     let outputs = run(session, &batched.inputs)?;
     let ran = Instant::now();
-    let cut = batched.cut(&outputs)?;
+    let cut = shared.form.cut(&batched, &outputs)?;
     let compute = Timings {
         compute_input: joined - started,
         compute_infer: ran - joined,
@@ -92,12 +94,22 @@ fn run_joined(
     let rows = batched.rows();
     shared.learn(compute.compute_infer);
     shared.stats.executed(rows, &compute);
+    shared.count_elements(&members, &batched.inputs);
     let ran = batch.iter().zip(cut).map(|(entry, outputs)| {
         let waits = waits(shared, entry.queued_at, free_since, started);
         let timings = Timings { queue: waits.queue, batch_wait: waits.batch_wait, ..compute };
         Ran { outputs, timings, batch_size: rows }
     });
     Ok(ran.collect())
+}
+
+impl Shared {
+    /// Counts what a run of `members` as `inputs` had of padding.
+    pub(super) fn count_elements(&self, members: &[&[Tensor]], inputs: &[Tensor]) {
+        if let Some(Elements { real, padding }) = self.form.counted(members, inputs) {
+            self.stats.padded(real, padding);
+        }
+    }
 }
 
 /// A panicking engine fails its request and nothing else.

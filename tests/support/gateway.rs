@@ -61,6 +61,7 @@ pub fn served(
         version,
         batch,
         batched: signature.batched,
+        padding: None,
         sessions,
         stats: Arc::clone(&stats),
         budget: Arc::clone(budget),
