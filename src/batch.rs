@@ -28,6 +28,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::domain::{BatchSettings, Deadline, ModelName, Tensor, Timings, Version};
 use crate::engine::Session;
 use crate::observe::VersionStats;
+use crate::panics;
 
 mod admit;
 mod budget;
@@ -133,7 +134,9 @@ impl Lane {
         let lane = Self { shared };
         for _ in 0..workers {
             let shared = Arc::clone(&lane.shared);
-            std::thread::Builder::new().name(name.clone()).spawn(move || worker::work(shared))?;
+            std::thread::Builder::new()
+                .name(name.clone())
+                .spawn(move || panics::fatal("lane worker", || worker::work(shared)))?;
         }
         Ok(lane)
     }

@@ -371,7 +371,10 @@ impl<'a> Record<'a> {
 
 impl Drop for Record<'_> {
     fn drop(&mut self) {
-        let message = "the caller went away".to_owned();
-        self.send(Outcome::Failed { kind: ErrorKind::Cancelled, message });
+        let (kind, message) = match std::thread::panicking() {
+            true => (ErrorKind::Internal, "internal error"),
+            false => (ErrorKind::Cancelled, "the caller went away"),
+        };
+        self.send(Outcome::Failed { kind, message: message.to_owned() });
     }
 }

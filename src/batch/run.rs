@@ -2,7 +2,6 @@
 //!
 //! Invariant: a request that fails alone never fails its neighbours.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +13,7 @@ use super::queue::Entry;
 use super::{BatchError, Job, Ran, Shared};
 use crate::domain::{Tensor, Timings};
 use crate::engine::{EngineError, Session};
+use crate::panics;
 
 /// Runs `batch` together, or one by one if that fails, and answers every member.
 pub(super) fn run_batch(
@@ -114,8 +114,8 @@ impl Shared {
 
 /// A panicking engine fails its request and nothing else.
 pub(super) fn run(session: &mut dyn Session, inputs: &[Tensor]) -> Result<Vec<Tensor>, BatchError> {
-    let caught = catch_unwind(AssertUnwindSafe(|| session.run(inputs)));
-    let result = caught.unwrap_or_else(|_| Err(EngineError::Run("the engine panicked".to_owned())));
+    let caught = panics::caught(|| session.run(inputs));
+    let result = caught.unwrap_or_else(|| Err(EngineError::Run("the engine panicked".to_owned())));
     result.map_err(|error| BatchError::Engine(Arc::new(error)))
 }
 

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Api;
 use super::connection::{Front, connection};
+use crate::panics;
 
 /// Pause of the accept loop after the operating system refused a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -41,7 +42,7 @@ impl Listeners {
     pub fn serve(&mut self, listener: TcpListener) {
         let front = Arc::clone(&self.front);
         let task = accept_loop(front, listener, Arc::clone(&self.graceful), self.stop.clone());
-        self.tasks.push(tokio::spawn(task));
+        self.tasks.push(tokio::spawn(panics::fatal_async("accept loop", task)));
     }
 
     /// Stops accepting and lets every connection finish its requests; gives the number of
