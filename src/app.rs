@@ -17,7 +17,6 @@ use crate::engine::Engines;
 use crate::gateway::Gateway;
 use crate::observe::Observer;
 use crate::observe::log::LogHandle;
-use crate::panics;
 use crate::route::{Published, RouteTable};
 use crate::transport::intake::Intake;
 use crate::transport::listener::Listeners;
@@ -79,7 +78,8 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         }
     }));
 
-    let mut listeners = Listeners::new(Arc::clone(&api));
+    let mut listeners =
+        Listeners::new(Arc::clone(&api)).context("start the threads that serve connections")?;
     for (protocol, address) in [("http", config.http), ("grpc", config.grpc)] {
         let listener = bind(address).with_context(|| format!("listen on {address}"))?;
         tracing::info!(protocol, address = %listener.local_addr()?, "listening");
@@ -88,10 +88,8 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let metrics_listener =
         bind(config.metrics).with_context(|| format!("listen on {}", config.metrics))?;
     tracing::info!(protocol = "metrics", address = %metrics_listener.local_addr()?, "listening");
-    let page = metrics::serve(metrics_listener, Arc::clone(&api));
-    tokio::spawn(panics::fatal_async("metrics listener", page));
-    let upkeep = upkeep(Arc::clone(&observer), Arc::clone(&api.gateway));
-    tokio::spawn(panics::fatal_async("upkeep", upkeep));
+    tokio::spawn(metrics::serve(metrics_listener, Arc::clone(&api)));
+    tokio::spawn(upkeep(Arc::clone(&observer), Arc::clone(&api.gateway)));
     let traced = CancellationToken::new();
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 

@@ -151,13 +151,10 @@ impl Gateway {
         record.picked(pick);
         let deadline = self.deadline(meta, &served, parameters)?;
         let wanted = wanted_outputs(&served, requested)?;
-        let mut named = match inputs {
+        let named = match inputs {
             Inputs::Named(named) => named,
             Inputs::Deferred(make) => make(&served.signature).await?,
         };
-        if let Some(padding) = &served.lane.form().padding {
-            padding.fill_mask(&mut named);
-        }
         let bound = served.signature.bind(named)?;
         record.bound(&served, &bound);
         let priority = priority(parameters)?;
@@ -371,10 +368,7 @@ impl<'a> Record<'a> {
 
 impl Drop for Record<'_> {
     fn drop(&mut self) {
-        let (kind, message) = match std::thread::panicking() {
-            true => (ErrorKind::Internal, "internal error"),
-            false => (ErrorKind::Cancelled, "the caller went away"),
-        };
-        self.send(Outcome::Failed { kind, message: message.to_owned() });
+        let message = "the caller went away".to_owned();
+        self.send(Outcome::Failed { kind: ErrorKind::Cancelled, message });
     }
 }

@@ -16,6 +16,7 @@ mod connection;
 pub mod grpc;
 pub mod http;
 pub mod intake;
+mod io;
 pub mod listener;
 pub mod meta;
 pub mod metrics;
@@ -93,6 +94,8 @@ pub struct Settings {
     pub http2_streams_max: u32,
     /// Open connections on all data listeners; more wait to be accepted.
     pub connections_max: usize,
+    /// Threads that serve connections; at least 1.
+    pub io_threads: usize,
 }
 
 impl Default for Settings {
@@ -110,6 +113,7 @@ impl Default for Settings {
             header_timeout: Duration::from_secs(60),
             http2_streams_max: 256,
             connections_max: 8192,
+            io_threads: std::thread::available_parallelism().map_or(1, usize::from),
         }
     }
 }

@@ -86,7 +86,6 @@ fn served(name: &str, fake: &FakeModel) -> Arc<Served> {
         version,
         batch: BatchSettings::default(),
         batched: true,
-        padding: None,
         sessions: vec![fake.session().unwrap()],
         stats: Arc::clone(&stats),
         budget: Arc::new(ThreadBudget::new(2)),
@@ -136,7 +135,7 @@ async fn start(settings: Settings, shm: bool) -> Server {
         settings,
     });
     api.health.set_ready();
-    let mut listeners = Listeners::new(Arc::clone(&api));
+    let mut listeners = Listeners::new(Arc::clone(&api)).unwrap();
     let socket = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", socket.local_addr().unwrap());
     listeners.serve(socket);

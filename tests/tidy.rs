@@ -11,16 +11,15 @@ use std::path::{Path, PathBuf};
 /// The request path (`gateway`, `transport`) never imports `control`: they meet in the route table.
 const IMPORTS: &[(&str, &[&str])] = &[
     ("domain", &[]),
-    ("panics", &[]),
     ("proto", &[]),
     ("engine", &["domain", "proto"]),
     ("observe", &["domain"]),
-    ("batch", &["domain", "engine", "observe", "panics"]),
+    ("batch", &["domain", "engine", "observe"]),
     ("cache", &["domain"]),
     ("route", &["domain", "batch", "observe"]),
     ("gateway", &["domain", "route", "batch", "cache", "observe"]),
     ("control", &["domain", "engine", "batch", "route", "observe", "proto"]),
-    ("transport", &["domain", "gateway", "route", "batch", "observe", "panics", "proto"]),
+    ("transport", &["domain", "gateway", "route", "batch", "observe", "proto"]),
     (
         "config",
         &[
@@ -47,7 +46,6 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "control",
             "transport",
             "config",
-            "panics",
         ],
     ),
     (

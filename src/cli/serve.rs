@@ -4,6 +4,10 @@ use std::process::ExitCode;
 
 use crate::config::{self, ServeArgs};
 
+/// Threads for all but the data plane's connections: control, metrics, signals. Two, so that one
+/// long page does not hold up the other.
+const CONTROL_THREADS: usize = 2;
+
 #[derive(clap::Args)]
 #[command(
     after_help = "Example:\n  tidegate serve --model-repository models --state-dir /var/lib/tidegate"
@@ -28,7 +32,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(CONTROL_THREADS).enable_all().build();
     let served = runtime
         .map_err(anyhow::Error::from)
         .and_then(|runtime| runtime.block_on(crate::app::serve(config, log)));

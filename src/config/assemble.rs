@@ -113,6 +113,10 @@ fn transport_settings(from: &mut Layers) -> transport::Settings {
         http2_streams_max: u32::try_from(from.number("server.http2_streams_max"))
             .unwrap_or(u32::MAX),
         connections_max: from.size("server.connections_max"),
+        io_threads: match from.size("server.io_threads") {
+            0 => transport::Settings::default().io_threads,
+            threads => threads,
+        },
     }
 }
 

@@ -45,6 +45,7 @@ pub const KEYS: &[Key] = &[
     key("server.compress_min_bytes", Kind::Int(0, i32::MAX as i64), "1024"),
     key("server.header_timeout_ms", Kind::Int(1, HOUR_MS), "60000"),
     key("server.connections_max", Kind::Int(1, 1_000_000), "8192"),
+    key("server.io_threads", Kind::Int(0, 1024), "0"),
     key("server.http2_streams_max", Kind::Int(1, U32_MAX), "256"),
     key("server.stream_concurrency_max", Kind::Int(1, 65_536), "64"),
     key("server.mlserver_stream", Kind::Bool, "false"),

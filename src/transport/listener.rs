@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::server::graceful::GracefulShutdown;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Api;
 use super::connection::{Front, connection};
-use crate::panics;
+use super::io::IoThreads;
 
 /// Pause of the accept loop after the operating system refused a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -26,23 +26,36 @@ pub struct Listeners {
     graceful: Arc<GracefulShutdown>,
     stop: CancellationToken,
     tasks: Vec<tokio::task::JoinHandle<()>>,
+    io: Arc<IoThreads>,
 }
 
 impl Listeners {
-    pub fn new(api: Arc<Api>) -> Self {
-        Self {
+    /// Starts the threads that will serve connections.
+    ///
+    /// # Errors
+    /// When the operating system gives no thread.
+    pub fn new(api: Arc<Api>) -> std::io::Result<Self> {
+        let io = Arc::new(IoThreads::start(api.settings.io_threads)?);
+        Ok(Self {
             front: Arc::new(Front::new(api)),
             graceful: Arc::new(GracefulShutdown::new()),
             stop: CancellationToken::new(),
             tasks: Vec::new(),
-        }
+            io,
+        })
     }
 
     /// Serves what `listener` accepts, until [`Listeners::drain`].
     pub fn serve(&mut self, listener: TcpListener) {
         let front = Arc::clone(&self.front);
-        let task = accept_loop(front, listener, Arc::clone(&self.graceful), self.stop.clone());
-        self.tasks.push(tokio::spawn(panics::fatal_async("accept loop", task)));
+        let (graceful, io) = (Arc::clone(&self.graceful), Arc::clone(&self.io));
+        self.tasks.push(tokio::spawn(accept_loop(
+            front,
+            listener,
+            graceful,
+            io,
+            self.stop.clone(),
+        )));
     }
 
     /// Stops accepting and lets every connection finish its requests; gives the number of
@@ -68,6 +81,7 @@ async fn accept_loop(
     front: Arc<Front>,
     listener: TcpListener,
     graceful: Arc<GracefulShutdown>,
+    io: Arc<IoThreads>,
     stop: CancellationToken,
 ) {
     loop {
@@ -84,9 +98,14 @@ async fn accept_loop(
         match accepted {
             Ok((stream, peer)) => {
                 let counted = front.api.gateway.observer().connection();
-                let connection = connection(Arc::clone(&front), stream, peer, graceful.watcher());
-                tokio::spawn(async move {
-                    connection.await;
+                let (front, watcher) = (Arc::clone(&front), graceful.watcher());
+                // Registered anew with the event queue of the thread that serves it.
+                let stream = stream.into_std();
+                io.spawn(async move {
+                    match stream.and_then(TcpStream::from_std) {
+                        Ok(stream) => connection(front, stream, peer, watcher).await,
+                        Err(error) => tracing::warn!(%peer, %error, "connection lost on hand-over"),
+                    }
                     drop((slot, counted));
                 });
             }

@@ -82,7 +82,7 @@ impl Inside {
             settings: Settings::default(),
         });
         api.health.set_ready();
-        let mut listeners = Listeners::new(Arc::clone(&api));
+        let mut listeners = Listeners::new(Arc::clone(&api)).unwrap();
         let socket = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", socket.local_addr().unwrap());
         listeners.serve(socket);
@@ -101,7 +101,6 @@ impl Inside {
             version,
             batch: BatchSettings::default(),
             batched: model.signature().batched,
-            padding: None,
             sessions: vec![model.session().unwrap()],
             stats: Arc::clone(&stats),
             budget: Arc::new(ThreadBudget::new(2)),
