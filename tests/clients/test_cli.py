@@ -234,7 +234,7 @@ def test_a_shown_command_works(server, tmp_path, command):
         words.insert(1, "--fail")
     else:
         words[0] = str(BINARY)
-    if words[1] == "infer":
+    if words[1] in ("infer", "health"):
         words += ["--url", f"http://{server.http}"]
     if words[1] == "serve":
         return check_serves(words)
