@@ -41,7 +41,8 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     }
     let mut stop = Stop::listen()?;
     let observer = Observer::new(config.observe.clone());
-    let engines = Engines::open(config.control.engine, config.control.ort_library.as_deref())
+    let (choice, library) = (config.control.engine, config.control.ort_library.as_deref());
+    let engines = Engines::open_with(choice, library, config.engine_memory_max)
         .context("open an inference engine")?;
     if let Some(problem) = engines.ort_problem() {
         tracing::warn!("serving without ONNX Runtime: {problem}");

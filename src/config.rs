@@ -33,6 +33,8 @@ pub struct Config {
     pub control: control::Settings,
     pub transport: transport::Settings,
     pub gateway: gateway::Settings,
+    /// Memory of all of ONNX Runtime's runs on the CPU, in bytes; `None`: no limit.
+    pub engine_memory_max: Option<usize>,
     pub system_shared_memory: bool,
     pub observe: observe::Settings,
     pub log_format: observe::log::Format,

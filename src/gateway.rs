@@ -20,6 +20,7 @@ use crate::observe::Observer;
 use crate::route::{Pick, Published, RouteTable, Served};
 
 mod classify;
+mod outputs;
 mod recall;
 
 /// Limits and waits of the request path.
@@ -27,13 +28,19 @@ mod recall;
 pub struct Settings {
     /// Deadline when the caller sets none, and the longest one it may set.
     pub timeout_max: Duration,
+    /// Most bytes of one request's outputs, for models that say nothing else.
+    pub output_bytes_max: usize,
     /// Answers kept for the models that ask for it.
     pub cache: cache::Settings,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { timeout_max: Duration::from_secs(60), cache: cache::Settings::default() }
+        Self {
+            timeout_max: Duration::from_secs(60),
+            output_bytes_max: 256 << 20,
+            cache: cache::Settings::default(),
+        }
     }
 }
 
@@ -157,11 +164,14 @@ impl Gateway {
         };
         let bound = served.signature.bind(named)?;
         record.bound(&served, &bound);
+        let output_bytes_max =
+            served.settings.output_bytes_max.unwrap_or(self.settings.output_bytes_max);
+        outputs::check_expected(&served.signature, &bound, output_bytes_max)?;
         let priority = priority(parameters)?;
         let asked = match self.recall(&served, &bound) {
             recall::Recalled::Hit(outputs) => {
                 record.recalled(&outputs);
-                return select(&served, &wanted, &outputs);
+                return select(&served, &wanted, &outputs, output_bytes_max);
             }
             recall::Recalled::Miss(asked) => Some(asked),
             recall::Recalled::Off => None,
@@ -171,10 +181,12 @@ impl Gateway {
             error.into_failure()
         })?;
         record.ran(&ran);
+        let made = outputs::check_made(&served.signature, &ran.outputs, output_bytes_max);
+        made.inspect_err(|_| record.without_outputs())?;
         if let Some(asked) = asked {
             self.keep(asked, &served, &ran.outputs);
         }
-        select(&served, &wanted, &ran.outputs)
+        select(&served, &wanted, &ran.outputs, output_bytes_max)
     }
 
     fn deadline(
@@ -245,6 +257,7 @@ fn select(
     served: &Served,
     wanted: &[(usize, Option<usize>)],
     outputs: &[Tensor],
+    bytes_max: usize,
 ) -> Result<Vec<NamedTensor>, Failure> {
     let mut named = Vec::with_capacity(wanted.len());
     for &(at, classes) in wanted {
@@ -256,6 +269,7 @@ fn select(
             Some(count) => {
                 let labels = served.settings.labels.iter().find(|(name, _)| *name == spec.name);
                 let labels = labels.map_or(&[][..], |(_, labels)| labels);
+                outputs::check_classes(&spec.name, tensor, count, labels, bytes_max)?;
                 classify::top_classes(&spec.name, tensor, count, labels, served.signature.batched)?
             }
         };
@@ -345,6 +359,10 @@ impl<'a> Record<'a> {
         completion.timings = ran.timings;
         completion.batch_size = ran.batch_size;
         completion.outputs.clone_from(&ran.outputs);
+    }
+
+    fn without_outputs(&mut self) {
+        self.open().outputs = Vec::new();
     }
 
     fn recalled(&mut self, outputs: &[Tensor]) {

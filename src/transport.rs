@@ -76,6 +76,8 @@ pub struct Settings {
     pub in_flight_bytes_max: usize,
     /// Large bodies that wait to be decoded or encoded; more: 503 / UNAVAILABLE.
     pub decode_queue_max: usize,
+    /// Largest JSON part of an answer, before compression; over it: 413.
+    pub answer_json_max_bytes: usize,
     /// Largest ratio of decoded to encoded body bytes, beyond the first MiB.
     pub compression_ratio_max: usize,
     /// Answers smaller than this are never compressed.
@@ -104,6 +106,7 @@ impl Default for Settings {
             body_max_bytes: 64 << 20,
             in_flight_bytes_max: 0,
             decode_queue_max: 256,
+            answer_json_max_bytes: 256 << 20,
             compression_ratio_max: 100,
             compress_min_bytes: 1024,
             model_control: false,

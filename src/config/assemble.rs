@@ -23,6 +23,12 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         control: control_settings(from),
         transport: transport_settings(from),
         gateway: gateway_settings(from),
+        engine_memory_max: match from.size("engine.run_memory_max_mb") {
+            // The rest is for weights, requests and everything else.
+            0 => transport::intake::memory_limit()
+                .map(|bytes| usize::try_from(bytes / 4 * 3).unwrap_or(usize::MAX)),
+            mb => Some(mb << 20),
+        },
         system_shared_memory: from.flag("server.system_shared_memory"),
         observe: observe_settings(from),
         log_format: log_format(from),
@@ -54,7 +60,11 @@ fn gateway_settings(from: &mut Layers) -> gateway::Settings {
         let message = format!("expected at most an eighth of cache.bytes_max, {most}, got {got}");
         from.problems.add("cache.entry_bytes_max", message);
     }
-    gateway::Settings { timeout_max: from.millis("server.timeout_max_ms"), cache }
+    gateway::Settings {
+        timeout_max: from.millis("server.timeout_max_ms"),
+        output_bytes_max: from.size("server.output_bytes_max"),
+        cache,
+    }
 }
 
 fn control_settings(from: &mut Layers) -> control::Settings {
@@ -103,6 +113,7 @@ fn transport_settings(from: &mut Layers) -> transport::Settings {
         body_max_bytes: from.size("server.body_max_bytes"),
         in_flight_bytes_max: from.size("server.in_flight_bytes_max"),
         decode_queue_max: from.size("server.decode_queue_max"),
+        answer_json_max_bytes: from.size("server.answer_json_max_bytes"),
         compression_ratio_max: from.size("server.compression_ratio_max"),
         compress_min_bytes: from.size("server.compress_min_bytes"),
         model_control: from.flag("repository.model_control"),

@@ -28,6 +28,16 @@ impl Engines {
     /// Opens what `choice` asks for. `Auto` does without ONNX Runtime when it doesn't load; `Ort`
     /// fails then. `library` is where its shared library lies, when the operator said so.
     pub fn open(choice: EngineChoice, library: Option<&Path>) -> Result<Self, EngineError> {
+        Self::open_with(choice, library, None)
+    }
+
+    /// The same, with a limit on the memory that ONNX Runtime's runs on the CPU take together.
+    pub fn open_with(
+        choice: EngineChoice,
+        library: Option<&Path>,
+        memory_max: Option<usize>,
+    ) -> Result<Self, EngineError> {
+        let ort = |library| ort(library, memory_max);
         let tract = tract();
         let (ort, ort_problem) = match choice {
             EngineChoice::Tract => (None, Some("the engine was chosen to be tract".to_owned())),
@@ -123,12 +133,15 @@ fn not_available(engine: &'static str, reason: &str) -> EngineError {
 }
 
 #[cfg(feature = "ort")]
-fn ort(library: Option<&Path>) -> Result<Arc<dyn Backend>, EngineError> {
-    Ok(Arc::new(super::ort::OrtBackend::open(library)?))
+fn ort(library: Option<&Path>, memory_max: Option<usize>) -> Result<Arc<dyn Backend>, EngineError> {
+    Ok(Arc::new(super::ort::OrtBackend::open_with(library, memory_max)?))
 }
 
 #[cfg(not(feature = "ort"))]
-fn ort(_library: Option<&Path>) -> Result<Arc<dyn Backend>, EngineError> {
+fn ort(
+    _library: Option<&Path>,
+    _memory_max: Option<usize>,
+) -> Result<Arc<dyn Backend>, EngineError> {
     Err(not_available(ORT, "it is not part of this build"))
 }
 

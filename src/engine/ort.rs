@@ -19,6 +19,7 @@ use super::onnx::{self, OnnxModel};
 use super::{Artifact, Backend, EngineError, LoadOptions, Model, Session};
 use crate::domain::{Provider, Signature, Tensor, TensorSpec};
 
+mod arena;
 mod tensors;
 mod weights;
 
@@ -35,32 +36,54 @@ const LIBRARY_CACHED: &str = ".cache/onnxruntime/lib/libonnxruntime.so";
 const LIBRARY_SYSTEM: &str = "libonnxruntime.so";
 
 /// The process's only environment; kept until it ends.
-static ENVIRONMENT: Mutex<Option<(Environment, String)>> = Mutex::new(None);
+static ENVIRONMENT: Mutex<Option<Started>> = Mutex::new(None);
+
+#[derive(Clone)]
+struct Started {
+    environment: Environment,
+    version: String,
+    /// Sessions on the CPU share an arena with a limit.
+    limited: bool,
+}
 
 /// ONNX Runtime, ready to load models.
 pub struct OrtBackend {
-    environment: Environment,
-    version: String,
+    started: Started,
 }
 
 impl OrtBackend {
     /// Loads the runtime: from `ORT_DYLIB_PATH`, else `library`, else the usual places.
     pub fn open(library: Option<&Path>) -> Result<Self, EngineError> {
+        Self::open_with(library, None)
+    }
+
+    /// The same, with a limit on what all runs on the CPU take together, in bytes. The first call
+    /// of a process decides.
+    pub fn open_with(
+        library: Option<&Path>,
+        memory_max: Option<usize>,
+    ) -> Result<Self, EngineError> {
         let mut held = ENVIRONMENT.lock();
-        let (environment, version) = match &*held {
+        let started = match &*held {
             Some(started) => started.clone(),
-            None => held.insert(start(&find(library)?)?).clone(),
+            None => held.insert(start(&find(library)?, memory_max)?).clone(),
         };
-        Ok(Self { environment, version })
+        Ok(Self { started })
     }
 }
 
-fn start(library: &Path) -> Result<(Environment, String), EngineError> {
+fn start(library: &Path, memory_max: Option<usize>) -> Result<Started, EngineError> {
     let started = ort::init_from(library).map_err(not_available)?;
     let environment =
         started.with_name("tidegate").with_telemetry(false).build().map_err(not_available)?;
     environment.set_log_level(LogLevel::Error);
-    Ok((environment, version(library).unwrap_or_else(|| "unknown".to_owned())))
+    let limited = memory_max.is_some_and(|bytes| {
+        arena::limit(&environment, bytes)
+            .inspect_err(|error| tracing::warn!(%error, "the memory of runs has no limit"))
+            .is_ok()
+    });
+    let version = version(library).unwrap_or_else(|| "unknown".to_owned());
+    Ok(Started { environment, version, limited })
 }
 
 fn not_available(error: impl std::fmt::Display) -> EngineError {
@@ -109,7 +132,7 @@ impl Backend for OrtBackend {
     }
 
     fn version(&self) -> String {
-        self.version.clone()
+        self.started.version.clone()
     }
 
     fn load(
@@ -120,7 +143,8 @@ impl Backend for OrtBackend {
         let described = onnx::read(&artifact.path)?;
         described.confine_external_data(artifact.path.parent().unwrap_or(Path::new(".")))?;
         let mut recipe = Recipe {
-            environment: self.environment.clone(),
+            environment: self.started.environment.clone(),
+            limited: self.started.limited,
             path: artifact.path.clone(),
             intra_threads: options.intra_threads.max(1),
             providers: options.providers.clone(),
@@ -130,7 +154,8 @@ impl Backend for OrtBackend {
         let sharing = options.sessions > 1
             && recipe.on_cpu()
             && described.weight_bytes >= weights::SHARED_BYTES_MIN;
-        let shared = sharing.then(|| weights::share(&recipe, artifact, &self.version, &mut notes));
+        let shared =
+            sharing.then(|| weights::share(&recipe, artifact, &self.started.version, &mut notes));
         let first = match shared.flatten() {
             Some((shared, session)) => {
                 recipe = shared;
@@ -171,6 +196,8 @@ fn agree(described: &OnnxModel, session: &ort::session::Session) -> Result<(), E
 #[derive(Clone)]
 struct Recipe {
     environment: Environment,
+    /// As in [`Started`].
+    limited: bool,
     path: PathBuf,
     intra_threads: usize,
     providers: Vec<Provider>,
@@ -237,6 +264,10 @@ impl Recipe {
         builder = builder.with_inter_threads(1).map_err(plain)?;
         builder = builder.with_intra_op_spinning(false).map_err(plain)?;
         builder = builder.with_inter_op_spinning(false).map_err(plain)?;
+        if self.limited && self.on_cpu() {
+            builder = builder.with_env_allocators().map_err(plain)?;
+            builder = builder.with_device_allocated_initializers().map_err(plain)?;
+        }
         let providers: Vec<_> = self.providers.iter().map_while(provider).collect();
         if !providers.is_empty() {
             builder = builder.with_execution_providers(providers).map_err(plain)?;
@@ -337,15 +368,28 @@ impl Session for OrtSession {
             .zip(inputs)
             .map(|(spec, tensor)| tensors::value(&spec.name, tensor))
             .collect::<Result<Vec<_>, _>>()?;
-        let outputs = self.session.run(&values[..]).map_err(|error| failed(specs, &error))?;
-        outputs.into_iter().map(|(name, value)| tensors::tensor(name, value)).collect()
+        let give_back = arena::give_back();
+        let ran = match &give_back {
+            None => self.session.run(&values[..]),
+            Some(options) => self.session.run_with_options(&values[..], options),
+        };
+        let outputs = ran.map_err(|error| {
+            arena::took(None);
+            failed(specs, &error)
+        })?;
+        let outputs: Vec<Tensor> = outputs
+            .into_iter()
+            .map(|(name, value)| tensors::tensor(name, value))
+            .collect::<Result<_, _>>()?;
+        arena::took(Some(&outputs));
+        Ok(outputs)
     }
 }
 
 /// A failed run. What the runtime calls an invalid argument, such as an index past a table's end,
 /// came with the inputs; it doesn't say with which.
 fn failed(specs: &[TensorSpec], error: &ort::Error) -> EngineError {
-    let reason = error.message().trim().to_owned();
+    let reason = told(error.message());
     if error.code() != ort::ErrorCode::InvalidArgument {
         return EngineError::Run(reason);
     }
@@ -353,9 +397,54 @@ fn failed(specs: &[TensorSpec], error: &ort::Error) -> EngineError {
     EngineError::Input { name: names.join("', '"), reason }
 }
 
+/// What the runtime says of a run, for the caller: without places in its source code.
+fn told(message: &str) -> String {
+    if let Some((_, rest)) = message.split_once("Available memory of ")
+        && let Some((left, needed)) = rest.split_once(" is smaller than requested bytes of ")
+    {
+        let needed = needed.trim();
+        return format!(
+            "a tensor of {needed} bytes does not fit, {left} are left of the memory for runs"
+        );
+    }
+    // "/onnxruntime_src/…/bfc_arena.cc:360 void* onnxruntime::BFCArena::Alloc(size_t) reason"
+    let mut told = String::with_capacity(message.len());
+    let mut rest = message.trim();
+    while let Some(at) = rest.find("/onnxruntime") {
+        told.push_str(&rest[..at]);
+        let after = rest[at..].split_once(' ').map_or("", |(_, after)| after);
+        let function = after.split_once(") ").filter(|(name, _)| name.contains('('));
+        let after = function.map_or(after, |(_, after)| after);
+        rest = after.strip_prefix("const ").unwrap_or(after);
+    }
+    told.push_str(rest);
+    told
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_runs_error_names_no_place_in_the_source() {
+        let cases = [
+            ("Gather: indices out of range", "Gather: indices out of range"),
+            (
+                "Status Message: /onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:360 void* \
+                 onnxruntime::BFCArena::AllocateRawInternal(size_t, bool) Available memory of 10 \
+                 is smaller than requested bytes of 20",
+                "a tensor of 20 bytes does not fit, 10 are left of the memory for runs",
+            ),
+            (
+                "A: /onnxruntime_src/core/x.cc:1 virtual void onnxruntime::F(int) const bad B",
+                "A: bad B",
+            ),
+            ("A: /onnxruntime_src/core/x.cc:1", "A: "),
+        ];
+        for (message, expected) in cases {
+            assert_eq!(told(message), expected);
+        }
+    }
 
     #[test]
     fn what_is_missing_is_named() {

@@ -19,6 +19,8 @@ use crate::domain::{ErrorKind, Failure};
 
 mod memory;
 
+pub use memory::limit as memory_limit;
+
 /// Bodies up to this size are decoded where they arrive, and leave the counting to their request.
 pub const INLINE_MAX_BYTES: usize = 64 << 10;
 /// Bytes of this share are kept for requests that hold no more than [`INLINE_MAX_BYTES`].

@@ -4,4 +4,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod cache;
+mod onnx;
+mod outputs;
+mod process;
 mod support;

@@ -69,6 +69,10 @@ impl Answer {
 
 impl Inside {
     pub(crate) async fn start(settings: gateway::Settings) -> Self {
+        Self::start_with(settings, Settings::default()).await
+    }
+
+    pub(crate) async fn start_with(settings: gateway::Settings, transport: Settings) -> Self {
         let table = Arc::new(Published::new(RouteTable::default()));
         let observer = Observer::new(tidegate::observe::Settings::default());
         let gateway =
@@ -79,7 +83,7 @@ impl Inside {
             shm: SharedMemory::new(false),
             toggles: Toggles::default(),
             intake: tidegate::transport::intake::Intake::new(&Settings::default()),
-            settings: Settings::default(),
+            settings: transport,
         });
         api.health.set_ready();
         let mut listeners = Listeners::new(Arc::clone(&api)).unwrap();

@@ -29,6 +29,7 @@ pub(super) const KEYS: &[(&str, &str)] = &[
     ("batch.priority_levels", "2"),
     ("batch.priority_default", "1"),
     ("limits.timeout_max_ms", "500"),
+    ("limits.output_bytes_max", "1048576"),
     ("cache.enabled", "true"),
     ("warmup.runs", "3"),
     ("versions.latest", "2"),
@@ -167,6 +168,9 @@ fn other(draft: &mut Draft<'_>, path: &str, value: &Value) -> Done {
         }
         "limits.timeout_max_ms" => {
             draft.manifest.settings.timeout_max = Some(Duration::from_millis(number(value, 1)?));
+        }
+        "limits.output_bytes_max" => {
+            draft.manifest.settings.output_bytes_max = Some(size(value, 1)?);
         }
         "cache.enabled" => draft.manifest.settings.cached = switch(value)?,
         "warmup.runs" => draft.manifest.settings.warmup.runs = size(value, 0)?,

@@ -36,6 +36,8 @@ pub enum ElementError {
         "element {index} is {got}, which JSON cannot carry, ask for this output as binary data"
     )]
     NotFinite { index: usize, got: String },
+    #[error("the answer's JSON is over the limit of {limit} bytes, ask for binary data")]
+    TooLong { limit: usize },
     #[error("element {index} is not UTF-8, ask for this output as binary data")]
     NotText { index: usize },
 }
@@ -268,7 +270,19 @@ pub(super) fn bad(index: usize, got: &str, expected: &'static str) -> ElementErr
 /// # Errors
 /// Datatypes, numbers and strings that JSON cannot carry.
 pub fn write_flat(tensor: &Tensor, out: &mut Vec<u8>) -> Result<(), ElementError> {
-    write(tensor, &[tensor.elements()], out)
+    write_flat_within(tensor, usize::MAX, out)
+}
+
+/// As [`write_flat`], until `out` has `limit` bytes.
+///
+/// # Errors
+/// As [`write_flat`], and `TooLong` for more.
+pub fn write_flat_within(
+    tensor: &Tensor,
+    limit: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), ElementError> {
+    write(tensor, &[tensor.elements()], limit, out)
 }
 
 /// Appends `tensor` as lists nested as its shape; a scalar as a bare value.
@@ -276,15 +290,32 @@ pub fn write_flat(tensor: &Tensor, out: &mut Vec<u8>) -> Result<(), ElementError
 /// # Errors
 /// As [`write_flat`].
 pub fn write_nested(tensor: &Tensor, out: &mut Vec<u8>) -> Result<(), ElementError> {
-    write(tensor, &Shape::from_slice(tensor.shape()), out)
+    write_nested_within(tensor, usize::MAX, out)
 }
 
-fn write(tensor: &Tensor, shape: &[usize], out: &mut Vec<u8>) -> Result<(), ElementError> {
+/// As [`write_nested`], until `out` has `limit` bytes.
+///
+/// # Errors
+/// As [`write_flat_within`].
+pub fn write_nested_within(
+    tensor: &Tensor,
+    limit: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), ElementError> {
+    write(tensor, &Shape::from_slice(tensor.shape()), limit, out)
+}
+
+fn write(
+    tensor: &Tensor,
+    shape: &[usize],
+    limit: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), ElementError> {
     let data = tensor.data();
     macro_rules! plain {
         ($number:ty, $size:literal) => {{
             let mut chunks = data.as_chunks::<$size>().0.iter();
-            lists(shape, out, &mut |out| {
+            lists(shape, limit, out, &mut |out| {
                 if let Some(chunk) = chunks.next() {
                     json(&<$number>::from_le_bytes(*chunk), out);
                 }
@@ -295,7 +326,7 @@ fn write(tensor: &Tensor, shape: &[usize], out: &mut Vec<u8>) -> Result<(), Elem
     macro_rules! float {
         ($number:ty, $size:literal) => {{
             let mut chunks = data.as_chunks::<$size>().0.iter().enumerate();
-            lists(shape, out, &mut |out| {
+            lists(shape, limit, out, &mut |out| {
                 let Some((index, chunk)) = chunks.next() else { return Ok(()) };
                 let number = <$number>::from_le_bytes(*chunk);
                 if !number.is_finite() {
@@ -309,7 +340,7 @@ fn write(tensor: &Tensor, shape: &[usize], out: &mut Vec<u8>) -> Result<(), Elem
     match tensor.datatype() {
         DataType::Bool => {
             let mut bytes = data.iter();
-            lists(shape, out, &mut |out| {
+            lists(shape, limit, out, &mut |out| {
                 json(&bytes.next().is_some_and(|byte| *byte == 1), out);
                 Ok(())
             })
@@ -326,7 +357,7 @@ fn write(tensor: &Tensor, shape: &[usize], out: &mut Vec<u8>) -> Result<(), Elem
         DataType::Fp64 => float!(f64, 8),
         DataType::Bytes => {
             let mut elements = BytesElements::new(data).filter_map(Result::ok).enumerate();
-            lists(shape, out, &mut |out| {
+            lists(shape, limit, out, &mut |out| {
                 let Some((index, element)) = elements.next() else { return Ok(()) };
                 let text =
                     std::str::from_utf8(element).map_err(|_| ElementError::NotText { index })?;
@@ -342,6 +373,7 @@ fn write(tensor: &Tensor, shape: &[usize], out: &mut Vec<u8>) -> Result<(), Elem
 /// tensor's rank, so at most [`RANK_MAX`].
 fn lists(
     shape: &[usize],
+    limit: usize,
     out: &mut Vec<u8>,
     element: &mut dyn FnMut(&mut Vec<u8>) -> Result<(), ElementError>,
 ) -> Result<(), ElementError> {
@@ -351,10 +383,13 @@ fn lists(
         if at > 0 {
             out.push(b',');
         }
+        if out.len() > limit {
+            return Err(ElementError::TooLong { limit });
+        }
         if inner.is_empty() {
             element(out)?;
         } else {
-            lists(inner, out, element)?;
+            lists(inner, limit, out, element)?;
         }
     }
     out.push(b']');

@@ -62,9 +62,10 @@ impl Call {
         };
         let all_binary = forms.iter().chain([&form]).all(|form| *form == Form::Binary);
         let writer = Arc::clone(&api);
+        let json_max = api.settings.answer_json_max_bytes;
         answer(&api, meta, request, all_binary, move |answer| {
             let shared = |slice: &SharedSlice, data: &[u8]| shared::write(&writer, slice, data);
-            response::write(answer, &forms, &form, &shared)
+            response::write(answer, &forms, &form, &shared, json_max)
         })
         .await
     }
@@ -126,7 +127,8 @@ impl Call {
             outputs: Vec::new(),
             parameters: Vec::new(),
         };
-        let write = |answer: &Answer| response::write_predictions(&answer.outputs);
+        let json_max = self.api.settings.answer_json_max_bytes;
+        let write = move |answer: &Answer| response::write_predictions(&answer.outputs, json_max);
         answer(&self.api, meta, request, false, write).await
     }
 

@@ -1,27 +1,29 @@
 //! The answer to an inference request: JSON, and raw tensors behind it where asked for.
 
 use super::binary::{Form, SharedSlice};
-use super::elements::{self, json};
+use super::elements::{self, ElementError, json};
 use super::reply::Reply;
 use crate::domain::{Answer, ErrorKind, Failure, NamedTensor};
 
 /// Puts an output into shared memory on behalf of a request.
 pub(super) type WriteShared<'a> = &'a dyn Fn(&SharedSlice, &[u8]) -> Result<(), Failure>;
 
-/// Writes `answer`, each output in its form: those of `forms`, or `form` when there are none.
+/// Writes `answer`, each output in its form: those of `forms`, or `form` when there are none. Its
+/// JSON may take `json_max` bytes.
 ///
 /// # Errors
 /// `InvalidInput` for an output that JSON cannot carry or that its shared memory is too small
-/// for, and what `shared` answers.
+/// for, `TooLarge` for too much JSON, and what `shared` answers.
 pub(super) fn write(
     answer: &Answer,
     forms: &[Form],
     form: &Form,
     shared: WriteShared<'_>,
+    json_max: usize,
 ) -> Result<Reply, Failure> {
     let size: usize = answer.outputs.iter().map(|output| output.tensor.data().len()).sum();
     // JSON digits take about three times the bytes of a float.
-    let mut out = Vec::with_capacity(512 + size * 3);
+    let mut out = Vec::with_capacity(512 + (size * 3).min(json_max.max(size)));
     out.extend_from_slice(b"{\"model_name\":");
     json(answer.model.as_str(), &mut out);
     if let Some(version) = answer.head.version {
@@ -39,7 +41,7 @@ pub(super) fn write(
             out.push(b',');
         }
         let form = forms.get(at).unwrap_or(form);
-        write_output(output, form, shared, &mut out)?;
+        write_output(output, form, shared, json_max, &mut out)?;
         if *form == Form::Binary {
             raw.push(output.tensor.data());
         }
@@ -61,6 +63,7 @@ fn write_output(
     output: &NamedTensor,
     form: &Form,
     shared: WriteShared<'_>,
+    json_max: usize,
     out: &mut Vec<u8>,
 ) -> Result<(), Failure> {
     let NamedTensor { name, tensor } = output;
@@ -73,8 +76,8 @@ fn write_output(
     match form {
         Form::Json => {
             out.extend_from_slice(b",\"data\":");
-            elements::write_flat(tensor, out)
-                .map_err(|error| Failure::invalid(format!("output '{name}': {error}")))?;
+            elements::write_flat_within(tensor, json_max, out)
+                .map_err(|error| refused(name, &error, ""))?;
         }
         Form::Binary => {
             let parameters = serde_json::json!({"binary_data_size": tensor.data().len()});
@@ -109,30 +112,38 @@ fn write_output(
 /// several as one object per row, or as one object of tensors when they have no rows in common.
 ///
 /// # Errors
-/// `InvalidInput` for an output that JSON cannot carry.
-pub(super) fn write_predictions(outputs: &[NamedTensor]) -> Result<Reply, Failure> {
+/// `InvalidInput` for an output that JSON cannot carry, `TooLarge` for more than `json_max` bytes.
+pub(super) fn write_predictions(
+    outputs: &[NamedTensor],
+    json_max: usize,
+) -> Result<Reply, Failure> {
     let mut out = Vec::from(*b"{\"predictions\":");
     let rows = |output: &NamedTensor| output.tensor.shape().first().copied();
     let common = outputs.first().and_then(rows);
     match (outputs, common) {
-        ([output], _) => nested(output, None, &mut out)?,
+        ([output], _) => nested(output, None, json_max, &mut out)?,
         (_, Some(count)) if outputs.iter().all(|output| rows(output) == common) => {
             out.push(b'[');
             for row in 0..count {
                 if row > 0 {
                     out.push(b',');
                 }
-                members(outputs, Some(row), &mut out)?;
+                members(outputs, Some(row), json_max, &mut out)?;
             }
             out.push(b']');
         }
-        _ => members(outputs, None, &mut out)?,
+        _ => members(outputs, None, json_max, &mut out)?,
     }
     out.push(b'}');
     Ok(Reply::json(http::StatusCode::OK, out))
 }
 
-fn members(outputs: &[NamedTensor], row: Option<usize>, out: &mut Vec<u8>) -> Result<(), Failure> {
+fn members(
+    outputs: &[NamedTensor],
+    row: Option<usize>,
+    json_max: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), Failure> {
     out.push(b'{');
     for (at, output) in outputs.iter().enumerate() {
         if at > 0 {
@@ -140,26 +151,42 @@ fn members(outputs: &[NamedTensor], row: Option<usize>, out: &mut Vec<u8>) -> Re
         }
         json(&output.name, out);
         out.push(b':');
-        nested(output, row, out)?;
+        nested(output, row, json_max, out)?;
     }
     out.push(b'}');
     Ok(())
 }
 
-fn nested(output: &NamedTensor, row: Option<usize>, out: &mut Vec<u8>) -> Result<(), Failure> {
+fn nested(
+    output: &NamedTensor,
+    row: Option<usize>,
+    json_max: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), Failure> {
     let NamedTensor { name, tensor } = output;
     let written = match row {
-        None => elements::write_nested(tensor, out),
+        None => elements::write_nested_within(tensor, json_max, out),
         Some(row) => {
             let gone = || Failure::new(ErrorKind::Internal, "an output lost a row");
             let one = tensor.rows(row, row + 1).ok_or_else(gone)?;
             let inner = crate::domain::Shape::from_slice(&one.shape()[1..]);
             let one = one.reshaped(inner).map_err(|_| gone())?;
-            elements::write_nested(&one, out)
+            elements::write_nested_within(&one, json_max, out)
         }
     };
     written.map_err(|error| {
-        let hint = "this form of request has JSON answers only, try /v2/models/…/infer";
-        Failure::invalid(format!("output '{name}': {error}; {hint}"))
+        refused(
+            name,
+            &error,
+            "; this form of request has JSON answers only, try /v2/models/…/infer",
+        )
     })
+}
+
+fn refused(name: &str, error: &ElementError, hint: &str) -> Failure {
+    let kind = match error {
+        ElementError::TooLong { .. } => ErrorKind::TooLarge,
+        _ => ErrorKind::InvalidInput,
+    };
+    Failure::new(kind, format!("output '{name}': {error}{hint}"))
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const GROUPS: &str = "/sys/fs/cgroup";
 
 /// `None` when the system does not say.
-pub(super) fn limit() -> Option<u64> {
+pub fn limit() -> Option<u64> {
     let read = |path: &Path| read_to_string(path).ok();
     let machine = read(Path::new("/proc/meminfo")).and_then(|text| total(&text));
     let groups = read(Path::new("/proc/self/cgroup")).unwrap_or_default();
