@@ -31,6 +31,9 @@ pub type Body = tonic::body::Body;
 /// Name that server metadata gives.
 pub const SERVER_NAME: &str = "tidegate";
 
+/// Largest body of a call that is no prediction, and no load where loading is on.
+const CONTROL_BYTES_MAX: usize = 1 << 20;
+
 /// Extensions of the protocol that always work here.
 const EXTENSIONS: [&str; 10] = [
     "classification",

@@ -8,11 +8,9 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
-use prost::Message as _;
 use tidegate::domain::{
     DataType, Dim, Failure, Inputs, NamedTensor, Shape, Signature, Tensor, TensorSpec,
 };
-use tidegate::proto::inference::ModelInferRequest;
 use tidegate::transport::grpc;
 use tidegate::transport::http::binary::{self, SharedSlice};
 use tidegate::transport::http::compress::{self, Encoding};
@@ -78,9 +76,8 @@ pub fn compressed(data: &[u8]) {
 
 pub fn grpc_infer(data: &[u8]) {
     const SHM_BYTES_MAX: usize = 1 << 20;
-    let Ok(message) = ModelInferRequest::decode(Bytes::copy_from_slice(data)) else { return };
     let shm = SharedMemory::new(false);
-    let Ok(decoded) = grpc::decode(message, &shm, SHM_BYTES_MAX) else { return };
+    let Ok(decoded) = grpc::decode(Bytes::copy_from_slice(data), &shm, SHM_BYTES_MAX, &|_| Ok(())) else { return };
     if let Inputs::Named(named) = decoded.request.inputs {
         check(Ok(named));
     }

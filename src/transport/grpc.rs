@@ -11,30 +11,41 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderValue, header::HeaderName};
 use tokio::time::Instant;
-use tonic::Status;
 use tonic::codec::CompressionEncoding;
+use tonic::{Code, Status};
 use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service as _;
 
+use super::intake::Held;
 use super::meta::Arrived;
-use super::{Api, Body};
+use super::{Api, Body, CONTROL_BYTES_MAX};
+use crate::domain::{ErrorKind, Protocol};
 use crate::proto::DESCRIPTORS;
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
+use frames::{Bill, Frames, Limits};
 
+mod codec;
+mod contents;
 mod decode;
 mod encode;
+mod frames;
 mod health;
 mod service;
 mod stream;
+mod wire;
 
 pub use decode::{Decoded, Slice, decode};
 
 /// Largest message that clients take.
 const MESSAGE_BYTES_MAX: usize = (1 << 31) - 1;
+/// Longest wait for a thread to decode a message on.
+const DECODE_WAIT_MAX: Duration = Duration::from_secs(60);
 const SERVICE: &str = "inference.GRPCInferenceService";
+const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
 const STREAM_INFER: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
 
 const ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
@@ -77,39 +88,107 @@ impl Grpc {
     /// Answers one call; never fails, whatever it is given.
     pub async fn call<B>(&self, request: http::Request<B>) -> http::Response<Body>
     where
-        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let mut request = request.map(Body::new);
+        let mut request = request;
         // Many clients accept compression always and want it never: only who compresses gets it.
         if request.headers().get(ENCODING).is_none_or(|encoding| encoding == "identity") {
             request.headers_mut().remove(ACCEPT_ENCODING);
         }
-        request.extensions_mut().insert(Arrived(Instant::now()));
-        let path = request.uri().path();
+        let arrived = Instant::now();
+        request.extensions_mut().insert(Arrived(arrived));
+        let bill = Bill::new(&self.api);
+        request.extensions_mut().insert(Arc::clone(&bill));
+        let encoding = frames::encoding(request.headers());
+        if encoding.is_some() {
+            // The codec sees plain messages only.
+            request.headers_mut().remove(ENCODING);
+        }
+        let path = request.uri().path().to_owned();
+        let limits = self.limits(&path);
+        let deadline = arrived + DECODE_WAIT_MAX;
+        let request =
+            request.map(|body| Frames::new(body, Arc::clone(&bill), encoding, limits, deadline));
         let mut response = match path.strip_prefix('/').and_then(|path| path.split_once('/')) {
-            Some((SERVICE, _)) if path == STREAM_INFER && self.api.settings.mlserver_stream => {
-                stream::unwrapped(Arc::clone(&self.api), request).await
+            Some((SERVICE, _)) if path == INFER => {
+                let response = service::unary(&self.api, request).await;
+                self.count_unread(&bill, response.headers());
+                response
             }
+            Some((SERVICE, _)) if path == STREAM_INFER => stream::answer(&self.api, request).await,
             Some((SERVICE, _)) => infallible(self.inference.clone().call(request).await),
             Some(("grpc.health.v1.Health", _)) => {
                 infallible(self.health.clone().call(request).await)
             }
-            Some(("grpc.reflection.v1.ServerReflection", _)) => (self.reflection)(request).await,
+            Some(("grpc.reflection.v1.ServerReflection", _)) => {
+                (self.reflection)(request.map(Body::new)).await
+            }
             Some(("grpc.reflection.v1alpha.ServerReflection", _)) => {
-                (self.reflection_alpha)(request).await
+                (self.reflection_alpha)(request.map(Body::new)).await
             }
             _ => Status::unimplemented("unknown service").into_http(),
         };
         too_large(response.headers_mut());
         response
     }
+
+    fn limits(&self, path: &str) -> Limits {
+        let settings = &self.api.settings;
+        // Predictions bring tensors, and a load may bring a model.
+        let large = [INFER, STREAM_INFER].contains(&path) || settings.model_control;
+        let message_bytes =
+            settings.body_max_bytes.min(if large { usize::MAX } else { CONTROL_BYTES_MAX });
+        let one = path != STREAM_INFER && !path.starts_with("/grpc.reflection.");
+        Limits { one, message_bytes }
+    }
+
+    /// A prediction whose message never arrived whole is counted all the same.
+    fn count_unread(&self, bill: &Bill, headers: &http::HeaderMap) {
+        if !bill.is_read() {
+            let code = headers
+                .get("grpc-status")
+                .map_or(Code::Unknown, |code| Code::from_bytes(code.as_bytes()));
+            self.api.gateway.observer().refused(Protocol::Grpc, kind_of(code));
+        }
+    }
+}
+
+/// The failure that a status of the codec stands for.
+fn kind_of(code: Code) -> ErrorKind {
+    match code {
+        Code::ResourceExhausted | Code::OutOfRange => ErrorKind::TooLarge,
+        Code::Unavailable => ErrorKind::Overloaded,
+        Code::Unimplemented => ErrorKind::UnsupportedMedia,
+        Code::Cancelled => ErrorKind::Cancelled,
+        Code::DeadlineExceeded => ErrorKind::DeadlineExceeded,
+        _ => ErrorKind::InvalidInput,
+    }
+}
+
+/// What the calls that bring tensors are served by.
+fn server<T: prost::Message + Send + 'static>(
+    settings: &super::Settings,
+) -> tonic::server::Grpc<codec::Unread<T>> {
+    tonic::server::Grpc::new(codec::Unread::default())
+        .max_decoding_message_size(settings.body_max_bytes)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Deflate)
+        .send_compressed(CompressionEncoding::Gzip)
+        .send_compressed(CompressionEncoding::Deflate)
 }
 
 /// When the call came; what tonic hands over has its message read already.
 fn arrived<T>(request: &tonic::Request<T>) -> Arrived {
     let arrived = request.extensions().get::<Arrived>().copied();
     arrived.unwrap_or_else(|| Arrived(Instant::now()))
+}
+
+/// The account of a message that has arrived.
+fn held<T>(request: &tonic::Request<T>, api: &Api) -> Arc<Held> {
+    let bill = request.extensions().get::<Arc<Bill>>();
+    bill.map_or_else(|| api.intake.open(), |bill| bill.take())
 }
 
 /// The codec calls a message over the limit OUT_OF_RANGE; nothing else here does.

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 
 use super::intake::Held;
 use super::meta::Arrived;
-use super::{Api, Body};
+use super::{Api, Body, CONTROL_BYTES_MAX, Settings};
 use crate::domain::{ErrorKind, Failure, ModelName, VersionRef};
 use infer::Call;
 use reply::Reply;
@@ -70,7 +70,8 @@ where
         Err(reply) => *reply,
         Ok(route) => {
             let held = api.intake.open();
-            let body = read_body(body, &head.headers, &api, arrived, &held).await;
+            let limit = body_limit(&route, &api.settings);
+            let body = read_body(body, &head.headers, &api, limit, arrived, &held).await;
             let arrival = Arrival { at: arrived, held };
             // Boxed so that a connection's future stays small.
             Box::pin(answer(api, route, head.method, head.headers, body, arrival)).await
@@ -331,11 +332,22 @@ fn settings(body: &[u8]) -> Result<serde_json::Value, Failure> {
     json::from_slice(body)
 }
 
+/// Largest body of a route, before and after decompression.
+fn body_limit(route: &Route, settings: &Settings) -> usize {
+    match route {
+        Route::Infer(_) | Route::V1Predict(_) | Route::Invocations => settings.body_max_bytes,
+        // It may bring a model.
+        Route::Load(_) if settings.model_control => settings.body_max_bytes,
+        _ => settings.body_max_bytes.min(CONTROL_BYTES_MAX),
+    }
+}
+
 /// Reads a body up to its limit and decompresses it; `held` counts every byte of it.
 async fn read_body<B>(
     body: B,
     headers: &HeaderMap,
     api: &Api,
+    limit: usize,
     Arrived(received): Arrived,
     held: &Arc<Held>,
 ) -> Result<Bytes, Failure>
@@ -344,22 +356,22 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let encoding = compress::content_encoding(headers)?;
-    let limit = api.settings.body_max_bytes;
     let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    let body = match tokio::time::timeout(BODY_TIME_MAX, collect(body, limit, announced, held)).await {
-        Ok(body) => body?,
-        Err(_) => {
-            let seconds = BODY_TIME_MAX.as_secs();
-            let message = format!("request body did not arrive within {seconds} s");
-            return Err(Failure::new(ErrorKind::DeadlineExceeded, message));
-        }
-    };
+    let body =
+        match tokio::time::timeout(BODY_TIME_MAX, collect(body, limit, announced, held)).await {
+            Ok(body) => body?,
+            Err(_) => {
+                let seconds = BODY_TIME_MAX.as_secs();
+                let message = format!("request body did not arrive within {seconds} s");
+                return Err(Failure::new(ErrorKind::DeadlineExceeded, message));
+            }
+        };
     match encoding {
         None => Ok(held.keep(body)),
         Some(_) if body.is_empty() => Ok(body),
         Some(encoding) => {
             let deadline = received + BODY_TIME_MAX;
-            compress::decode(encoding, body, api, deadline, held).await
+            compress::decode(encoding, body, api, limit, deadline, held).await
         }
     }
 }

@@ -31,6 +31,9 @@ const DEFAULT_MIN_BYTES: usize = 64 << 20;
 /// When to try again after a refusal.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// Counts bytes before they are there; refuses where they do not fit.
+pub type Grow<'a> = &'a dyn Fn(usize) -> Result<(), Failure>;
+
 /// Counts bytes and lends threads.
 pub struct Intake {
     budget: Arc<ByteBudget>,

@@ -4,17 +4,15 @@
 //! - Pure but for reads of shared memory; any message gives a request or a failure, never a panic.
 //! - Raw tensors are slices of the message, not copies.
 
-use std::collections::HashMap;
-
 use bytes::Bytes;
 
+use super::contents::{self, ContentsError};
+use super::wire::{self, Input, Output, Parameter};
 use crate::domain::{
     DataType, Failure, InferRequest, Inputs, ModelName, NamedTensor, ParameterValue, Parameters,
     RequestedOutput, Tensor, TensorError, VersionRef,
 };
-use crate::proto::inference::infer_parameter::ParameterChoice;
-use crate::proto::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
-use crate::proto::inference::{InferParameter, InferTensorContents, ModelInferRequest};
+use crate::transport::intake::Grow;
 use crate::transport::shm::SharedMemory;
 
 const REGION: &str = "shared_memory_region";
@@ -58,22 +56,38 @@ pub(super) fn names(
     Ok((name, version))
 }
 
-/// Reads a request message. Inputs in shared memory may have `shm_bytes_max` bytes together.
+/// Reads a request message. Inputs in shared memory may have `shm_bytes_max` bytes together; what
+/// is not a slice of the message is counted by `grow` first.
 ///
 /// # Errors
 /// `InvalidInput` that names the input or parameter; `Unsupported` for sequences, and for shared
-/// memory when it is off.
+/// memory when it is off; what `grow` answers.
 pub fn decode(
-    message: ModelInferRequest,
+    message: Bytes,
     shm: &SharedMemory,
     shm_bytes_max: usize,
+    grow: Grow<'_>,
 ) -> Result<Decoded, Failure> {
-    let (model, version) = names(&message.model_name, &message.model_version)?;
-    let parameters = parameters(message.parameters)?;
-    let inputs = inputs(message.inputs, message.raw_input_contents, shm, shm_bytes_max)?;
-    let mut outputs = Vec::with_capacity(message.outputs.len());
+    let request = wire::request(message).map_err(wire::WireError::into_failure)?;
+    let (model, version) = names(&request.model_name, &request.model_version)?;
+    complete(request, model, version, shm, shm_bytes_max, grow)
+}
+
+/// Reads the rest of a request whose model is known.
+pub(super) fn complete(
+    request: wire::Request,
+    model: ModelName,
+    version: Option<VersionRef>,
+    shm: &SharedMemory,
+    shm_bytes_max: usize,
+    grow: Grow<'_>,
+) -> Result<Decoded, Failure> {
+    let parameters = parameters(request.parameters)?;
+    let mut sources = Sources { raw: request.raw.into_iter(), shm, shm_bytes_max, grow };
+    let inputs = inputs(request.inputs, &mut sources)?;
+    let mut outputs = Vec::with_capacity(request.outputs.len());
     let mut placed = Vec::new();
-    for output in message.outputs {
+    for output in request.outputs {
         let (output, slice) = requested(output)?;
         if let Some(slice) = slice {
             // Refused now rather than after the model has run.
@@ -82,7 +96,7 @@ pub fn decode(
         }
         outputs.push(output);
     }
-    let id = message.id;
+    let id = request.id;
     let inputs = Inputs::Named(inputs);
     Ok(Decoded {
         request: InferRequest { model, version, id, inputs, outputs, parameters },
@@ -90,10 +104,11 @@ pub fn decode(
     })
 }
 
-fn parameters(wire: HashMap<String, InferParameter>) -> Result<Parameters, Failure> {
+fn parameters(wire: Vec<Parameter>) -> Result<Parameters, Failure> {
     let mut parameters = Vec::with_capacity(wire.len());
     for (key, value) in wire {
-        let value = value_of(&key, value)?;
+        let value = value
+            .ok_or_else(|| Failure::invalid(format!("parameter '{}' has no value", shown(&key))))?;
         match (key.as_str(), &value) {
             ("sequence_start" | "sequence_end" | EMPTY_FINAL, ParameterValue::Bool(_)) => {}
             ("sequence_start" | "sequence_end" | EMPTY_FINAL, _) => {
@@ -126,35 +141,26 @@ fn parameters(wire: HashMap<String, InferParameter>) -> Result<Parameters, Failu
     Ok(parameters)
 }
 
-fn value_of(key: &str, parameter: InferParameter) -> Result<ParameterValue, Failure> {
-    Ok(match parameter.parameter_choice {
-        Some(ParameterChoice::BoolParam(value)) => ParameterValue::Bool(value),
-        Some(ParameterChoice::Int64Param(value)) => ParameterValue::Int(value),
-        Some(ParameterChoice::Uint64Param(value)) => ParameterValue::Uint(value),
-        Some(ParameterChoice::DoubleParam(value)) => ParameterValue::Double(value),
-        Some(ParameterChoice::StringParam(value)) => ParameterValue::String(value),
-        None => {
-            return Err(Failure::invalid(format!("parameter '{}' has no value", shown(key))));
-        }
-    })
+/// Where tensors come from beside their inputs.
+struct Sources<'a> {
+    raw: std::vec::IntoIter<Bytes>,
+    shm: &'a SharedMemory,
+    shm_bytes_max: usize,
+    grow: Grow<'a>,
 }
 
-fn inputs(
-    wire: Vec<InferInputTensor>,
-    raw: Vec<Bytes>,
-    shm: &SharedMemory,
-    shm_bytes_max: usize,
-) -> Result<Vec<NamedTensor>, Failure> {
-    let all_raw = !raw.is_empty();
-    let given = raw.len();
-    let mut raw = raw.into_iter();
+fn inputs(wire: Vec<Input>, sources: &mut Sources<'_>) -> Result<Vec<NamedTensor>, Failure> {
+    let given = sources.raw.len();
     let mut shm_bytes = 0_usize;
-    let mut inputs = Vec::with_capacity(wire.len());
+    let mut inputs: Vec<NamedTensor> = Vec::with_capacity(wire.len());
     for input in wire {
-        let InferInputTensor { name, datatype, shape, parameters, contents } = input;
+        let Input { name, datatype, shape, rank, parameters, contents } = input;
         let bad = |what: String| Failure::invalid(format!("input '{}': {what}", shown(&name)));
         let datatype: DataType = datatype.parse().map_err(|error| bad(format!("{error}")))?;
         let tensor_error = |error: TensorError| bad(error.to_string());
+        if rank > shape.len() {
+            return Err(tensor_error(TensorError::Rank { rank }));
+        }
         let shape = Tensor::shape_from_wire(&shape).map_err(tensor_error)?;
         let data = match (slice(&parameters, &name)?, contents) {
             (Some(_), Some(_)) => {
@@ -162,29 +168,35 @@ fn inputs(
             }
             (Some(slice), None) => {
                 shm_bytes = shm_bytes.saturating_add(slice.byte_size);
-                if shm_bytes > shm_bytes_max {
+                if shm_bytes > sources.shm_bytes_max {
                     return Err(bad(format!(
-                        "shared memory of one request is over the limit of {shm_bytes_max} bytes"
+                        "shared memory of one request is over the limit of {} bytes",
+                        sources.shm_bytes_max
                     )));
                 }
-                shm.read(&slice.region, slice.offset, slice.byte_size)?
+                (sources.grow)(slice.byte_size)?;
+                sources.shm.read(&slice.region, slice.offset, slice.byte_size)?
             }
-            (None, Some(_)) if all_raw => {
+            (None, Some(_)) if given > 0 => {
                 return Err(bad(
                     "has contents, which cannot be mixed with raw_input_contents".to_owned()
                 ));
             }
-            (None, None) if all_raw => raw.next().ok_or_else(|| {
+            (None, None) if given > 0 => sources.raw.next().ok_or_else(|| {
                 bad(format!("has no data, raw_input_contents has only {given} entries"))
             })?,
             (None, contents) => {
-                typed(datatype, contents.unwrap_or_default()).map_err(|error| bad(error.0))?
+                let read = contents::read(datatype, contents.unwrap_or_default(), sources.grow);
+                read.map_err(|error| match error {
+                    ContentsError::Full(failure) => failure,
+                    error => bad(error.to_string()),
+                })?
             }
         };
         let tensor = Tensor::new(datatype, shape, data).map_err(tensor_error)?;
         inputs.push(NamedTensor { name, tensor });
     }
-    match raw.len() {
+    match sources.raw.len() {
         0 => Ok(inputs),
         left => Err(Failure::invalid(format!(
             "raw_input_contents has {given} entries, {left} more than inputs that take one"
@@ -192,110 +204,8 @@ fn inputs(
     }
 }
 
-/// What is wrong with typed contents.
-struct ContentsError(String);
-
-/// Bytes of typed contents; only the field of the datatype may be filled.
-fn typed(datatype: DataType, contents: InferTensorContents) -> Result<Bytes, ContentsError> {
-    let InferTensorContents {
-        bool_contents,
-        int_contents,
-        int64_contents,
-        uint_contents,
-        uint64_contents,
-        fp32_contents,
-        fp64_contents,
-        bytes_contents,
-    } = contents;
-    let fields = [
-        ("bool_contents", bool_contents.is_empty()),
-        ("int_contents", int_contents.is_empty()),
-        ("int64_contents", int64_contents.is_empty()),
-        ("uint_contents", uint_contents.is_empty()),
-        ("uint64_contents", uint64_contents.is_empty()),
-        ("fp32_contents", fp32_contents.is_empty()),
-        ("fp64_contents", fp64_contents.is_empty()),
-        ("bytes_contents", bytes_contents.is_empty()),
-    ];
-    let Some(field) = field_of(datatype) else {
-        return Err(ContentsError(format!("{datatype} goes only into raw_input_contents")));
-    };
-    if let Some((other, _)) = fields.iter().find(|(name, empty)| !empty && *name != field) {
-        return Err(ContentsError(format!("{datatype} goes into {field}, got {other}")));
-    }
-    Ok(match datatype {
-        DataType::Bool => bool_contents.into_iter().map(u8::from).collect(),
-        DataType::Int8 => narrow::<i8, 1, _>(&int_contents, datatype, i8::to_le_bytes)?,
-        DataType::Int16 => narrow::<i16, 2, _>(&int_contents, datatype, i16::to_le_bytes)?,
-        DataType::Int32 => little(&int_contents, i32::to_le_bytes),
-        DataType::Int64 => little(&int64_contents, i64::to_le_bytes),
-        DataType::Uint8 => narrow::<u8, 1, _>(&uint_contents, datatype, u8::to_le_bytes)?,
-        DataType::Uint16 => narrow::<u16, 2, _>(&uint_contents, datatype, u16::to_le_bytes)?,
-        DataType::Uint32 => little(&uint_contents, u32::to_le_bytes),
-        DataType::Uint64 => little(&uint64_contents, u64::to_le_bytes),
-        DataType::Fp32 => little(&fp32_contents, f32::to_le_bytes),
-        DataType::Fp64 => little(&fp64_contents, f64::to_le_bytes),
-        DataType::Bytes => return prefixed(&bytes_contents),
-        DataType::Fp16 | DataType::Bf16 => Bytes::new(),
-    })
-}
-
-fn field_of(datatype: DataType) -> Option<&'static str> {
-    Some(match datatype {
-        DataType::Bool => "bool_contents",
-        DataType::Int8 | DataType::Int16 | DataType::Int32 => "int_contents",
-        DataType::Int64 => "int64_contents",
-        DataType::Uint8 | DataType::Uint16 | DataType::Uint32 => "uint_contents",
-        DataType::Uint64 => "uint64_contents",
-        DataType::Fp32 => "fp32_contents",
-        DataType::Fp64 => "fp64_contents",
-        DataType::Bytes => "bytes_contents",
-        DataType::Fp16 | DataType::Bf16 => return None,
-    })
-}
-
-fn little<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N]) -> Bytes {
-    let mut data = Vec::with_capacity(values.len() * N);
-    for value in values {
-        data.extend_from_slice(&bytes(*value));
-    }
-    data.into()
-}
-
-fn narrow<T, const N: usize, W>(
-    values: &[W],
-    datatype: DataType,
-    bytes: impl Fn(T) -> [u8; N],
-) -> Result<Bytes, ContentsError>
-where
-    T: TryFrom<W>,
-    W: Copy + std::fmt::Display,
-{
-    let mut data = Vec::with_capacity(values.len() * N);
-    for (index, value) in values.iter().enumerate() {
-        let narrowed = T::try_from(*value).map_err(|_| {
-            ContentsError(format!("element {index} is {value}, out of range for {datatype}"))
-        })?;
-        data.extend_from_slice(&bytes(narrowed));
-    }
-    Ok(data.into())
-}
-
-fn prefixed(elements: &[Bytes]) -> Result<Bytes, ContentsError> {
-    let mut data = Vec::with_capacity(elements.iter().map(|element| element.len() + 4).sum());
-    for (index, element) in elements.iter().enumerate() {
-        let len = u32::try_from(element.len())
-            .map_err(|_| ContentsError(format!("element {index} has 4 GiB or more")))?;
-        data.extend_from_slice(&len.to_le_bytes());
-        data.extend_from_slice(element);
-    }
-    Ok(data.into())
-}
-
-fn requested(
-    wire: InferRequestedOutputTensor,
-) -> Result<(RequestedOutput, Option<Slice>), Failure> {
-    let InferRequestedOutputTensor { name, parameters } = wire;
+fn requested(wire: Output) -> Result<(RequestedOutput, Option<Slice>), Failure> {
+    let Output { name, parameters } = wire;
     let slice = slice(&parameters, &name)?;
     let classification = match size(&parameters, "classification", &name)? {
         Some(0) => {
@@ -316,16 +226,13 @@ fn requested(
 }
 
 /// The shared memory that a tensor's parameters name, if any.
-fn slice(
-    parameters: &HashMap<String, InferParameter>,
-    tensor: &str,
-) -> Result<Option<Slice>, Failure> {
+fn slice(parameters: &[Parameter], tensor: &str) -> Result<Option<Slice>, Failure> {
     if parameters.is_empty() {
         return Ok(None);
     }
     let byte_size = size(parameters, REGION_SIZE, tensor)?;
     let offset = size(parameters, REGION_OFFSET, tensor)?;
-    let Some(parameter) = parameters.get(REGION) else {
+    let Some(parameter) = find(parameters, REGION) else {
         if byte_size.is_some() || offset.is_some() {
             return Err(Failure::invalid(format!(
                 "tensor '{}' has a shared memory size or offset, but no '{REGION}'",
@@ -334,7 +241,7 @@ fn slice(
         }
         return Ok(None);
     };
-    let Some(ParameterChoice::StringParam(region)) = &parameter.parameter_choice else {
+    let Some(ParameterValue::String(region)) = parameter else {
         return Err(Failure::invalid(format!(
             "parameter '{REGION}' of tensor '{}' must be a string",
             shown(tensor)
@@ -349,16 +256,16 @@ fn slice(
     Ok(Some(Slice { region: region.clone(), offset: offset.unwrap_or(0), byte_size }))
 }
 
+fn find<'a>(parameters: &'a [Parameter], key: &str) -> Option<&'a Option<ParameterValue>> {
+    parameters.iter().find(|(name, _)| name == key).map(|(_, value)| value)
+}
+
 /// The parameter `key` as a non-negative integer, if it is there.
-fn size(
-    parameters: &HashMap<String, InferParameter>,
-    key: &str,
-    tensor: &str,
-) -> Result<Option<usize>, Failure> {
-    let Some(parameter) = parameters.get(key) else { return Ok(None) };
-    let number = match &parameter.parameter_choice {
-        Some(ParameterChoice::Int64Param(number)) => usize::try_from(*number).ok(),
-        Some(ParameterChoice::Uint64Param(number)) => usize::try_from(*number).ok(),
+fn size(parameters: &[Parameter], key: &str, tensor: &str) -> Result<Option<usize>, Failure> {
+    let Some(parameter) = find(parameters, key) else { return Ok(None) };
+    let number = match parameter {
+        Some(ParameterValue::Int(number)) => usize::try_from(*number).ok(),
+        Some(ParameterValue::Uint(number)) => usize::try_from(*number).ok(),
         _ => None,
     };
     number.map(Some).ok_or_else(|| {
@@ -380,7 +287,7 @@ fn wrong_kind(key: &str, expected: &str, got: &ParameterValue) -> Failure {
 }
 
 /// A caller's name, short enough for an error message.
-fn shown(name: &str) -> String {
+pub(super) fn shown(name: &str) -> String {
     name.chars().take(128).collect()
 }
 

@@ -1,6 +1,7 @@
 //! The calls of `inference.GRPCInferenceService`, one function each.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -9,16 +10,18 @@ use serde_json::{Map, Value};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{decode, encode, stream};
+use super::{decode, encode, stream, wire};
 use crate::domain::{
-    AnswerHead, CallMeta, Failure, ModelFile, ModelName, Protocol, TensorSpec, VersionState,
+    AnswerHead, CallMeta, Failure, Inputs, ModelFile, ModelName, NamedTensor, Protocol, TensorSpec,
+    VersionRef, VersionState,
 };
 use crate::observe::{BatchStat, DurationStat};
 use crate::proto::inference as pb;
 use crate::proto::inference::model_metadata_response::TensorMetadata;
 use crate::proto::inference::model_repository_parameter::ParameterChoice as Choice;
 use crate::route::Served;
-use crate::transport::{Api, SERVER_NAME, meta, model_config};
+use crate::transport::intake::{Held, INLINE_MAX_BYTES};
+use crate::transport::{Api, Body, SERVER_NAME, meta, model_config};
 
 /// Prefix of load parameters that bring a file.
 const FILE_PREFIX: &str = "file:";
@@ -27,6 +30,15 @@ const FILE_PREFIX: &str = "file:";
 pub(super) struct Refusal {
     pub(super) failure: Failure,
     pub(super) head: Option<AnswerHead>,
+    pub(super) asked: Asked,
+}
+
+/// What a message asked for, in its own words.
+#[derive(Clone, Default)]
+pub(super) struct Asked {
+    pub(super) id: String,
+    pub(super) model: String,
+    pub(super) version: String,
 }
 
 impl Refusal {
@@ -35,28 +47,120 @@ impl Refusal {
     }
 }
 
-/// Makes one prediction from a message.
+/// Makes one prediction from a message, which `held` counts.
 pub(super) async fn infer(
-    api: &Api,
+    api: &Arc<Api>,
     meta: CallMeta,
-    message: pb::ModelInferRequest,
+    message: Bytes,
+    held: Arc<Held>,
 ) -> Result<(pb::ModelInferResponse, AnswerHead), Box<Refusal>> {
-    let names = decode::names(&message.model_name, &message.model_version);
-    let (model, version) = names.map_err(|failure| Box::new(Refusal { failure, head: None }))?;
-    let decoded = decode::decode(message, &api.shm, api.settings.body_max_bytes);
-    let decode::Decoded { request, placed } = decoded.map_err(|failure| {
-        let head = Some(api.gateway.refuse(&meta, model, version.as_ref(), &failure));
-        Box::new(Refusal { failure, head })
-    })?;
-    let answer = api.gateway.infer(meta, request).await.map_err(|refused| {
-        let refused = *refused;
-        Box::new(Refusal { failure: refused.failure, head: Some(refused.head) })
-    })?;
+    // Nothing to record a prediction under: it is only counted.
+    let unknown = |failure: Failure, asked: Asked| {
+        api.gateway.observer().refused(meta.protocol, failure.kind);
+        Box::new(Refusal { failure, head: None, asked })
+    };
+    let read = wire::request(held.keep(message)).map_err(wire::WireError::into_failure);
+    let request = read.map_err(|failure| unknown(failure, Asked::default()))?;
+    let asked = Asked {
+        id: request.id.clone(),
+        model: request.model_name.clone(),
+        version: request.model_version.clone(),
+    };
+    let names = decode::names(&request.model_name, &request.model_version);
+    let (model, version) = names.map_err(|failure| unknown(failure, asked.clone()))?;
+    let decoded = decoded(api, &meta, request, &model, version.as_ref(), held).await;
+    let decode::Decoded { request, placed } = match decoded {
+        Ok(decoded) => decoded,
+        Err(failure) => {
+            let head = Some(api.gateway.refuse(&meta, model, version.as_ref(), &failure));
+            return Err(Box::new(Refusal { failure, head, asked }));
+        }
+    };
+    let answer = match api.gateway.infer(meta, request).await {
+        Ok(answer) => answer,
+        Err(refused) => {
+            let refused = *refused;
+            let (failure, head) = (refused.failure, Some(refused.head));
+            return Err(Box::new(Refusal { failure, head, asked }));
+        }
+    };
     let head = answer.head.clone();
     match encode::answer(answer, &placed, &api.shm) {
         Ok(response) => Ok((response, head)),
-        Err(failure) => Err(Box::new(Refusal { failure, head: Some(head) })),
+        Err(failure) => Err(Box::new(Refusal { failure, head: Some(head), asked })),
     }
+}
+
+/// Reads the tensors; where every element has to be looked at and there are many, on another
+/// thread.
+async fn decoded(
+    api: &Arc<Api>,
+    meta: &CallMeta,
+    request: wire::Request,
+    model: &ModelName,
+    version: Option<&VersionRef>,
+    held: Arc<Held>,
+) -> Result<decode::Decoded, Failure> {
+    let shm_max = api.settings.body_max_bytes;
+    let (model, version) = (model.clone(), version.cloned());
+    if request.looked_at_bytes() <= INLINE_MAX_BYTES {
+        let grow = |more| held.grow(more);
+        return decode::complete(request, model, version, &api.shm, shm_max, &grow);
+    }
+    let deadline = meta.received + meta.timeout.unwrap_or(super::DECODE_WAIT_MAX);
+    let parts = Arc::clone(api);
+    let decode = move || {
+        let grow = |more| held.grow(more);
+        let mut decoded = decode::complete(request, model, version, &parts.shm, shm_max, &grow)?;
+        if let Inputs::Named(named) = &mut decoded.request.inputs {
+            for NamedTensor { tensor, .. } in named {
+                *tensor = tensor.clone().held_by(|data| held.keep(data));
+            }
+        }
+        Ok(decoded)
+    };
+    api.intake.run(deadline, decode).await
+}
+
+/// Answers a call of `ModelInfer`.
+pub(super) async fn unary<B>(api: &Arc<Api>, request: http::Request<B>) -> http::Response<Body>
+where
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
+{
+    struct Infer(Arc<Api>);
+    impl tonic::server::UnaryService<Bytes> for Infer {
+        type Response = pb::ModelInferResponse;
+        type Future = Pin<Box<dyn Future<Output = Answered<Self::Response>> + Send>>;
+
+        fn call(&mut self, request: Request<Bytes>) -> Self::Future {
+            let api = Arc::clone(&self.0);
+            Box::pin(async move { answer(&api, request).await })
+        }
+    }
+    super::server(&api.settings).unary(Infer(Arc::clone(api)), request).await
+}
+
+async fn answer(api: &Arc<Api>, request: Request<Bytes>) -> Answered<pb::ModelInferResponse> {
+    let held = super::held(&request, api);
+    let headers = request.metadata().as_ref();
+    let arrived = super::arrived(&request);
+    let meta = meta::call_meta(headers, Protocol::Grpc, arrived, &api.settings);
+    let meta = meta.map_err(|failure| {
+        api.gateway.observer().refused(Protocol::Grpc, failure.kind);
+        encode::status(&failure, None)
+    })?;
+    let done = infer(api, meta, request.into_inner(), held).await;
+    let (message, head) = done.map_err(|refusal| refusal.status())?;
+    let bytes: usize = message.raw_output_contents.iter().map(Bytes::len).sum();
+    let mut headers = HeaderMap::new();
+    meta::answer_headers(&head, &mut headers);
+    let mut response = Response::new(message);
+    *response.metadata_mut() = MetadataMap::from_headers(headers);
+    if bytes < api.settings.compress_min_bytes {
+        response.disable_compression();
+    }
+    Ok(response)
 }
 
 /// Implements the service on the gateway.
@@ -254,32 +358,20 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         answered(self.metadata(name, version))
     }
 
+    /// Never called: [`unary`] answers before the generated code would read the message.
     async fn model_infer(
         &self,
-        request: Request<pb::ModelInferRequest>,
+        _: Request<pb::ModelInferRequest>,
     ) -> Answered<pb::ModelInferResponse> {
-        let headers = request.metadata().as_ref();
-        let arrived = super::arrived(&request);
-        let meta = meta::call_meta(headers, Protocol::Grpc, arrived, &self.api.settings)
-            .map_err(|failure| encode::status(&failure, None))?;
-        let done = infer(&self.api, meta, request.into_inner()).await;
-        let (message, head) = done.map_err(|refusal| refusal.status())?;
-        let bytes: usize = message.raw_output_contents.iter().map(Bytes::len).sum();
-        let mut headers = HeaderMap::new();
-        meta::answer_headers(&head, &mut headers);
-        let mut response = Response::new(message);
-        *response.metadata_mut() = MetadataMap::from_headers(headers);
-        if bytes < self.api.settings.compress_min_bytes {
-            response.disable_compression();
-        }
-        Ok(response)
+        Err(Status::internal("a prediction went astray"))
     }
 
+    /// Never called: as above, [`stream::answer`].
     async fn model_stream_infer(
         &self,
-        request: Request<Streaming<pb::ModelInferRequest>>,
+        _: Request<Streaming<pb::ModelInferRequest>>,
     ) -> Answered<Self::ModelStreamInferStream> {
-        stream::wrapped(&self.api, request)
+        Err(Status::internal("a prediction went astray"))
     }
 
     async fn model_config(

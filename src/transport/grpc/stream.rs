@@ -16,20 +16,20 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::Stream;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::codec::{CompressionEncoding, EnabledCompressionEncodings};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::encode;
-use super::service::{Refusal, infer};
+use super::frames::Bill;
+use super::service::{Asked, Refusal, infer};
 use crate::domain::{AnswerHead, CallMeta, Protocol};
 use crate::proto::inference::infer_parameter::ParameterChoice;
-use crate::proto::inference::{
-    InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
-};
+use crate::proto::inference::{InferParameter, ModelInferResponse, ModelStreamInferResponse};
+use crate::transport::intake::Held;
 use crate::transport::{Api, Body, meta};
 
 /// Longest pause between requests of a stream while the server drains.
@@ -42,12 +42,7 @@ const GRPC_ERROR: &str = "triton_grpc_error";
 type Finished = Result<ModelInferResponse, Status>;
 
 /// What became of one request of the stream.
-struct Item {
-    id: String,
-    model: String,
-    version: String,
-    outcome: Result<ModelInferResponse, Box<Refusal>>,
-}
+type Outcome = Result<ModelInferResponse, Box<Refusal>>;
 
 type Running<T> = AbortOnDropHandle<(Result<T, Status>, OwnedSemaphorePermit)>;
 
@@ -59,81 +54,97 @@ pub(super) struct Ordered<T> {
     _reader: AbortOnDropHandle<()>,
 }
 
-/// A stream in Triton's form.
-pub(super) fn wrapped(
-    api: &Arc<Api>,
-    request: Request<Streaming<ModelInferRequest>>,
-) -> Result<Response<Ordered<ModelStreamInferResponse>>, Status> {
-    let strict = request.metadata().get(GRPC_ERROR);
+/// Answers a whole call: in Triton's form, or in MLServer's (plain answers, and a status at the
+/// first failure).
+pub(super) async fn answer<B>(api: &Arc<Api>, request: http::Request<B>) -> http::Response<Body>
+where
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
+{
+    if api.settings.mlserver_stream {
+        let form = Form { api: Arc::clone(api), of: plain };
+        return super::server(&api.settings).streaming(form, request).await;
+    }
+    let strict = request.headers().get(GRPC_ERROR);
     let strict = strict.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"));
-    Ok(Response::new(start(api, request, if strict { wrap_strict } else { wrap })?))
+    let form = Form { api: Arc::clone(api), of: if strict { wrap_strict } else { wrap } };
+    super::server(&api.settings).streaming(form, request).await
 }
 
-/// Answers a whole call in MLServer's form: plain answers, and a status at the first failure.
-pub(super) async fn unwrapped(api: Arc<Api>, request: http::Request<Body>) -> http::Response<Body> {
-    struct Plain(Arc<Api>);
-    impl tonic::server::StreamingService<ModelInferRequest> for Plain {
-        type Response = ModelInferResponse;
-        type ResponseStream = Ordered<ModelInferResponse>;
-        type Future = std::future::Ready<Result<Response<Self::ResponseStream>, Status>>;
+/// A stream's service: what its answers look like.
+struct Form<T> {
+    api: Arc<Api>,
+    of: fn(Outcome) -> Result<T, Status>,
+}
 
-        fn call(&mut self, request: Request<Streaming<ModelInferRequest>>) -> Self::Future {
-            std::future::ready(start(&self.0, request, plain).map(Response::new))
-        }
+impl<T: prost::Message + 'static> tonic::server::StreamingService<Bytes> for Form<T> {
+    type Response = T;
+    type ResponseStream = Ordered<T>;
+    type Future = std::future::Ready<Result<Response<Ordered<T>>, Status>>;
+
+    fn call(&mut self, request: Request<Streaming<Bytes>>) -> Self::Future {
+        std::future::ready(start(&self.api, request, self.of).map(Response::new))
     }
-    let mut encodings = EnabledCompressionEncodings::default();
-    encodings.enable(CompressionEncoding::Gzip);
-    encodings.enable(CompressionEncoding::Deflate);
-    let codec = tonic_prost::ProstCodec::default();
-    let mut grpc = tonic::server::Grpc::new(codec)
-        .apply_compression_config(encodings, encodings)
-        .apply_max_message_size_config(
-            Some(api.settings.body_max_bytes),
-            Some(super::MESSAGE_BYTES_MAX),
-        );
-    grpc.streaming(Plain(api), request).await
 }
 
 fn start<T: Send + 'static>(
     api: &Arc<Api>,
-    request: Request<Streaming<ModelInferRequest>>,
-    form: fn(Item) -> Result<T, Status>,
+    request: Request<Streaming<Bytes>>,
+    form: fn(Outcome) -> Result<T, Status>,
 ) -> Result<Ordered<T>, Status> {
     let headers = request.metadata().as_ref();
     let arrived = super::arrived(&request);
-    let opened = meta::call_meta(headers, Protocol::GrpcStream, arrived, &api.settings)
-        .map_err(|failure| encode::status(&failure, None))?;
+    let opened = meta::call_meta(headers, Protocol::GrpcStream, arrived, &api.settings).map_err(
+        |failure| {
+            api.gateway.observer().refused(Protocol::GrpcStream, failure.kind);
+            encode::status(&failure, None)
+        },
+    )?;
+    let bill = request.extensions().get::<Arc<Bill>>().cloned();
+    let bill = bill.unwrap_or_else(|| Bill::new(api));
     let at_once = api.settings.stream_concurrency_max.max(1);
     let (sender, running) = mpsc::channel(at_once);
-    let reader = read(Arc::clone(api), request.into_inner(), opened, at_once, sender, form);
+    let requests = Requests { messages: request.into_inner(), bill };
+    let reader = read(Arc::clone(api), requests, opened, at_once, sender, form);
     let reader = AbortOnDropHandle::new(tokio::spawn(reader));
     Ok(Ordered { running, next: None, ended: false, _reader: reader })
 }
 
+/// Messages as they come, and the bill that counts them.
+struct Requests {
+    messages: Streaming<Bytes>,
+    bill: Arc<Bill>,
+}
+
 async fn read<T: Send + 'static>(
     api: Arc<Api>,
-    mut requests: Streaming<ModelInferRequest>,
+    mut requests: Requests,
     opened: CallMeta,
     at_once: usize,
     running: mpsc::Sender<Running<T>>,
-    form: fn(Item) -> Result<T, Status>,
+    form: fn(Outcome) -> Result<T, Status>,
 ) {
     let permits = Arc::new(Semaphore::new(at_once));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         let message = tokio::select! {
             biased;
-            message = requests.message() => message,
+            message = requests.messages.message() => message,
             () = quiet_in_drain(&api) => return,
         };
         let (task, last) = match message {
             Ok(None) => return,
             Ok(Some(message)) => {
                 let (api, meta) = (Arc::clone(&api), arrived(&opened));
-                let task = async move { (form(answer(&api, meta, message).await), permit) };
+                let held = requests.bill.take();
+                let task = async move { (form(one(&api, meta, message, held).await), permit) };
                 (tokio::spawn(task), false)
             }
-            Err(status) => (tokio::spawn(async move { (Err(broken(status)), permit) }), true),
+            Err(status) => {
+                let kind = super::kind_of(status.code());
+                api.gateway.observer().refused(Protocol::GrpcStream, kind);
+                (tokio::spawn(async move { (Err(broken(status)), permit) }), true)
+            }
         };
         if running.send(AbortOnDropHandle::new(task)).await.is_err() || last {
             return;
@@ -169,15 +180,11 @@ fn broken(status: Status) -> Status {
     }
 }
 
-async fn answer(api: &Api, meta: CallMeta, message: ModelInferRequest) -> Item {
-    let id = message.id.clone();
-    let model = message.model_name.clone();
-    let version = message.model_version.clone();
-    let outcome = infer(api, meta, message).await.map(|(mut response, head)| {
+async fn one(api: &Arc<Api>, meta: CallMeta, message: Bytes, held: Arc<Held>) -> Outcome {
+    infer(api, meta, message, held).await.map(|(mut response, head)| {
         describe(&mut response, Some(&head));
         response
-    });
-    Item { id, model, version, outcome }
+    })
 }
 
 /// Puts into an item's parameters what a single call has in its metadata.
@@ -194,14 +201,14 @@ fn describe(response: &mut ModelInferResponse, head: Option<&AnswerHead>) {
     }
 }
 
-fn wrap(item: Item) -> Result<ModelStreamInferResponse, Status> {
-    let Item { id, model, version, outcome } = item;
+fn wrap(outcome: Outcome) -> Result<ModelStreamInferResponse, Status> {
     Ok(match outcome {
         Ok(response) => ModelStreamInferResponse {
             error_message: String::new(),
             infer_response: Some(response),
         },
         Err(refusal) => {
+            let Asked { id, model, version } = refusal.asked;
             let mut response = ModelInferResponse {
                 id,
                 model_name: model,
@@ -217,13 +224,13 @@ fn wrap(item: Item) -> Result<ModelStreamInferResponse, Status> {
     })
 }
 
-fn wrap_strict(item: Item) -> Result<ModelStreamInferResponse, Status> {
-    let response = plain(item)?;
+fn wrap_strict(outcome: Outcome) -> Result<ModelStreamInferResponse, Status> {
+    let response = plain(outcome)?;
     Ok(ModelStreamInferResponse { error_message: String::new(), infer_response: Some(response) })
 }
 
-fn plain(item: Item) -> Finished {
-    item.outcome.map_err(|refusal| refusal.status())
+fn plain(outcome: Outcome) -> Finished {
+    outcome.map_err(|refusal| refusal.status())
 }
 
 impl<T> Stream for Ordered<T> {

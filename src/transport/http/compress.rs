@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use super::reply::Reply;
 use crate::domain::{ErrorKind, Failure};
 use crate::transport::Api;
-use crate::transport::intake::{Held, INLINE_MAX_BYTES};
+use crate::transport::intake::{Grow, Held, INLINE_MAX_BYTES};
 
 /// Decoded bytes before the ratio counts: small bodies may well compress a thousandfold.
 const RATIO_FREE_BYTES: usize = 1 << 20;
@@ -85,10 +85,11 @@ pub async fn decode(
     encoding: Encoding,
     body: Bytes,
     api: &Api,
+    size_max: usize,
     deadline: Instant,
     held: &Arc<Held>,
 ) -> Result<Bytes, Failure> {
-    let (size_max, ratio_max) = (api.settings.body_max_bytes, api.settings.compression_ratio_max);
+    let ratio_max = api.settings.compression_ratio_max;
     let inflated = move |held: &Arc<Held>, body: &[u8]| {
         let out = inflate(encoding, body, size_max, ratio_max, &|more| held.grow(more))?;
         Ok(held.keep(out))
@@ -99,9 +100,6 @@ pub async fn decode(
     let held = Arc::clone(held);
     api.intake.run(deadline, move || inflated(&held, &body)).await
 }
-
-/// Counts bytes before they are there.
-type Grow<'a> = &'a dyn Fn(usize) -> Result<(), Failure>;
 
 /// Decodes one whole stream of at most `size_max` bytes.
 ///

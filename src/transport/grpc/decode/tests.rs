@@ -1,8 +1,13 @@
 use proptest::prelude::*;
 use prost::Message as _;
 
+use std::collections::HashMap;
+
 use super::*;
 use crate::domain::ErrorKind;
+use crate::proto::inference::infer_parameter::ParameterChoice;
+use crate::proto::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
+use crate::proto::inference::{InferParameter, InferTensorContents, ModelInferRequest};
 
 const LIMIT: usize = 1 << 20;
 
@@ -30,11 +35,19 @@ fn message(inputs: Vec<InferInputTensor>, raw: &[&'static [u8]]) -> ModelInferRe
 }
 
 fn inputs_of(message: ModelInferRequest) -> Result<Vec<NamedTensor>, Failure> {
-    let decoded = decode(message, &SharedMemory::new(false), LIMIT)?;
+    let decoded = whole(&message)?;
     match decoded.request.inputs {
         Inputs::Named(named) => Ok(named),
         Inputs::Deferred(_) => Err(Failure::invalid("deferred")),
     }
+}
+
+fn whole(message: &ModelInferRequest) -> Result<Decoded, Failure> {
+    of_bytes(message.encode_to_vec().into())
+}
+
+fn of_bytes(message: Bytes) -> Result<Decoded, Failure> {
+    decode(message, &SharedMemory::new(false), LIMIT, &|_| Ok(()))
 }
 
 fn int(number: i64) -> InferParameter {
@@ -101,11 +114,17 @@ fn contents_that_do_not_fit_are_refused() {
 
 #[test]
 fn raw_contents_are_not_copied() {
-    let raw = Bytes::from(vec![0_u8; 64]);
     let mut request = message(vec![tensor("FP32", &[16], None)], &[]);
-    request.raw_input_contents = vec![raw.clone()];
-    let named = inputs_of(request).unwrap();
-    assert_eq!(named[0].tensor.data().as_ptr(), raw.as_ptr());
+    request.raw_input_contents = vec![vec![0; 64].into()];
+    let typed = InferTensorContents { fp32_contents: vec![1.0; 16], ..Default::default() };
+    let typed = message(vec![tensor("FP32", &[16], Some(typed))], &[]);
+    for request in [request, typed] {
+        let bytes = Bytes::from(request.encode_to_vec());
+        let Inputs::Named(named) = of_bytes(bytes.clone()).unwrap().request.inputs else {
+            panic!("deferred");
+        };
+        assert!(bytes.as_ptr_range().contains(&named[0].tensor.data().as_ptr()));
+    }
 }
 
 #[test]
@@ -128,7 +147,7 @@ fn parameters_are_strict() {
     for (key, value, want) in cases {
         let mut request = message(vec![], &[]);
         request.parameters.insert(key.to_owned(), value);
-        let got = decode(request, &SharedMemory::new(false), LIMIT).err();
+        let got = whole(&request).err();
         assert_eq!(got.map(|failure| failure.kind), want, "{key}");
     }
 }
@@ -183,9 +202,7 @@ proptest! {
         ints in prop::collection::vec(any::<i32>(), 0..5),
         raw in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..20), 0..3),
     ) {
-        if let Ok(message) = ModelInferRequest::decode(&bytes[..]) {
-            drop(decode(message, &SharedMemory::new(false), LIMIT));
-        }
+        drop(of_bytes(bytes.into()));
         let contents = InferTensorContents { int_contents: ints, ..Default::default() };
         let contents = raw.is_empty().then_some(contents);
         let mut request = message(vec![tensor(datatype.name(), &shape, contents)], &[]);
@@ -196,11 +213,11 @@ proptest! {
     #[test]
     fn raw_and_typed_agree(values in prop::collection::vec(any::<i64>(), 0..20)) {
         let shape = [i64::try_from(values.len()).unwrap()];
-        let bytes = little(&values, i64::to_le_bytes);
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let contents = InferTensorContents { int64_contents: values, ..Default::default() };
         let typed = inputs_of(message(vec![tensor("INT64", &shape, Some(contents))], &[])).unwrap();
         let mut request = message(vec![tensor("INT64", &shape, None)], &[]);
-        request.raw_input_contents = vec![bytes];
+        request.raw_input_contents = vec![bytes.into()];
         prop_assert_eq!(typed, inputs_of(request).unwrap());
     }
 }

@@ -1,0 +1,46 @@
+//! A codec that hands over request messages as they are: bytes, unread.
+//!
+//! What a message says is read later, by [`super::wire`], where a failure belongs to a prediction.
+
+use std::marker::PhantomData;
+
+use bytes::{Buf, Bytes};
+use tonic::Status;
+use tonic::codec::{DecodeBuf, Decoder};
+use tonic_prost::ProstEncoder;
+
+/// Takes bytes, answers with messages of type `T`.
+pub(super) struct Unread<T>(PhantomData<T>);
+
+impl<T> Default for Unread<T> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<T: prost::Message + Send + 'static> tonic::codec::Codec for Unread<T> {
+    type Encode = T;
+    type Decode = Bytes;
+    type Encoder = ProstEncoder<T>;
+    type Decoder = Whole;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        ProstEncoder::default()
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        Whole
+    }
+}
+
+/// Takes a message out of the receive buffer without a copy.
+pub(super) struct Whole;
+
+impl Decoder for Whole {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, message: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(message.copy_to_bytes(message.remaining())))
+    }
+}
