@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := tests/.venv
 STAMP := $(VENV)/installed
 
-.PHONY: help run build ort test test-rust test-clients bench lint models
+.PHONY: help run build ort test test-rust test-clients bench bench-load lint models
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,7 @@ test-rust: ort ## unit, property and integration tests in Rust
 	fi
 	$(CARGO) test --locked --doc
 	$(CARGO) test --locked --quiet --bench request_path >/dev/null # each benchmark once
+	$(CARGO) test --locked --manifest-path loadtest/Cargo.toml
 
 test-clients: ort $(STAMP) ## real clients against the built binary
 	@scripts/install-test-packages.sh
@@ -50,6 +51,15 @@ lint: ## formatting, clippy with warnings as errors, licences and sources of dep
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) deny --locked check bans licenses sources
+	$(CARGO) fmt --check --manifest-path loadtest/Cargo.toml
+	$(CARGO) clippy --locked --all-targets --manifest-path loadtest/Cargo.toml -- -D warnings
+	$(CARGO) deny --locked --manifest-path loadtest/Cargo.toml check bans licenses sources
 
 models: ## train models/ again (needs the packages of models/requirements.txt)
 	$(PYTHON) models/train.py
+
+# `make bench-load ARGS='--connections 64 --rounds 3'`: more of loadtest's flags.
+bench-load: build ## compare the gateway with bare echo servers, in turns
+	$(CARGO) build --release --locked --manifest-path loadtest/Cargo.toml
+	ORT_DYLIB_PATH=$(CURDIR)/.cache/onnxruntime/lib/libonnxruntime.so loadtest/target/release/loadtest compare \
+		--gateway-binary target/release/tidegate --models loadtest/models $(ARGS)

@@ -79,7 +79,8 @@ fn echo(observer: &Observer, name: &str, workers: usize, batch: BatchSettings) -
 fn api() -> Arc<Api> {
     let observer = Observer::new(tidegate::observe::Settings::default());
     let model = echo(&observer, "echo", 1, BatchSettings::default());
-    gateway_of::api(observer, [model], gateway::Settings::default(), Settings::default())
+    let control = Arc::new(gateway_of::NoControl);
+    gateway_of::api(observer, control, [model], gateway::Settings::default(), Settings::default())
 }
 
 fn http_json(count: usize) -> Bytes {

@@ -17,6 +17,7 @@ use crate::engine::Engines;
 use crate::gateway::Gateway;
 use crate::observe::Observer;
 use crate::observe::log::LogHandle;
+use crate::panics;
 use crate::route::{Published, RouteTable};
 use crate::transport::intake::Intake;
 use crate::transport::listener::Listeners;
@@ -89,8 +90,10 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let metrics_listener =
         bind(config.metrics).with_context(|| format!("listen on {}", config.metrics))?;
     tracing::info!(protocol = "metrics", address = %metrics_listener.local_addr()?, "listening");
-    tokio::spawn(metrics::serve(metrics_listener, Arc::clone(&api)));
-    tokio::spawn(upkeep(Arc::clone(&observer), Arc::clone(&api.gateway)));
+    let page = metrics::serve(metrics_listener, Arc::clone(&api));
+    tokio::spawn(panics::fatal_async("metrics listener", page));
+    let upkeep = upkeep(Arc::clone(&observer), Arc::clone(&api.gateway));
+    tokio::spawn(panics::fatal_async("upkeep", upkeep));
     let traced = CancellationToken::new();
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 

@@ -28,19 +28,22 @@ use tokio::time::{Instant, timeout_at};
 use crate::domain::{BatchSettings, Deadline, ModelName, Tensor, Timings, Version};
 use crate::engine::Session;
 use crate::observe::VersionStats;
+use crate::panics;
 
 mod admit;
 mod budget;
 mod error;
 mod form;
 mod inline;
+mod pad;
 mod queue;
 mod run;
 mod worker;
 
 pub use budget::ThreadBudget;
 pub use error::BatchError;
-use form::Form;
+pub use form::{Form, Joined};
+pub use pad::Padding;
 use queue::Queue;
 
 /// What a lane is made of.
@@ -50,6 +53,8 @@ pub struct LaneParts {
     pub batch: BatchSettings,
     /// The first dimension of every tensor is the batch; else requests are never joined.
     pub batched: bool,
+    /// How requests of unequal length are joined; `None`: they are not.
+    pub padding: Option<Padding>,
     /// One worker thread each; at least one.
     pub sessions: Vec<Box<dyn Session>>,
     pub stats: Arc<VersionStats>,
@@ -113,7 +118,7 @@ impl Lane {
         let shared = Arc::new(Shared {
             model: parts.model,
             batch: parts.batch,
-            form: Form { batched: parts.batched },
+            form: Form { batched: parts.batched, padding: parts.padding },
             stats: parts.stats,
             budget: parts.budget,
             state: Mutex::new(State {
@@ -129,7 +134,9 @@ impl Lane {
         let lane = Self { shared };
         for _ in 0..workers {
             let shared = Arc::clone(&lane.shared);
-            std::thread::Builder::new().name(name.clone()).spawn(move || worker::work(shared))?;
+            std::thread::Builder::new()
+                .name(name.clone())
+                .spawn(move || panics::fatal("lane worker", || worker::work(shared)))?;
         }
         Ok(lane)
     }
@@ -146,6 +153,7 @@ impl Lane {
         priority: u32,
     ) -> Result<Ran, BatchError> {
         let shared = &*self.shared;
+        shared.form.check(&inputs)?;
         let rows = shared.form.rows(&inputs);
         let rows_max = shared.batch.rows_max;
         if shared.form.batched && rows > rows_max {
@@ -165,6 +173,11 @@ impl Lane {
             Ok(Err(_)) => Err(BatchError::WorkerLost),
             Err(_) => Err(BatchError::DeadlineExceeded { waited: deadline.received.elapsed() }),
         } // Dropping `outcome` is how the worker learns that nobody waits.
+    }
+
+    /// How this lane joins requests.
+    pub fn form(&self) -> &Form {
+        &self.shared.form
     }
 
     /// Requests waiting or running.

@@ -23,7 +23,8 @@ pub use request::{
     Parameters, RequestedOutput, TypeInputs, TypedInputs,
 };
 pub use settings::{
-    BatchSettings, EngineChoice, ModelSettings, Provider, VersionPolicy, WarmupSettings,
+    BatchSettings, EngineChoice, ModelSettings, PAD_BUCKETS_MAX, PAD_LENGTH_MAX, PadValue,
+    PaddedInput, PaddedOutput, PaddingSettings, Provider, VersionPolicy, WarmupSettings,
 };
 pub use signature::{Dim, Signature, TensorSpec};
 pub use tensor::{BytesElements, RANK_MAX, Shape, Tensor, TensorError};

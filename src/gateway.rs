@@ -158,10 +158,13 @@ impl Gateway {
         record.picked(pick);
         let deadline = self.deadline(meta, &served, parameters)?;
         let wanted = wanted_outputs(&served, requested)?;
-        let named = match inputs {
+        let mut named = match inputs {
             Inputs::Named(named) => named,
             Inputs::Deferred(make) => make(&served.signature).await?,
         };
+        if let Some(padding) = &served.lane.form().padding {
+            padding.fill_mask(&mut named);
+        }
         let bound = served.signature.bind(named)?;
         record.bound(&served, &bound);
         let output_bytes_max =
@@ -386,7 +389,10 @@ impl<'a> Record<'a> {
 
 impl Drop for Record<'_> {
     fn drop(&mut self) {
-        let message = "the caller went away".to_owned();
-        self.send(Outcome::Failed { kind: ErrorKind::Cancelled, message });
+        let (kind, message) = match std::thread::panicking() {
+            true => (ErrorKind::Internal, "internal error"),
+            false => (ErrorKind::Cancelled, "the caller went away"),
+        };
+        self.send(Outcome::Failed { kind, message: message.to_owned() });
     }
 }

@@ -13,6 +13,7 @@ pub mod domain;
 pub mod engine;
 pub mod gateway;
 pub mod observe;
+pub mod panics;
 pub mod proto;
 pub mod route;
 pub mod transport;

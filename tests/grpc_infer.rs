@@ -86,6 +86,7 @@ fn served(name: &str, fake: &FakeModel) -> Arc<Served> {
         version,
         batch: BatchSettings::default(),
         batched: true,
+        padding: None,
         sessions: vec![fake.session().unwrap()],
         stats: Arc::clone(&stats),
         budget: Arc::new(ThreadBudget::new(2)),

@@ -72,6 +72,7 @@ fn served(name: &str, version: u64, plus: f32) -> Arc<Served> {
         version,
         batch: BatchSettings::default(),
         batched: true,
+        padding: None,
         sessions: vec![fake.session().unwrap()],
         stats: Arc::clone(&stats),
         budget: Arc::new(ThreadBudget::new(2)),

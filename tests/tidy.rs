@@ -11,15 +11,16 @@ use std::path::{Path, PathBuf};
 /// The request path (`gateway`, `transport`) never imports `control`: they meet in the route table.
 const IMPORTS: &[(&str, &[&str])] = &[
     ("domain", &[]),
+    ("panics", &[]),
     ("proto", &[]),
     ("engine", &["domain", "proto"]),
     ("observe", &["domain"]),
-    ("batch", &["domain", "engine", "observe"]),
+    ("batch", &["domain", "engine", "observe", "panics"]),
     ("cache", &["domain"]),
     ("route", &["domain", "batch", "observe"]),
     ("gateway", &["domain", "route", "batch", "cache", "observe"]),
     ("control", &["domain", "engine", "batch", "route", "observe", "proto"]),
-    ("transport", &["domain", "gateway", "route", "batch", "observe", "proto"]),
+    ("transport", &["domain", "gateway", "route", "batch", "observe", "panics", "proto"]),
     (
         "config",
         &[
@@ -46,6 +47,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "control",
             "transport",
             "config",
+            "panics",
         ],
     ),
     (

@@ -22,6 +22,14 @@ pub enum BatchError {
     Engine(Arc<EngineError>),
     #[error("output {at} has {got} rows for a batch of {expected}")]
     OutputRows { at: usize, got: usize, expected: usize },
+    #[error("input '{input}' has {rank} dimensions, expected a length along axis {axis}")]
+    NoLength { input: String, axis: usize, rank: usize },
+    #[error("input '{input}' has length {length}, expected {expected} as input '{other}' has")]
+    UnequalLengths { input: String, length: usize, other: String, expected: usize },
+    #[error("output '{output}' has shape {shape:?}, expected {expected} along axis {axis}")]
+    OutputLength { output: String, shape: Vec<usize>, axis: usize, expected: usize },
+    #[error("requests of a batch could not be joined")]
+    NotJoined,
     #[error("inference worker was lost")]
     WorkerLost,
 }
@@ -32,10 +40,13 @@ impl BatchError {
             Self::QueueFull { .. } => ErrorKind::Overloaded,
             Self::DeadlineExceeded { .. } => ErrorKind::DeadlineExceeded,
             Self::Retired => ErrorKind::Unavailable,
-            Self::TooManyRows { .. } | Self::Priority { .. } => ErrorKind::InvalidInput,
+            Self::TooManyRows { .. }
+            | Self::Priority { .. }
+            | Self::NoLength { .. }
+            | Self::UnequalLengths { .. } => ErrorKind::InvalidInput,
             Self::Engine(error) => error.kind(),
-            Self::OutputRows { .. } => ErrorKind::ModelFailed,
-            Self::WorkerLost => ErrorKind::Internal,
+            Self::OutputRows { .. } | Self::OutputLength { .. } => ErrorKind::ModelFailed,
+            Self::NotJoined | Self::WorkerLost => ErrorKind::Internal,
         }
     }
 

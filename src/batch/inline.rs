@@ -43,6 +43,7 @@ impl Shared {
         self.learn(took);
         let timings = Timings { compute_infer: took, ..Timings::default() };
         self.stats.executed(rows, &timings);
+        self.count_elements(&[inputs], inputs);
         Some(result.map(|outputs| Ran { outputs, timings, batch_size: rows }))
     }
 }

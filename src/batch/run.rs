@@ -2,17 +2,18 @@
 //!
 //! Invariant: a request that fails alone never fails its neighbours.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::form::Elements;
 use super::queue::Entry;
 use super::{BatchError, Job, Ran, Shared};
 use crate::domain::{Tensor, Timings};
 use crate::engine::{EngineError, Session};
+use crate::panics;
 
 /// Runs `batch` together, or one by one if that fails, and answers every member.
 pub(super) fn run_batch(
@@ -55,6 +56,7 @@ fn run_alone(shared: &Shared, session: &mut dyn Session, entry: Entry<Job>, free
     let timings =
         Timings { compute_infer: took, ..waits(shared, entry.queued_at, free_since, started) };
     shared.stats.executed(entry.rows, &timings);
+    shared.count_elements(&[&entry.item.inputs], &entry.item.inputs);
     let ran = result.map(|outputs| Ran { outputs, timings, batch_size: entry.rows });
     answer(entry.item.reply, ran);
 }
@@ -78,11 +80,11 @@ fn run_joined(
 ) -> Result<Vec<Ran>, BatchError> {
     let started = Instant::now();
     let members: Vec<&[Tensor]> = batch.iter().map(|entry| &*entry.item.inputs).collect();
-    let batched = shared.form.join(&members).ok_or(BatchError::WorkerLost)?;
+    let batched = shared.form.join(&members).ok_or(BatchError::NotJoined)?;
     let joined = Instant::now();
     let outputs = run(session, &batched.inputs)?;
     let ran = Instant::now();
-    let cut = batched.cut(&outputs)?;
+    let cut = shared.form.cut(&batched, &outputs)?;
     let compute = Timings {
         compute_input: joined - started,
         compute_infer: ran - joined,
@@ -92,6 +94,7 @@ fn run_joined(
     let rows = batched.rows();
     shared.learn(compute.compute_infer);
     shared.stats.executed(rows, &compute);
+    shared.count_elements(&members, &batched.inputs);
     let ran = batch.iter().zip(cut).map(|(entry, outputs)| {
         let waits = waits(shared, entry.queued_at, free_since, started);
         let timings = Timings { queue: waits.queue, batch_wait: waits.batch_wait, ..compute };
@@ -100,10 +103,19 @@ fn run_joined(
     Ok(ran.collect())
 }
 
+impl Shared {
+    /// Counts what a run of `members` as `inputs` had of padding.
+    pub(super) fn count_elements(&self, members: &[&[Tensor]], inputs: &[Tensor]) {
+        if let Some(Elements { real, padding }) = self.form.counted(members, inputs) {
+            self.stats.padded(real, padding);
+        }
+    }
+}
+
 /// A panicking engine fails its request and nothing else.
 pub(super) fn run(session: &mut dyn Session, inputs: &[Tensor]) -> Result<Vec<Tensor>, BatchError> {
-    let caught = catch_unwind(AssertUnwindSafe(|| session.run(inputs)));
-    let result = caught.unwrap_or_else(|_| Err(EngineError::Run("the engine panicked".to_owned())));
+    let caught = panics::caught(|| session.run(inputs));
+    let result = caught.unwrap_or_else(|| Err(EngineError::Run("the engine panicked".to_owned())));
     result.map_err(|error| BatchError::Engine(Arc::new(error)))
 }
 

@@ -21,7 +21,9 @@ fn lane_of(sessions: Vec<Box<dyn Session>>, batch: BatchSettings) -> Lane {
     let observer = Observer::default();
     let stats = VersionStats::new(&observer, &model, version, &Digest::new([0; 32]), "fake");
     let budget = Arc::new(ThreadBudget::new(2));
-    Lane::new(LaneParts { model, version, batch, batched: true, sessions, stats, budget }).unwrap()
+    let (batched, padding) = (true, None);
+    let parts = LaneParts { model, version, batch, batched, padding, sessions, stats, budget };
+    Lane::new(parts).unwrap()
 }
 
 fn lane(model: &FakeModel, sessions: usize, batch: BatchSettings) -> Lane {

@@ -32,7 +32,10 @@ pub(super) fn run(args: &Args) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(CONTROL_THREADS).enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .enable_all()
+        .build();
     let served = runtime
         .map_err(anyhow::Error::from)
         .and_then(|runtime| runtime.block_on(crate::app::serve(config, log)));

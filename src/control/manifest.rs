@@ -11,6 +11,7 @@ use std::path::{Component, Path};
 
 use crate::domain::{DataType, ModelSettings};
 
+mod padding;
 mod pbtxt;
 mod toml_file;
 
@@ -172,6 +173,13 @@ impl Draft<'_> {
             let most = batch.size_max;
             let message = format!("preferred size {size} is over the largest batch, {most}");
             self.problem("batch", message);
+        }
+        if batch.padding.is_some() {
+            if self.manifest.settings.batched == Some(false) {
+                self.problem("batch.padding", "expected a batched model, batching is off");
+            } else if batch.size_max == 1 {
+                self.warn("batch.padding", "has no effect, requests are never joined");
+            }
         }
         let (levels, default) = (batch.priority_levels, batch.priority_default);
         if default > levels || (levels > 0 && default == 0) {

@@ -14,7 +14,7 @@ use super::manifest::{Declared, DeclaredTensor, Manifest};
 use super::probe::{self, Job, ProbeError, Report, TrialJob};
 use super::scan::Repository;
 use super::{Settings, trial};
-use crate::batch::{Lane, LaneParts, ThreadBudget};
+use crate::batch::{Lane, LaneParts, Padding, ThreadBudget};
 use crate::domain::{Digest, ModelName, ModelSettings, Signature, TensorSpec, Version};
 use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
 use crate::observe::{Observer, VersionStats};
@@ -117,6 +117,14 @@ impl Preparer {
         if let Some(declared) = &manifest.declared {
             agree(declared, &report.signature).map_err(PrepareError::Contradiction)?;
         }
+        padding(settings, &report.signature).map_err(|error| {
+            match report.findings.notes.first() {
+                Some(note) if !report.findings.batched => {
+                    PrepareError::Contradiction(format!("{error} ({note})"))
+                }
+                _ => error,
+            }
+        })?;
         Ok(Checked {
             digest: fetched.digest,
             signature: report.signature.clone(),
@@ -240,6 +248,8 @@ impl Preparer {
         if !batched {
             batch.size_max = 1;
         }
+        let padding = padding(settings, &signature)?
+            .filter(|_| checked.report.findings.padded && batch.size_max > 1);
         let rows: &[usize] = if batched { &[1, WARM_ROWS.min(batch.size_max)] } else { &[1] };
         let mut ready = Vec::with_capacity(sessions);
         for _ in 0..sessions {
@@ -248,6 +258,9 @@ impl Preparer {
             trial::warm(&mut *session, &signature, findings, rows, runs)
                 .map_err(PrepareError::Warmup)?;
             ready.push(session);
+        }
+        if settings.batch.padding.is_some() && padding.is_none() {
+            tracing::warn!(%model, %version, "batch.padding has no effect");
         }
         for note in loaded.notes().iter().chain(&checked.notes) {
             tracing::info!(%model, %version, engine, "{note}");
@@ -258,6 +271,7 @@ impl Preparer {
             version,
             batch,
             batched,
+            padding,
             sessions: ready,
             stats: Arc::clone(&stats),
             budget: Arc::clone(&self.budget),
@@ -272,6 +286,18 @@ impl Preparer {
             lane: lane.map_err(PrepareError::Workers)?,
             stats,
         })
+    }
+}
+
+/// How the model's requests are padded, if `tidegate.toml` says so.
+fn padding(
+    settings: &ModelSettings,
+    signature: &Signature,
+) -> Result<Option<Padding>, PrepareError> {
+    let Some(padding) = &settings.batch.padding else { return Ok(None) };
+    match Padding::new(padding, signature) {
+        Ok(padding) => Ok(Some(padding)),
+        Err(problems) => Err(PrepareError::Contradiction(problems.join("; "))),
     }
 }
 

@@ -44,6 +44,53 @@ pub struct BatchSettings {
     /// Number of priorities; 0 means all are equal. 1 is the highest.
     pub priority_levels: u32,
     pub priority_default: u32,
+    /// How requests of unequal length share a batch; `None`: they do not.
+    pub padding: Option<PaddingSettings>,
+}
+
+/// Most lengths that a list of buckets may hold.
+pub const PAD_BUCKETS_MAX: usize = 64;
+/// Longest bucket.
+pub const PAD_LENGTH_MAX: usize = 1 << 20;
+
+/// Which inputs and outputs have a length that varies, and what stands behind a shorter one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PaddingSettings {
+    /// Lengths that requests are padded to, ascending; a longer one keeps its own. Empty: those of
+    /// one power of two go together and are padded to the longest among them.
+    pub buckets: Vec<usize>,
+    pub inputs: Vec<PaddedInput>,
+    pub outputs: Vec<PaddedOutput>,
+    /// The one of `inputs` that is made of ones where the caller leaves it out.
+    pub mask: Option<String>,
+}
+
+/// `axis` counts from the batch, which is 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PaddedInput {
+    pub name: String,
+    pub axis: usize,
+    pub value: PadValue,
+}
+
+/// An output that is cut back to its request's length.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PaddedOutput {
+    pub name: String,
+    pub axis: usize,
+}
+
+/// An element, before its datatype is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PadValue {
+    /// 0, false or the empty text.
+    #[default]
+    Zero,
+    Bool(bool),
+    Int(i64),
+    /// The bits of an `f64`: JSON has no infinity.
+    Float(u64),
+    Text(String),
 }
 
 impl Default for BatchSettings {
@@ -60,6 +107,7 @@ impl Default for BatchSettings {
             preserve_ordering: false,
             priority_levels: 0,
             priority_default: 0,
+            padding: None,
         }
     }
 }

@@ -36,6 +36,7 @@ pub(super) fn requests(versions: &Versions, unrouted: &Unrouted) -> Vec<Family> 
     let mut families = vec![requests_total(versions, unrouted)];
     families.extend(latencies(versions));
     families.push(batch_sizes(versions));
+    families.push(padded_elements(versions));
     families.push(per_version(
         versions,
         "tidegate_executions_total",
@@ -117,6 +118,21 @@ pub(super) fn per_version(
     for (key, view) in versions {
         if let Some(value) = value(view) {
             family.push(version_labels(key), value);
+        }
+    }
+    family
+}
+
+/// Only of models with padding.
+fn padded_elements(versions: &Versions) -> Family {
+    let help = "Elements of padded inputs in executed batches, by what they are";
+    let mut family = Family::new("tidegate_batch_elements_total", Kind::Counter, help);
+    for (key, view) in versions {
+        let Some(padded) = view.fold.padded else { continue };
+        for (kind, count) in [("real", padded.real), ("padding", padded.padding)] {
+            let mut labels = version_labels(key);
+            labels.push(("kind".into(), kind.to_owned()));
+            family.push(labels, count as f64);
         }
     }
     family

@@ -168,8 +168,17 @@ pub(super) struct VersionFold {
     pub(super) series: BTreeMap<(String, &'static str), SeriesFold>,
     pub(super) stats: StatsSnapshot,
     pub(super) batch_sizes: BatchSizes,
+    /// Elements of padded inputs; `None` for a model without padding.
+    pub(super) padded: Option<PaddedElements>,
     pub(super) load: LaneLoad,
     pub(super) loaded_in: Option<Duration>,
+}
+
+/// What executions of a model with padding ran on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct PaddedElements {
+    pub(super) real: u64,
+    pub(super) padding: u64,
 }
 
 impl VersionFold {
@@ -180,6 +189,13 @@ impl VersionFold {
             self.series.entry(key).or_default().add(&series);
         }
         self.batch_sizes.add(&other.batch_sizes);
+        self.padded = match (self.padded, other.padded) {
+            (Some(ours), Some(theirs)) => Some(PaddedElements {
+                real: ours.real + theirs.real,
+                padding: ours.padding + theirs.padding,
+            }),
+            (ours, theirs) => ours.or(theirs),
+        };
         self.load.in_flight += other.load.in_flight;
         self.load.queue_depth += other.load.queue_depth;
         self.loaded_in = other.loaded_in.or(self.loaded_in);
@@ -224,6 +240,7 @@ struct Executions {
     count: u64,
     sizes: BatchSizes,
     by_size: BTreeMap<u64, BatchStat>,
+    padded: Option<PaddedElements>,
 }
 
 impl VersionStats {
@@ -295,6 +312,14 @@ impl VersionStats {
         self.cache_miss.add(took);
     }
 
+    /// Elements of padded inputs in one execution: those that callers sent, and padding.
+    pub fn padded(&self, real: usize, padding: usize) {
+        let mut executions = self.executions.lock();
+        let padded = executions.padded.get_or_insert_default();
+        padded.real += real as u64;
+        padded.padding += padding as u64;
+    }
+
     pub fn snapshot(&self) -> StatsSnapshot {
         let mut stats = StatsSnapshot {
             cache_hit: self.cache_hit.read(),
@@ -321,11 +346,16 @@ impl VersionStats {
                 }
             }
         }
+        let (batch_sizes, padded) = {
+            let executions = self.executions.lock();
+            (executions.sizes.clone(), executions.padded)
+        };
         let (in_flight, queue_depth) = self.gauges.get().map_or((0, 0), |read| read());
         VersionFold {
             series,
             stats: self.snapshot(),
-            batch_sizes: self.executions.lock().sizes.clone(),
+            batch_sizes,
+            padded,
             load: LaneLoad { in_flight, queue_depth },
             loaded_in: self.loaded_in.get().copied(),
         }

@@ -5,12 +5,8 @@
 //! - Draining: answers tell the client to close, what is open finishes what it has.
 
 use std::convert::Infallible;
-use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
 use http::header::{CONNECTION, CONTENT_TYPE};
@@ -26,6 +22,7 @@ use tokio::time::timeout;
 
 use super::grpc::Grpc;
 use super::{Api, Body, Settings, http as rest};
+use crate::panics;
 
 /// 600 KB tensors over HTTP/2 go twice as fast as with the default windows.
 const HTTP2_STREAM_WINDOW: u32 = 1 << 20;
@@ -113,46 +110,24 @@ async fn respond(front: &Front, request: Request<Incoming>) -> Response<Body> {
         .get(CONTENT_TYPE)
         .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
     let answer = if is_grpc {
-        unpanicked(front.grpc.call(request)).await
+        panics::caught_async(front.grpc.call(request)).await
     } else {
-        unpanicked(rest::handle(Arc::clone(&front.api), request)).await
+        panics::caught_async(rest::handle(Arc::clone(&front.api), request)).await
     };
-    let mut answer = answer.unwrap_or_else(internal_error);
+    let mut answer = answer.unwrap_or_else(|| internal_error(is_grpc));
     if version < Version::HTTP_2 && front.api.health.is_draining() {
         answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     answer
 }
 
-/// `None` when `future` panicked; the panic hook has told the log where.
-async fn unpanicked<T>(future: impl Future<Output = T>) -> Option<T> {
-    let mut future = pin!(future);
-    poll_fn(|cx| {
-        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
-        polled.map_or(Poll::Ready(None), |poll| poll.map(Some))
-    })
-    .await
-}
-
-fn internal_error() -> Response<Body> {
+fn internal_error(is_grpc: bool) -> Response<Body> {
+    if is_grpc {
+        return tonic::Status::internal("internal error").into_http();
+    }
     let body = r#"{"error":"internal error","code":"internal"}"#;
     let mut answer = Response::new(Body::new(http_body_util::Full::new(body.into())));
     *answer.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     answer
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_panic_is_an_answer() {
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(|_| {}));
-        let caught = unpanicked(async { std::hint::black_box(None::<u8>).unwrap() }).await;
-        std::panic::set_hook(hook);
-        assert!(caught.is_none());
-        assert_eq!(internal_error().status(), StatusCode::INTERNAL_SERVER_ERROR);
-    }
 }

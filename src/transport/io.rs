@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::CancellationToken;
 
+use crate::panics;
+
 /// Every I/O thread of the process. They end when this is dropped.
 pub(super) struct IoThreads {
     threads: Vec<IoThread>,
@@ -47,7 +49,7 @@ impl IoThreads {
             let stop = started.stop.clone();
             let thread = std::thread::Builder::new().name(format!("io-{at}"));
             thread.spawn(move || {
-                runtime.block_on(stop.cancelled());
+                panics::fatal("I/O thread", || runtime.block_on(stop.cancelled()));
                 // What is still open was given its grace; nobody waits for it any more.
                 runtime.shutdown_background();
             })?;

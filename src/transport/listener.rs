@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::Api;
 use super::connection::{Front, connection};
 use super::io::IoThreads;
+use crate::panics;
 
 /// Pause of the accept loop after the operating system refused a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -49,13 +50,8 @@ impl Listeners {
     pub fn serve(&mut self, listener: TcpListener) {
         let front = Arc::clone(&self.front);
         let (graceful, io) = (Arc::clone(&self.graceful), Arc::clone(&self.io));
-        self.tasks.push(tokio::spawn(accept_loop(
-            front,
-            listener,
-            graceful,
-            io,
-            self.stop.clone(),
-        )));
+        let task = accept_loop(front, listener, graceful, io, self.stop.clone());
+        self.tasks.push(tokio::spawn(panics::fatal_async("accept loop", task)));
     }
 
     /// Stops accepting and lets every connection finish its requests; gives the number of

@@ -177,6 +177,7 @@ mod tests {
             version,
             batch: settings.batch.clone(),
             batched,
+            padding: None,
             sessions: vec![fake.session().unwrap()],
             stats: Arc::clone(&stats),
             budget: Arc::new(ThreadBudget::new(1)),

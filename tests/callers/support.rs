@@ -105,6 +105,7 @@ impl Inside {
             version,
             batch: BatchSettings::default(),
             batched: model.signature().batched,
+            padding: None,
             sessions: vec![model.session().unwrap()],
             stats: Arc::clone(&stats),
             budget: Arc::new(ThreadBudget::new(2)),

@@ -145,6 +145,30 @@ impl Client {
         (status, String::from_utf8(body.to_vec()).unwrap())
     }
 
+    /// Status and body of an empty POST.
+    pub(crate) async fn post(&self, path: &str) -> (u16, String) {
+        let request = http::Request::post(format!("http://{}{path}", self.address));
+        let request = request.body(Full::default()).unwrap();
+        let response = timeout(PATIENCE, self.http.request(request)).await.unwrap().unwrap();
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    /// Any unary call of the inference service.
+    pub(crate) async fn call<Q, A>(&self, method: &str, request: Q) -> Result<A, tonic::Status>
+    where
+        Q: prost::Message + Default + Send + Sync + 'static,
+        A: prost::Message + Default + Send + Sync + 'static,
+    {
+        let at = self.next.fetch_add(1, Ordering::Relaxed) % CHANNELS;
+        let mut client = tonic::client::Grpc::new(self.grpc[at].clone());
+        client.ready().await.map_err(|error| tonic::Status::unknown(error.to_string()))?;
+        let path = format!("/inference.GRPCInferenceService/{method}").parse().unwrap();
+        let codec = tonic_prost::ProstCodec::<Q, A>::default();
+        client.unary(Request::new(request), path, codec).await.map(tonic::Response::into_inner)
+    }
+
     /// Sum of all series of a family.
     pub(crate) async fn metric(&self, metrics: SocketAddr, family: &str) -> f64 {
         let (_, page) = self.get(metrics, "/metrics").await;

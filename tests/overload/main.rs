@@ -5,7 +5,7 @@
 //! Models sleep instead of computing, so that their capacity is known on any machine, and bounds
 //! are ratios within one run or very wide.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 #[expect(unreachable_pub, reason = "shared with the benchmarks")]
 #[path = "../support/gateway.rs"]

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tidegate::batch::ThreadBudget;
-use tidegate::domain::{BatchSettings, Tensor};
+use tidegate::domain::{BatchSettings, ModelControl, Tensor};
 use tidegate::engine::fake::FakeModel;
 use tidegate::engine::{EngineError, Model as _, Session};
 use tidegate::gateway;
 use tidegate::observe::{self, Observer};
 use tidegate::transport::listener::Listeners;
-use tidegate::transport::{Settings, metrics};
+use tidegate::transport::{Api, Settings, metrics};
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::Instant;
@@ -44,6 +44,16 @@ impl Slow {
     }
 }
 
+/// What a session throws: as awkward as it can be.
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        panic!("a panic in what was thrown");
+    }
+}
+
+/// Panics when a row begins with NaN.
 struct SlowSession {
     cost: Duration,
     ran: Ran,
@@ -52,10 +62,10 @@ struct SlowSession {
 impl Session for SlowSession {
     fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
         let started = Instant::now();
-        let firsts = inputs[0].data().chunks_exact(8).map(first);
-        // What was not finite is a way to ask for trouble.
-        let firsts: Vec<f32> = firsts.collect();
-        assert!(firsts.iter().all(|x| !x.is_nan()), "asked to panic");
+        let firsts: Vec<f32> = inputs[0].data().chunks_exact(8).map(first).collect();
+        if firsts.iter().any(|x| x.is_nan()) {
+            std::panic::panic_any(Bomb);
+        }
         self.ran.lock().extend(firsts.iter().map(|x| (started, *x)));
         if !self.cost.is_zero() {
             std::thread::sleep(self.cost);
@@ -71,6 +81,7 @@ fn first(row: &[u8]) -> f32 {
 pub(crate) struct Server {
     pub(crate) data: SocketAddr,
     pub(crate) metrics: SocketAddr,
+    pub(crate) api: Arc<Api>,
     runtime: Option<Runtime>,
     /// Dropping it would not stop what listens, but keeps it easy to see who owns it.
     _listeners: Listeners,
@@ -82,6 +93,15 @@ impl Server {
     }
 
     pub(crate) fn with(models: &[&Slow], gateway: gateway::Settings, settings: Settings) -> Self {
+        Self::controlled(Arc::new(gateway_of::NoControl), models, gateway, settings)
+    }
+
+    pub(crate) fn controlled(
+        control: Arc<dyn ModelControl>,
+        models: &[&Slow],
+        gateway: gateway::Settings,
+        settings: Settings,
+    ) -> Self {
         let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let observer = Observer::new(observe::Settings::default());
         let budget = Arc::new(ThreadBudget::new(2));
@@ -91,16 +111,17 @@ impl Server {
             gateway_of::served(&observer, &budget, model.name, &signature, model.sessions(), batch)
         });
         let served: Vec<_> = served.collect();
-        let api = gateway_of::api(observer, served, gateway, settings);
+        let api = gateway_of::api(observer, control, served, gateway, settings);
         let _in_runtime = runtime.enter();
         let mut listeners = Listeners::new(Arc::clone(&api)).unwrap();
         let (data, data_address) = bind();
         listeners.serve(data);
         let (page, metrics_address) = bind();
-        runtime.spawn(metrics::serve(page, api));
+        runtime.spawn(metrics::serve(page, Arc::clone(&api)));
         Self {
             data: data_address,
             metrics: metrics_address,
+            api,
             runtime: Some(runtime),
             _listeners: listeners,
         }

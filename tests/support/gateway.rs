@@ -21,7 +21,7 @@ use tidegate::transport::{Api, Health, Settings};
 type Done<'a> = Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>>;
 
 /// No repository: nothing to list, to load or to unload.
-struct NoControl;
+pub struct NoControl;
 
 impl ModelControl for NoControl {
     fn index(&self) -> Vec<IndexEntry> {
@@ -61,6 +61,7 @@ pub fn served(
         version,
         batch,
         batched: signature.batched,
+        padding: None,
         sessions,
         stats: Arc::clone(&stats),
         budget: Arc::clone(budget),
@@ -85,6 +86,7 @@ pub fn table(models: impl IntoIterator<Item = Arc<Served>>) -> RouteTable {
 /// Everything behind the listeners, ready.
 pub fn api(
     observer: Arc<Observer>,
+    control: Arc<dyn ModelControl>,
     models: impl IntoIterator<Item = Arc<Served>>,
     gateway: gateway::Settings,
     settings: Settings,
@@ -93,7 +95,7 @@ pub fn api(
     let health = Arc::new(Health::default());
     health.set_ready();
     Arc::new(Api {
-        gateway: Arc::new(Gateway::new(table, observer, Arc::new(NoControl), gateway)),
+        gateway: Arc::new(Gateway::new(table, observer, control, gateway)),
         health,
         shm: SharedMemory::new(false),
         toggles: Toggles::default(),

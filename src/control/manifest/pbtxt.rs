@@ -22,6 +22,8 @@ const SUPPORTED: &[&str] = &[
     "input.name",
     "input.data_type",
     "input.dims",
+    // Named in a warning of its own.
+    "input.allow_ragged_batch",
     "output.name",
     "output.data_type",
     "output.dims",
@@ -37,6 +39,8 @@ const SUPPORTED: &[&str] = &[
     "dynamic_batching.default_priority_level",
     "dynamic_batching.default_queue_policy",
     // Refused with a reason of their own.
+    "batch_input",
+    "batch_output",
     "sequence_batching",
     "ensemble_scheduling",
     "default_model_filename",
@@ -200,6 +204,22 @@ fn declared(draft: &mut Draft<'_>, config: &pb::ModelConfig) {
     for input in &config.input {
         let tensor = tensor(draft, "input", &input.name, input.data_type, &input.dims);
         lists.inputs.extend(tensor);
+        if input.allow_ragged_batch {
+            draft.warn(
+                &format!("input[{}].allow_ragged_batch", input.name),
+                "has no effect: requests of unequal shapes run apart, or padded where \
+                 tidegate.toml has batch.padding",
+            );
+        }
+    }
+    // The graph has inputs that callers do not send, or outputs that are not one row per example.
+    for (path, used) in [
+        ("batch_input", !config.batch_input.is_empty()),
+        ("batch_output", !config.batch_output.is_empty()),
+    ] {
+        if used {
+            draft.problem(path, "models for ragged batches are not supported");
+        }
     }
     for output in &config.output {
         let tensor = tensor(draft, "output", &output.name, output.data_type, &output.dims);

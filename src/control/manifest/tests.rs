@@ -2,7 +2,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::*;
-use crate::domain::{EngineChoice, Provider, VersionPolicy};
+use crate::domain::{
+    EngineChoice, PadValue, PaddedInput, PaddedOutput, PaddingSettings, Provider, VersionPolicy,
+};
 
 struct Folder {
     _keep: tempfile::TempDir,
@@ -96,6 +98,15 @@ fn a_full_config_is_read() {
 }
 
 #[test]
+fn ragged_inputs_are_read_with_a_warning() {
+    let text = "input [ { name: 'x' data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true } ]";
+    let warnings = pbtxt(text).unwrap().warnings;
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    let start = "config.pbtxt: input[x].allow_ragged_batch: has no effect: requests of unequal";
+    assert!(warnings[0].starts_with(start), "{warnings:?}");
+}
+
+#[test]
 fn lists_of_messages_need_no_colon() {
     let text = "input # [ a comment's
         [ { name: 'a [\\' b [' data_type: TYPE_BOOL dims [ 1 ] }, { name: \"y\" data_type: TYPE_BF16 } ]
@@ -138,6 +149,8 @@ fn every_problem_is_named_at_once() {
         version_policy { latest { } }
         default_model_filename: '../model.onnx'
         sequence_batching { }
+        batch_input [ { kind: BATCH_ELEMENT_COUNT target_name: 'n' data_type: TYPE_FP32 } ]
+        batch_output [ { target_name: 'y' } ]
         instance_group [ { count: -1 } ]
         parameters { key: 'intra_op_thread_count' value: { string_value: 'many' } }
     ";
@@ -153,6 +166,8 @@ fn every_problem_is_named_at_once() {
         "config.pbtxt: version_policy.latest.num_versions",
         "config.pbtxt: default_model_filename",
         "config.pbtxt: sequence_batching",
+        "config.pbtxt: batch_input",
+        "config.pbtxt: batch_output",
         "config.pbtxt: instance_group.count",
         "config.pbtxt: parameters[intra_op_thread_count]",
         "tidegate.toml: batch.size",
@@ -221,13 +236,109 @@ fn every_documented_key_of_a_model_is_accepted_and_no_other_exists() {
     known.sort_unstable();
     assert_eq!(documented, known);
     for (path, value) in toml_file::KEYS {
-        // Two keys are right only beside another.
+        // Some keys are right only beside another.
         let beside = match *path {
             "batch.priority_levels" => "batch.priority_default = 1\n",
             "batch.priority_default" => "batch.priority_levels = 1\n",
+            "batch.padding.buckets" | "batch.padding.output" | "batch.padding.mask" => {
+                "batch.padding.input = [{ name = 'x', axis = 1 }]\n"
+            }
             _ => "",
         };
         let read = toml(&format!("{beside}{path} = {value}\n"));
         assert!(read.is_ok(), "{path}: {read:?}");
+    }
+}
+
+const PADDED: &str = "
+[batch.padding]
+buckets = [16, 32]
+mask = 'mask'
+[[batch.padding.input]]
+name = 'ids'
+axis = 1
+value = 7
+[[batch.padding.input]]
+name = 'mask'
+axis = 2
+[[batch.padding.output]]
+name = 'hidden'
+axis = 1
+";
+
+#[test]
+fn padding_is_read() {
+    let manifest = toml(PADDED).unwrap();
+    let padding = manifest.settings.batch.padding.unwrap();
+    let input = |name: &str, axis, value| PaddedInput { name: name.to_owned(), axis, value };
+    let inputs = vec![input("ids", 1, PadValue::Int(7)), input("mask", 2, PadValue::Zero)];
+    let outputs = vec![PaddedOutput { name: "hidden".to_owned(), axis: 1 }];
+    let mask = Some("mask".to_owned());
+    assert_eq!(padding, PaddingSettings { buckets: vec![16, 32], inputs, outputs, mask });
+    assert_eq!(manifest.warnings, Vec::<String>::new());
+    let alone = toml(&format!("[batch]\nsize_max = 1\n{PADDED}")).unwrap();
+    assert_eq!(
+        alone.warnings,
+        ["tidegate.toml: batch.padding: has no effect, requests are never joined"]
+    );
+}
+
+#[test]
+fn every_problem_of_padding_is_named() {
+    let cases: &[(&str, &str, &str)] = &[
+        ("padding = 1", "batch.padding", "a section"),
+        ("padding.mask = 'x'", "batch.padding.input", "at least one"),
+        ("padding.colour = 'x'", "batch.padding.colour", "unknown key"),
+        ("padding.input = []", "batch.padding.input", "a list of tables"),
+        ("padding.input = [7]", "batch.padding.input[0]", "expected a table, got 7"),
+        ("padding.input = [{ axis = 1 }]", "batch.padding.input[0]", "expected a name"),
+        ("padding.input = [{ name = 'x' }]", "batch.padding.input[0]", "expected an axis"),
+        (
+            "padding.input = [{ name = 'x', axis = 0 }]",
+            "batch.padding.input[0]",
+            "at least 1, got 0",
+        ),
+        (
+            "padding.input = [{ name = 'x', axis = 1, vale = 0 }]",
+            "batch.padding.input[0]",
+            "'vale'",
+        ),
+        (
+            "padding.input = [{ name = 'x', axis = 1, value = [] }]",
+            "batch.padding.input[0]",
+            "one element",
+        ),
+        ("padding.buckets = []", "batch.padding.buckets", "ascending"),
+        ("padding.buckets = [4, 4]", "batch.padding.buckets", "ascending"),
+        ("padding.buckets = [0, 4]", "batch.padding.buckets", "ascending"),
+        ("padding.buckets = [2_000_000]", "batch.padding.buckets", "1048576, got [2000000]"),
+        (
+            "padding.input = [{ name = 'x', axis = 1 }, { name = 'x', axis = 2 }]",
+            "batch.padding.input",
+            "'x' is there twice",
+        ),
+        (
+            "padding.input = [{ name = 'x', axis = 1 }]\npadding.mask = 'y'",
+            "batch.padding.mask",
+            "expected the name of one in batch.padding.input, got 'y'",
+        ),
+        (
+            "padding.input = [{ name = 'x', axis = 1, value = 1 }]\npadding.mask = 'x'",
+            "batch.padding.mask",
+            "padded with 0",
+        ),
+        (
+            "enabled = false\npadding.input = [{ name = 'x', axis = 1 }]",
+            "batch.padding",
+            "batching is off",
+        ),
+    ];
+    for (text, path, message) in cases {
+        let error = toml(&format!("[batch]\n{text}")).unwrap_err();
+        let named = error
+            .problems
+            .iter()
+            .any(|line| line.contains(&format!(": {path}: ")) && line.contains(message));
+        assert!(named, "{text}: {:?}", error.problems);
     }
 }

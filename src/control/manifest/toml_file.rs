@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use toml::Value;
 
-use super::Draft;
+use super::{Draft, padding};
 use crate::domain::{BatchSettings, EngineChoice, Provider, VersionPolicy};
 
 /// Every key but those of `[labels]`, which are output names.
@@ -28,6 +28,10 @@ pub(super) const KEYS: &[(&str, &str)] = &[
     ("batch.preserve_ordering", "true"),
     ("batch.priority_levels", "2"),
     ("batch.priority_default", "1"),
+    ("batch.padding.buckets", "[16, 32]"),
+    ("batch.padding.input", "[{ name = 'x', axis = 1, value = 0 }]"),
+    ("batch.padding.output", "[{ name = 'y', axis = 1 }]"),
+    ("batch.padding.mask", "'x'"),
     ("limits.timeout_max_ms", "500"),
     ("limits.output_bytes_max", "1048576"),
     ("cache.enabled", "true"),
@@ -70,6 +74,10 @@ pub(super) fn apply(draft: &mut Draft<'_>, text: &str) {
             size_said |= path == "batch.size_max";
             let done = match section.as_str() {
                 "engine" => engine(draft, &mut devices, name, value),
+                "batch" if name == "padding" => {
+                    padding::apply(draft, value);
+                    Ok(())
+                }
                 "batch" => batch(draft, name, value),
                 "labels" => labels(draft, &path, name, value),
                 _ => other(draft, &path, value),
@@ -244,7 +252,7 @@ fn number(value: &Value, min: u64) -> Result<u64, String> {
     number.filter(|number| *number >= min).ok_or_else(|| whole(value, min))
 }
 
-fn size(value: &Value, min: u64) -> Result<usize, String> {
+pub(super) fn size(value: &Value, min: u64) -> Result<usize, String> {
     usize::try_from(number(value, min)?).map_err(|_| whole(value, min))
 }
 

@@ -9,6 +9,7 @@ use rustix::process::{Resource, Rlimit, Signal};
 
 use super::super::{samples, trial};
 use super::{Job, Order, ProbeError, ProbeLimits, REPLY_MARK, Report, TrialJob};
+use crate::batch::Padding;
 use crate::engine::{Artifact, Engines, LoadOptions, onnx};
 
 /// Reads an order from stdin, does it, and replies on stdout. What `tidegate probe` runs.
@@ -90,8 +91,14 @@ fn try_model(engines: &Engines, job: &TrialJob) -> Result<Report, String> {
     let load_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     let mut session = model.session().map_err(|error| error.to_string())?;
     let mut signature = model.signature().clone();
-    let findings = trial::explore(&mut *session, &signature, job.settings.batched)?;
+    let mut findings = trial::explore(&mut *session, &signature, job.settings.batched)?;
     signature.batched = findings.batched;
+    if let Some(settings) = &job.settings.batch.padding {
+        // What is wrong with it is for the parent to say.
+        if let Ok(padding) = Padding::new(settings, &signature) {
+            trial::explore_padding(&mut *session, &signature, settings, padding, &mut findings);
+        }
+    }
     let mut checked = 0;
     for (name, text) in &job.samples {
         let samples = samples::parse(text).map_err(|error| format!("{name}: {error}"))?;
