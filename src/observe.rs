@@ -174,6 +174,16 @@ impl Observer {
         Connection(self.process.connections.clone())
     }
 
+    /// Counts a connection that a limit closed.
+    pub fn connection_closed(&self, reason: CloseReason) {
+        self.process.closed[reason as usize].increment(1);
+    }
+
+    /// Counts a connection that the operating system could not give us.
+    pub fn accept_failed(&self) {
+        self.process.accept_errors.increment(1);
+    }
+
     /// Counts a version that failed to load.
     pub fn load_failed(&self) {
         self.process.load_failures.increment(1);
@@ -282,6 +292,48 @@ impl Observer {
         let mut versions = self.versions.lock();
         versions.retain(|stats| stats.strong_count() > 0);
         versions.push(Arc::downgrade(stats));
+    }
+}
+
+/// Limits that close connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// The client had all the connections that one may have.
+    PerIp,
+    HeaderTimeout,
+    Idle,
+    /// It was open for as long as one may be.
+    Age,
+    /// The client took nothing of its answer.
+    WriteStall,
+    /// A request's body came too slowly; over HTTP/2 only its stream ends.
+    SlowBody,
+    /// A head that can be read in two ways; over HTTP/2 only its stream ends.
+    Malformed,
+}
+
+impl CloseReason {
+    pub const ALL: [Self; 7] = [
+        Self::PerIp,
+        Self::HeaderTimeout,
+        Self::Idle,
+        Self::Age,
+        Self::WriteStall,
+        Self::SlowBody,
+        Self::Malformed,
+    ];
+
+    /// Label of the metric.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::PerIp => "per_ip",
+            Self::HeaderTimeout => "header_timeout",
+            Self::Idle => "idle",
+            Self::Age => "age",
+            Self::WriteStall => "write_stall",
+            Self::SlowBody => "slow_body",
+            Self::Malformed => "malformed",
+        }
     }
 }
 

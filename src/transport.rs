@@ -93,14 +93,32 @@ pub struct Settings {
     pub mlserver_stream: bool,
     /// Requests of one gRPC stream that run at once.
     pub stream_concurrency_max: usize,
-    /// Time for a connection to send a request's headers; an idle one is closed after it too.
+    /// Time for a connection to send a request's headers, from its first byte on.
     pub header_timeout: Duration,
+    /// Time for a connection to have no request open.
+    pub idle_timeout: Duration,
+    /// Time for a client to take nothing of what waits for it.
+    pub write_timeout: Duration,
+    /// Time for a request's whole body, as far as it is waited for.
+    pub body_timeout: Duration,
+    /// Time before [`Settings::body_rate_min`] counts.
+    pub body_grace: Duration,
+    /// Bytes per second that a request's body has to come with; zero: any.
+    pub body_rate_min: u32,
+    /// Largest head of a request.
+    pub header_max_bytes: usize,
+    /// Longest path and query; over it: 414.
+    pub uri_max_bytes: usize,
     /// HTTP/2 streams per connection.
     pub http2_streams_max: u32,
     /// Open connections on all data listeners; more wait to be accepted.
     pub connections_max: usize,
     /// Threads that serve connections; at least 1.
     pub io_threads: usize,
+    /// Of those, one client's; more are closed at once. Zero: no limit.
+    pub connections_per_ip_max: usize,
+    /// Age at which a connection is asked to end.
+    pub connection_age_max: Option<Duration>,
 }
 
 impl Default for Settings {
@@ -116,10 +134,19 @@ impl Default for Settings {
             sticky_header: None,
             mlserver_stream: false,
             stream_concurrency_max: 64,
-            header_timeout: Duration::from_secs(60),
+            header_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(300),
+            write_timeout: Duration::from_secs(30),
+            body_timeout: Duration::from_secs(60),
+            body_grace: Duration::from_secs(10),
+            body_rate_min: 1024,
+            header_max_bytes: 16 << 10,
+            uri_max_bytes: 8 << 10,
             http2_streams_max: 256,
             connections_max: 8192,
             io_threads: std::thread::available_parallelism().map_or(1, usize::from),
+            connections_per_ip_max: 4096,
+            connection_age_max: None,
         }
     }
 }

@@ -121,6 +121,13 @@ fn transport_settings(from: &mut Layers) -> transport::Settings {
         mlserver_stream: from.flag("server.mlserver_stream"),
         stream_concurrency_max: from.size("server.stream_concurrency_max"),
         header_timeout: from.millis("server.header_timeout_ms"),
+        idle_timeout: from.millis("server.idle_timeout_ms"),
+        write_timeout: from.millis("server.write_timeout_ms"),
+        body_timeout: from.millis("server.body_timeout_ms"),
+        body_grace: from.millis("server.body_grace_ms"),
+        body_rate_min: u32::try_from(from.number("server.body_rate_min")).unwrap_or(u32::MAX),
+        header_max_bytes: from.size("server.header_max_bytes"),
+        uri_max_bytes: from.size("server.uri_max_bytes"),
         http2_streams_max: u32::try_from(from.number("server.http2_streams_max"))
             .unwrap_or(u32::MAX),
         connections_max: from.size("server.connections_max"),
@@ -128,6 +135,9 @@ fn transport_settings(from: &mut Layers) -> transport::Settings {
             0 => transport::Settings::default().io_threads,
             threads => threads,
         },
+        connections_per_ip_max: from.size("server.connections_per_ip_max"),
+        connection_age_max: Some(from.millis("server.connection_age_max_ms"))
+            .filter(|age| !age.is_zero()),
     }
 }
 

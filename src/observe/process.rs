@@ -9,10 +9,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 
+use super::CloseReason;
 use super::page::{self, Family, Kind, Labels};
 
 const BUILD_INFO: &str = "tidegate_build_info";
 const CONNECTIONS: &str = "tidegate_connections";
+const CLOSED: &str = "tidegate_connections_closed_total";
+const ACCEPT_ERRORS: &str = "tidegate_accept_errors_total";
 const LOAD_FAILURES: &str = "tidegate_model_load_failures_total";
 const CACHE_BYTES: &str = "tidegate_cache_bytes";
 const CACHE_ENTRIES: &str = "tidegate_cache_entries";
@@ -23,6 +26,9 @@ const LOG_LINES_DROPPED: &str = "tidegate_access_lines_dropped_total";
 /// Handles to the process-wide series.
 pub(super) struct Process {
     pub(super) connections: metrics::Gauge,
+    /// In the order of [`CloseReason::ALL`].
+    pub(super) closed: [metrics::Counter; CloseReason::ALL.len()],
+    pub(super) accept_errors: metrics::Counter,
     pub(super) load_failures: metrics::Counter,
     pub(super) spans_dropped: metrics::Counter,
     pub(super) lines_dropped: metrics::Counter,
@@ -36,6 +42,8 @@ impl Process {
         exporter();
         metrics::describe_gauge!(BUILD_INFO, "This program; always 1");
         metrics::describe_gauge!(CONNECTIONS, "Open connections on the data listeners");
+        metrics::describe_counter!(CLOSED, "Connections that a limit closed");
+        metrics::describe_counter!(ACCEPT_ERRORS, "Connections that could not be accepted");
         metrics::describe_counter!(LOAD_FAILURES, "Loads of model versions that failed");
         metrics::describe_counter!(SPANS_DROPPED, "Traced requests that were not exported");
         metrics::describe_counter!(LOG_LINES_DROPPED, "Access log lines that found no room");
@@ -45,6 +53,9 @@ impl Process {
         metrics::gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
         let process = Self {
             connections: metrics::gauge!(CONNECTIONS),
+            closed: CloseReason::ALL
+                .map(|reason| metrics::counter!(CLOSED, "reason" => reason.as_str())),
+            accept_errors: metrics::counter!(ACCEPT_ERRORS),
             load_failures: metrics::counter!(LOAD_FAILURES),
             spans_dropped: metrics::counter!(SPANS_DROPPED),
             lines_dropped: metrics::counter!(LOG_LINES_DROPPED),
@@ -56,12 +67,14 @@ impl Process {
         process.connections.increment(0.0);
         process.cache_bytes.increment(0.0);
         process.cache_entries.increment(0.0);
-        for counter in [
+        let counters = [
+            &process.accept_errors,
             &process.load_failures,
             &process.spans_dropped,
             &process.lines_dropped,
             &process.cache_evictions,
-        ] {
+        ];
+        for counter in counters.into_iter().chain(&process.closed) {
             counter.increment(0);
         }
         process

@@ -85,6 +85,11 @@ impl Grpc {
         Self { api, inference, health, reflection, reflection_alpha }
     }
 
+    /// Whether the call at `path` takes a stream of messages, which may pause between two.
+    pub(super) fn takes_a_stream(path: &str) -> bool {
+        path == STREAM_INFER || path.starts_with("/grpc.reflection.")
+    }
+
     /// Answers one call; never fails, whatever it is given.
     pub async fn call<B>(&self, request: http::Request<B>) -> http::Response<Body>
     where

@@ -21,6 +21,7 @@ use http_body_util::BodyExt;
 use percent_encoding::percent_decode_str;
 use tokio::time::Instant;
 
+use super::connection::TooSlow;
 use super::intake::Held;
 use super::meta::Arrived;
 use super::{Api, Body, CONTROL_BYTES_MAX, Settings};
@@ -376,6 +377,14 @@ where
     }
 }
 
+fn broken_off(error: Box<dyn std::error::Error + Send + Sync>) -> Failure {
+    if let Some(slow) = error.downcast_ref::<TooSlow>() {
+        return Failure::new(ErrorKind::DeadlineExceeded, slow.to_string());
+    }
+    tracing::debug!(%error, "request body broke off");
+    Failure::new(ErrorKind::Cancelled, "request body broke off")
+}
+
 async fn collect<B>(
     mut body: B,
     limit: usize,
@@ -397,10 +406,7 @@ where
     let mut first: Option<Bytes> = None;
     let mut joined = BytesMut::new();
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| {
-            tracing::debug!(error = %error.into(), "request body broke off");
-            Failure::new(ErrorKind::Cancelled, "request body broke off")
-        })?;
+        let frame = frame.map_err(|error| broken_off(error.into()))?;
         let Ok(data) = frame.into_data() else { continue };
         let have = first.as_ref().map_or(joined.len(), Bytes::len);
         if have.saturating_add(data.len()) > limit {

@@ -8,13 +8,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Api;
-use super::connection::{Front, connection};
+use super::connection::{Front, Graceful, connection};
 use super::io::IoThreads;
 use crate::panics;
 
@@ -24,7 +23,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Listeners of the data plane, and the connections that they accepted.
 pub struct Listeners {
     front: Arc<Front>,
-    graceful: Arc<GracefulShutdown>,
+    graceful: Arc<Graceful>,
     stop: CancellationToken,
     tasks: Vec<tokio::task::JoinHandle<()>>,
     io: Arc<IoThreads>,
@@ -39,7 +38,7 @@ impl Listeners {
         let io = Arc::new(IoThreads::start(api.settings.io_threads)?);
         Ok(Self {
             front: Arc::new(Front::new(api)),
-            graceful: Arc::new(GracefulShutdown::new()),
+            graceful: Arc::new(Graceful::new()),
             stop: CancellationToken::new(),
             tasks: Vec::new(),
             io,
@@ -76,7 +75,7 @@ impl Listeners {
 async fn accept_loop(
     front: Arc<Front>,
     listener: TcpListener,
-    graceful: Arc<GracefulShutdown>,
+    graceful: Arc<Graceful>,
     io: Arc<IoThreads>,
     stop: CancellationToken,
 ) {

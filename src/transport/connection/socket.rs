@@ -1,0 +1,133 @@
+//! The socket of one connection: what was read to tell the protocol is read again, and what moves
+//! is noted in its [`Watch`].
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use super::watch::Watch;
+
+/// What an HTTP/2 client says first.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// The first bytes of a connection.
+pub(super) struct First {
+    bytes: [u8; PREFACE.len()],
+    len: usize,
+}
+
+impl First {
+    /// Reads until it is clear which protocol the peer speaks; `None` when it closed before.
+    pub(super) async fn read(stream: &mut TcpStream) -> io::Result<Option<Self>> {
+        let mut first = Self { bytes: [0; PREFACE.len()], len: 0 };
+        while first.len < PREFACE.len() {
+            match stream.read(&mut first.bytes[first.len..]).await? {
+                0 if first.len == 0 => return Ok(None),
+                0 => break,
+                read => first.len += read,
+            }
+            if !first.may_be_http2() {
+                break;
+            }
+        }
+        Ok(Some(first))
+    }
+
+    fn may_be_http2(&self) -> bool {
+        PREFACE.starts_with(&self.bytes[..self.len])
+    }
+
+    pub(super) fn is_http2(&self) -> bool {
+        self.bytes == *PREFACE
+    }
+}
+
+/// A stream that notes its progress.
+pub(super) struct Socket {
+    stream: TcpStream,
+    first: Option<First>,
+    http1: bool,
+    watch: Arc<Watch>,
+}
+
+impl Socket {
+    pub(super) fn new(stream: TcpStream, first: First, watch: Arc<Watch>) -> Self {
+        let http1 = !first.is_http2();
+        Self { stream, first: Some(first), http1, watch }
+    }
+
+    fn wrote(&self, written: &Poll<io::Result<usize>>) {
+        match written {
+            Poll::Ready(Ok(_)) => self.watch.wrote(),
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => self.watch.blocked(),
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let me = self.get_mut();
+        if let Some(First { bytes, len }) = me.first {
+            if buf.remaining() >= len {
+                buf.put_slice(&bytes[..len]);
+                me.first = None;
+                return Poll::Ready(Ok(()));
+            }
+            let part = buf.remaining();
+            buf.put_slice(&bytes[..part]);
+            let mut rest = First { bytes: [0; PREFACE.len()], len: len - part };
+            rest.bytes[..len - part].copy_from_slice(&bytes[part..len]);
+            me.first = Some(rest);
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut me.stream).poll_read(cx, buf);
+        if me.http1 && buf.filled().len() > before {
+            me.watch.head_bytes();
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.wrote(&written);
+        written
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.wrote(&written);
+        written
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
