@@ -52,7 +52,7 @@ lint: ## formatting, clippy with warnings as errors, licences and sources of dep
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) deny --locked check bans licenses sources
 	$(CARGO) fmt --check --manifest-path loadtest/Cargo.toml
-	$(CARGO) clippy --locked --all-targets --manifest-path loadtest/Cargo.toml -- -D warnings
+	$(CARGO) clippy --locked --all-targets --all-features --manifest-path loadtest/Cargo.toml -- -D warnings
 	$(CARGO) deny --locked --manifest-path loadtest/Cargo.toml check bans licenses sources
 
 models: ## train models/ again (needs the packages of models/requirements.txt)

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
+use ort::environment::Environment;
+use ort::logging::LogLevel;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Session, SessionInputValue};
 use ort::value::{Tensor as Value, TensorElementType, ValueType};
@@ -67,16 +69,17 @@ pub fn run(options: &Options) -> Result<()> {
 fn measure(options: &Options) -> Result<Report> {
     ensure!(options.connections > 0, "expected connections, got 0");
     let library = std::env::var_os(LIBRARY_VARIABLE).unwrap_or_else(|| LIBRARY.into());
-    ort::init_from(&library)
+    let environment = ort::init_from(&library)
         .map_err(|error| anyhow!("ONNX Runtime at {}: {error}", library.display()))?
         .with_telemetry(false)
-        .commit();
+        .build()?;
+    environment.set_log_level(LogLevel::Error);
     let count = match options.sessions {
         0 => (std::thread::available_parallelism()?.get() / options.intra_threads.max(1)).max(1),
         count => count,
     };
     let sessions: Vec<Session> = (0..count)
-        .map(|_| session(&options.model, options.intra_threads))
+        .map(|_| session(&environment, &options.model, options.intra_threads))
         .collect::<Result<_>>()?;
     let specs = sessions.first().map(specs).context("no session")??;
     let dims = Dims { batch: options.batch, named: options.dims.iter().cloned().collect() };
@@ -85,9 +88,9 @@ fn measure(options: &Options) -> Result<Report> {
     load(options, &pool, &inputs)
 }
 
-fn session(model: &Path, intra_threads: usize) -> Result<Session> {
+fn session(environment: &Environment, model: &Path, intra_threads: usize) -> Result<Session> {
     let plain = |error: ort::Error<SessionBuilder>| anyhow!("{error}");
-    let mut builder = Session::builder()?
+    let mut builder = SessionBuilder::new(environment)?
         .with_optimization_level(GraphOptimizationLevel::All)
         .map_err(plain)?
         .with_intra_threads(intra_threads.max(1))

@@ -297,6 +297,7 @@ fn run(options: &Run) -> Result<()> {
 }
 
 fn compare(options: Compare) -> Result<()> {
+    process::end_children_on_signals()?;
     let gateway = options.gateway.gateway();
     let against = against(&options, &gateway);
     let server_cpus = options.gateway.pin_server.as_deref().map(process::cpu_set).transpose()?;
@@ -357,6 +358,7 @@ fn against(options: &Compare, gateway: &Gateway) -> Option<Gateway> {
 }
 
 fn start(options: &Start) -> Result<()> {
+    process::end_children_on_signals()?;
     let gateway = options.gateway.gateway();
     let cpus = options.gateway.pin_server.as_deref().map(process::cpu_set).transpose()?;
     let (mut ready, mut resident) = (Vec::new(), Vec::new());

@@ -3,10 +3,12 @@
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
@@ -60,6 +62,35 @@ impl Process {
     }
 }
 
+/// Children that run now, so that a signal can end them too.
+static CHILDREN: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+
+fn children() -> MutexGuard<'static, Vec<u32>> {
+    CHILDREN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// From now on SIGINT and SIGTERM end the children and then this process. To be called before
+/// any other thread starts.
+///
+/// # Errors
+/// When the operating system refuses.
+pub fn end_children_on_signals() -> Result<()> {
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+    // Children start without the mask: the standard library clears it.
+    signals.thread_block()?;
+    std::thread::spawn(move || {
+        let signal = signals.wait().unwrap_or(Signal::SIGTERM);
+        for pid in children().drain(..) {
+            let ended = i32::try_from(pid).map(|pid| kill(Pid::from_raw(pid), Signal::SIGKILL));
+            if !matches!(ended, Ok(Ok(()))) {
+                eprintln!("cannot end process {pid}");
+            }
+        }
+        std::process::exit(128 + signal as i32);
+    });
+    Ok(())
+}
+
 /// A child process that is killed when this is dropped.
 pub struct Running {
     child: Child,
@@ -90,6 +121,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        forget(self.child.id());
         if self.child.kill().and_then(|()| self.child.wait()).is_err() {
             eprintln!("cannot end process {}", self.child.id());
         }
@@ -102,7 +134,11 @@ impl Drop for Running {
 /// When it cannot be started.
 pub fn output(command: &mut Command, cpus: Option<&CpuSet>) -> Result<Output> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    Ok(spawn(command, cpus)?.wait_with_output()?)
+    let child = spawn(command, cpus)?;
+    let pid = child.id();
+    let output = child.wait_with_output();
+    forget(pid);
+    Ok(output?)
 }
 
 fn spawn(command: &mut Command, cpus: Option<&CpuSet>) -> Result<Child> {
@@ -113,7 +149,13 @@ fn spawn(command: &mut Command, cpus: Option<&CpuSet>) -> Result<Child> {
     }
     let spawned = command.spawn().with_context(|| format!("cannot start {command:?}"));
     pin(&own)?;
-    spawned
+    let child = spawned?;
+    children().push(child.id());
+    Ok(child)
+}
+
+fn forget(pid: u32) {
+    children().retain(|child| *child != pid);
 }
 
 /// Lets this thread, and those that it starts, run on `cpus` only.

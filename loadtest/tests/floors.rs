@@ -89,16 +89,15 @@ fn an_open_loop_sends_what_its_schedule_says() {
     }
 }
 
-/// Answers each connection's requests, the first one after `stall`.
+/// Answers with `status`; under load, each connection's first request after `stall`.
 fn stalling(stall: Duration, status: &'static str) -> std::net::SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
-        let mut first = false;
-        for stream in listener.incoming() {
+        for (index, stream) in listener.incoming().enumerate() {
             let (mut stream, mut buffer) = (stream.unwrap(), [0; 4096]);
             // The first connection only asks whether it works.
-            let mut pause = std::mem::replace(&mut first, true).then_some(stall);
+            let mut pause = (index > 0).then_some(stall);
             while stream.read(&mut buffer).is_ok_and(|len| len > 0) {
                 std::thread::sleep(pause.take().unwrap_or_default());
                 let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 2\r\n\r\nok");
