@@ -11,14 +11,15 @@
 //!
 //! Invariants:
 //! - A request leaves exactly once, with outputs or with a [`BatchError`].
-//! - Nothing here waits for queue space. A full queue is an answer, not a delay.
+//! - Nothing here waits for queue space. A full queue is an answer, not a delay, and so is a queue
+//!   too long for the request's deadline.
 //! - A request that has expired or whose caller has gone never reaches the engine.
 //! - A request that fails alone never fails its neighbours: a failed batch is run again one by one.
 //!
 //! Deliberately absent: retries; the caller owns the deadline.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -32,18 +33,22 @@ use crate::panics;
 
 mod admit;
 mod budget;
+mod cost;
 mod error;
 mod form;
 mod inline;
 mod pad;
+mod plan;
 mod queue;
 mod run;
 mod worker;
 
 pub use budget::ThreadBudget;
+use cost::Cost;
 pub use error::BatchError;
 pub use form::{Form, Joined};
 pub use pad::Padding;
+use plan::Arrivals;
 use queue::Queue;
 
 /// What a lane is made of.
@@ -79,9 +84,19 @@ pub struct Ran {
     pub batch_size: usize,
 }
 
+/// One request to run, measured.
+struct Work {
+    inputs: Vec<Tensor>,
+    rows: usize,
+    /// Of all inputs; what costs are learnt by.
+    elements: usize,
+    /// Of all inputs.
+    bytes: usize,
+}
+
 struct Job {
     inputs: Vec<Tensor>,
-    received: Instant,
+    deadline: Deadline,
     reply: oneshot::Sender<Result<Ran, BatchError>>,
 }
 
@@ -90,6 +105,7 @@ struct State {
     /// Sessions that nobody runs on now.
     idle: Vec<Box<dyn Session>>,
     running: usize,
+    arrivals: Arrivals,
     closed: bool,
 }
 
@@ -102,8 +118,9 @@ struct Shared {
     /// Guards the queue and the idle sessions; held for a push or a take, never during a run.
     state: Mutex<State>,
     work: Condvar,
-    /// Smoothed time of one run, in nanoseconds; 0 before the first.
-    cost_ns: AtomicU64,
+    /// Sessions, idle or not.
+    sessions: usize,
+    cost: Cost,
     in_flight: AtomicUsize,
 }
 
@@ -117,18 +134,20 @@ impl Lane {
         let name = format!("lane-{}-{}", parts.model, parts.version);
         let shared = Arc::new(Shared {
             model: parts.model,
-            batch: parts.batch,
             form: Form { batched: parts.batched, padding: parts.padding },
             stats: parts.stats,
             budget: parts.budget,
             state: Mutex::new(State {
-                queue: Queue::new(),
+                queue: Queue::new(parts.batch.priority_age),
                 idle: parts.sessions,
                 running: 0,
+                arrivals: Arrivals::default(),
                 closed: false,
             }),
+            batch: parts.batch,
             work: Condvar::new(),
-            cost_ns: AtomicU64::new(0),
+            sessions: workers,
+            cost: Cost::new(),
             in_flight: AtomicUsize::new(0),
         });
         let lane = Self { shared };
@@ -154,8 +173,8 @@ impl Lane {
     ) -> Result<Ran, BatchError> {
         let shared = &*self.shared;
         shared.form.check(&inputs)?;
-        let rows = shared.form.rows(&inputs);
-        let rows_max = shared.batch.rows_max;
+        let work = shared.form.measure(inputs);
+        let (rows, rows_max) = (work.rows, shared.batch.rows_max);
         if shared.form.batched && rows > rows_max {
             return Err(BatchError::TooManyRows { rows, rows_max });
         }
@@ -164,10 +183,10 @@ impl Lane {
             return Err(BatchError::DeadlineExceeded { waited: deadline.received.elapsed() });
         }
         let _in_flight = InFlight::enter(&shared.in_flight);
-        if let Some(ran) = shared.run_inline(&inputs, rows) {
+        if let Some(ran) = shared.run_inline(&work) {
             return ran;
         }
-        let outcome = shared.push(inputs, rows, priority, deadline)?;
+        let outcome = shared.push(work, priority, deadline)?;
         match timeout_at(deadline.at, outcome).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(BatchError::WorkerLost),
@@ -178,6 +197,12 @@ impl Lane {
     /// How this lane joins requests.
     pub fn form(&self) -> &Form {
         &self.shared.form
+    }
+
+    /// Lets the lane know what a run of these inputs took before it had any traffic.
+    pub fn seed(&self, inputs: Vec<Tensor>, took: Duration) {
+        let work = self.shared.form.measure(inputs);
+        self.shared.cost.learn(work.elements, took);
     }
 
     /// Requests waiting or running.
@@ -206,20 +231,6 @@ impl Drop for Lane {
     fn drop(&mut self) {
         self.shared.state.lock().closed = true;
         self.shared.work.notify_all();
-    }
-}
-
-impl Shared {
-    fn cost(&self) -> Duration {
-        Duration::from_nanos(self.cost_ns.load(Ordering::Relaxed))
-    }
-
-    fn learn(&self, took: Duration) {
-        let sample = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        let old = self.cost_ns.load(Ordering::Relaxed);
-        // A lost update between two workers only makes the estimate a little older.
-        let new = if old == 0 { sample } else { old - old / 8 + sample / 8 };
-        self.cost_ns.store(new.max(1), Ordering::Relaxed);
     }
 }
 

@@ -1,4 +1,7 @@
 //! What enters the queue, and the answer to what does not.
+//!
+//! Invariant: with nothing ahead of it a request is always let in, so that an estimate that is too
+//! high is corrected by the next run.
 
 use std::time::Duration;
 
@@ -6,9 +9,11 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::queue::Entry;
-use super::run::expire;
-use super::{BatchError, Job, Ran, Shared};
-use crate::domain::{Deadline, Tensor};
+use super::{BatchError, Job, Ran, Shared, State, Work};
+use crate::domain::Deadline;
+
+/// Least and longest time after which a refused caller is asked to come back.
+const RETRY_AFTER: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 impl Shared {
     pub(super) fn priority(&self, wanted: u32) -> Result<u32, BatchError> {
@@ -24,8 +29,7 @@ impl Shared {
     /// Queues one request, or answers at once that it cannot wait here.
     pub(super) fn push(
         &self,
-        inputs: Vec<Tensor>,
-        rows: usize,
+        work: Work,
         priority: u32,
         deadline: Deadline,
     ) -> Result<oneshot::Receiver<Result<Ran, BatchError>>, BatchError> {
@@ -35,31 +39,78 @@ impl Shared {
         if let Some(longest) = self.batch.queue_wait_max {
             expires_at = expires_at.min(queued_at + longest);
         }
-        let item = Job { inputs, received: deadline.received, reply };
-        let entry = Entry { rows, priority, queued_at, expires_at, item };
+        let Work { inputs, rows, elements, bytes } = work;
+        let item = Job { inputs, deadline, reply };
+        let entry = Entry { rows, elements, bytes, priority, queued_at, expires_at, item };
         let mut state = self.state.lock();
         if state.closed {
             return Err(BatchError::Retired);
         }
-        if state.queue.len() >= self.batch.queue_max {
+        if self.refusal(&state, &entry).is_some() {
             // The dead make room before the living are refused.
-            let dead = state.queue.take_dead(queued_at, |job| job.reply.is_closed());
-            if dead.is_empty() {
-                return Err(self.queue_full());
+            self.bury(&mut state, queued_at);
+            if let Some(error) = self.refusal(&state, &entry) {
+                return Err(error);
             }
-            dead.into_iter().for_each(expire);
         }
+        state.arrivals.came(queued_at);
         state.queue.push(entry);
         drop(state);
         self.work.notify_one();
         Ok(outcome)
     }
 
-    fn queue_full(&self) -> BatchError {
+    /// Why the queue has no place for `entry` as things stand.
+    fn refusal(&self, state: &State, entry: &Entry<Job>) -> Option<BatchError> {
+        let (queue, model) = (&state.queue, &self.model);
+        let retry_after = || self.retry_after(queue.elements());
         let queue_max = self.batch.queue_max;
-        let runs = queue_max / self.batch.size_max.max(1) + 1;
-        let drained = self.cost().saturating_mul(u32::try_from(runs).unwrap_or(u32::MAX));
-        let retry_after = drained.clamp(Duration::from_secs(1), Duration::from_secs(30));
-        BatchError::QueueFull { model: self.model.clone(), queue_max, retry_after }
+        if queue.len() >= queue_max {
+            let (model, retry_after) = (model.clone(), retry_after());
+            return Some(BatchError::QueueFull { model, queue_max, retry_after });
+        }
+        let bytes_max = self.batch.queue_bytes_max;
+        if queue.len() > 0 && queue.bytes().saturating_add(entry.bytes) > bytes_max {
+            let (model, retry_after) = (model.clone(), retry_after());
+            return Some(BatchError::QueueBytes { model, bytes_max, retry_after });
+        }
+        let before = queue.elements_before(entry.queued_at, entry.priority);
+        if before == 0 && !state.idle.is_empty() {
+            return None;
+        }
+        let wait = self.drain(before)?;
+        let run = self.cost.predict(entry.elements)?;
+        let starts_at = entry.queued_at + wait;
+        if starts_at < entry.expires_at && starts_at + run <= entry.item.deadline.at {
+            return None;
+        }
+        let (model, retry_after) = (model.clone(), retry_after());
+        Some(BatchError::NotInTime { model, wait, run, retry_after })
+    }
+
+    fn retry_after(&self, elements: usize) -> Duration {
+        let drained = self.drain(elements).unwrap_or_default();
+        drained.clamp(RETRY_AFTER.0, RETRY_AFTER.1)
+    }
+
+    /// Takes what expired, or was left by its caller, out of the queue and answers it.
+    pub(super) fn bury(&self, state: &mut State, now: Instant) {
+        for entry in state.queue.take_dead(now, |job| job.reply.is_closed()) {
+            self.expire(entry, state.queue.elements());
+        }
+    }
+
+    /// Answers a request that is of no use any more; `elements` wait behind it.
+    pub(super) fn expire(&self, entry: Entry<Job>, elements: usize) {
+        let Job { deadline, reply, .. } = entry.item;
+        let error = if deadline.passed(Instant::now()) {
+            BatchError::DeadlineExceeded { waited: deadline.received.elapsed() }
+        } else {
+            let waited = entry.queued_at.elapsed();
+            let (model, retry_after) = (self.model.clone(), self.retry_after(elements));
+            BatchError::WaitedTooLong { model, waited, retry_after }
+        };
+        // A caller who left meanwhile is recorded as cancelled by its own completion.
+        drop(reply.send(Err(error)));
     }
 }

@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-/// Runs shorter than this do not take a place: they are over before the wait would pay, and a
-/// tiny model must not stand behind a heavy one.
-const FREE_COST_MAX: Duration = Duration::from_millis(1);
+use super::plan::HEAVY_MIN;
 
 /// Places for runs, shared by every lane; as many as inference threads.
 #[derive(Debug)]
 pub struct ThreadBudget {
+    threads: usize,
     /// Guards the number of places left.
     free: Mutex<usize>,
     freed: Condvar,
@@ -24,12 +23,24 @@ pub struct Permit<'a> {
 
 impl ThreadBudget {
     pub fn new(threads: usize) -> Self {
-        Self { free: Mutex::new(threads.max(1)), freed: Condvar::new() }
+        let threads = threads.max(1);
+        Self { threads, free: Mutex::new(threads), freed: Condvar::new() }
     }
 
-    /// Waits for a place, unless a run of this `cost` needs none. An unknown cost is zero.
-    pub fn enter(&self, cost: Duration) -> Permit<'_> {
-        if !cost.is_zero() && cost < FREE_COST_MAX {
+    /// All places, free or not.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Places free at this moment.
+    pub fn free(&self) -> usize {
+        *self.free.lock()
+    }
+
+    /// Waits for a place, unless a run of this `cost` needs none: it is over before the wait would
+    /// pay, and a tiny model must not stand behind a heavy one.
+    pub fn enter(&self, cost: Option<Duration>) -> Permit<'_> {
+        if cost.is_some_and(|cost| cost < HEAVY_MIN) {
             return Permit { budget: None };
         }
         let mut free = self.free.lock();

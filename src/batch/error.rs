@@ -10,6 +10,15 @@ use crate::engine::EngineError;
 pub enum BatchError {
     #[error("queue of model '{model}' is full ({queue_max} requests are waiting)")]
     QueueFull { model: ModelName, queue_max: usize, retry_after: Duration },
+    #[error("queue of model '{model}' is full (the limit is {bytes_max} bytes)")]
+    QueueBytes { model: ModelName, bytes_max: usize, retry_after: Duration },
+    #[error(
+        "model '{model}' is too busy for this request's deadline: about {} ms of waiting and {} ms of \
+         running are ahead of it", wait.as_millis(), run.as_millis()
+    )]
+    NotInTime { model: ModelName, wait: Duration, run: Duration, retry_after: Duration },
+    #[error("model '{model}' is too busy: not begun after {} ms in the queue", waited.as_millis())]
+    WaitedTooLong { model: ModelName, waited: Duration, retry_after: Duration },
     #[error("deadline passed after {} ms", waited.as_millis())]
     DeadlineExceeded { waited: Duration },
     #[error("version is being retired")]
@@ -37,7 +46,10 @@ pub enum BatchError {
 impl BatchError {
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::QueueFull { .. } => ErrorKind::Overloaded,
+            Self::QueueFull { .. }
+            | Self::QueueBytes { .. }
+            | Self::NotInTime { .. }
+            | Self::WaitedTooLong { .. } => ErrorKind::Overloaded,
             Self::DeadlineExceeded { .. } => ErrorKind::DeadlineExceeded,
             Self::Retired => ErrorKind::Unavailable,
             Self::TooManyRows { .. }
@@ -54,7 +66,10 @@ impl BatchError {
     pub fn into_failure(self) -> Failure {
         let failure = Failure::new(self.kind(), self.to_string());
         match self {
-            Self::QueueFull { retry_after, .. } => failure.retry_after(retry_after),
+            Self::QueueFull { retry_after, .. }
+            | Self::QueueBytes { retry_after, .. }
+            | Self::NotInTime { retry_after, .. }
+            | Self::WaitedTooLong { retry_after, .. } => failure.retry_after(retry_after),
             Self::Retired => failure.retry_after(Duration::from_secs(1)),
             _ => failure,
         }

@@ -2,7 +2,7 @@
 //!
 //! Invariant: what is cut for a member are the rows that its own inputs were joined at.
 
-use super::{BatchError, Padding};
+use super::{BatchError, Padding, Work};
 use crate::domain::Tensor;
 
 /// How requests of one lane become batches.
@@ -58,6 +58,13 @@ impl Form {
             Some(padding) => padding.elements(inputs),
             None => inputs.iter().map(Tensor::elements).fold(0, usize::saturating_add),
         }
+    }
+
+    /// A request with all that queue and cost want to know of it.
+    pub(super) fn measure(&self, inputs: Vec<Tensor>) -> Work {
+        let (rows, elements) = (self.rows(&inputs), self.elements(&inputs));
+        let bytes = inputs.iter().map(|tensor| tensor.data().len()).fold(0, usize::saturating_add);
+        Work { inputs, rows, elements, bytes }
     }
 
     /// Two requests may share a batch: equal datatypes and shapes but for the rows and, with

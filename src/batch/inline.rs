@@ -5,26 +5,20 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::run::run;
-use super::{BatchError, Ran, Shared};
-use crate::domain::{Tensor, Timings};
+use super::{BatchError, Ran, Shared, Work};
+use crate::domain::Timings;
 
+/// A run predicted to take less than this happens on the caller's thread when the lane is idle:
 /// waking a worker and being woken by it costs about as much.
 const INLINE_COST_MAX: Duration = Duration::from_micros(50);
-/// Requests larger than this are never run inline: their cost is not the one that was learnt.
+/// Requests larger than this are never run inline.
 const INLINE_BYTES_MAX: usize = 64 << 10;
 
 impl Shared {
-    /// Runs where the request stands, if the lane is idle and the model known to be cheap.
-    pub(super) fn run_inline(
-        &self,
-        inputs: &[Tensor],
-        rows: usize,
-    ) -> Option<Result<Ran, BatchError>> {
-        let cost = self.cost();
-        let cheap = !cost.is_zero() && cost < INLINE_COST_MAX && self.batch.wait_max.is_zero();
-        if !cheap
-            || inputs.iter().map(|tensor| tensor.data().len()).sum::<usize>() > INLINE_BYTES_MAX
-        {
+    /// Runs where the request stands, if the lane is idle and a run of this size known to be cheap.
+    pub(super) fn run_inline(&self, work: &Work) -> Option<Result<Ran, BatchError>> {
+        let cheap = |cost: Duration| cost < INLINE_COST_MAX && self.batch.wait_max.is_zero();
+        if work.bytes > INLINE_BYTES_MAX || !self.cost.predict(work.elements).is_some_and(cheap) {
             return None;
         }
         let mut session = {
@@ -37,13 +31,15 @@ impl Shared {
             session
         };
         let started = Instant::now();
-        let result = run(&mut *session, inputs);
+        let result = run(&mut *session, &work.inputs);
         let took = started.elapsed();
         self.give_back(session);
-        self.learn(took);
+        if result.is_ok() {
+            self.cost.learn(work.elements, took);
+        }
         let timings = Timings { compute_infer: took, ..Timings::default() };
-        self.stats.executed(rows, &timings);
-        self.count_elements(&[inputs], inputs);
-        Some(result.map(|outputs| Ran { outputs, timings, batch_size: rows }))
+        self.stats.executed(work.rows, &timings);
+        self.count_elements(&[&work.inputs], &work.inputs);
+        Some(result.map(|outputs| Ran { outputs, timings, batch_size: work.rows }))
     }
 }

@@ -2,26 +2,43 @@
 //!
 //! Invariants:
 //! - An entry leaves exactly once: in a batch or as expired.
-//! - A batch never holds more rows than `size_max`, unless one entry alone brings more.
+//! - A batch is never over a limit of its [`Rule`], unless one entry alone is.
 //! - Entries of one batch are equal in everything but their rows (`joins`).
-//! - Within a priority, entries leave in the order they came.
+//! - Within a priority, entries leave in the order they came. A lower priority waits longer, but
+//!   not for ever: each level is worth a head start of `priority_age` and no more.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use tokio::time::Instant;
-
-use crate::domain::BatchSettings;
 
 /// One waiting request.
 #[derive(Debug)]
 pub(super) struct Entry<T> {
     pub(super) rows: usize,
+    /// Of all inputs.
+    pub(super) elements: usize,
+    /// Of all inputs.
+    pub(super) bytes: usize,
     /// 1 is the highest; all equal where the model has no priorities.
     pub(super) priority: u32,
     pub(super) queued_at: Instant,
     /// When it is of no use any more.
     pub(super) expires_at: Instant,
     pub(super) item: T,
+}
+
+/// When a batch is closed, and what it holds at most.
+#[derive(Clone, Debug)]
+pub(super) struct Rule<'a> {
+    pub(super) rows_max: usize,
+    pub(super) elements_max: usize,
+    /// Rows at which a batch is closed at once.
+    pub(super) preferred: &'a [usize],
+    /// How long the first may be held back for others.
+    pub(super) wait_max: Duration,
+    /// Nobody came for so long: nobody is expected.
+    pub(super) lull: Duration,
 }
 
 #[derive(Debug)]
@@ -32,96 +49,151 @@ pub(super) enum Take<T> {
     Empty,
 }
 
-/// Waiting requests, highest priority first, then oldest.
+/// Waiting requests in the order in which they go.
 #[derive(Debug)]
 pub(super) struct Queue<T> {
     entries: VecDeque<Entry<T>>,
+    /// Head start of each level of priority over the next.
+    priority_age: Duration,
+    elements: usize,
+    bytes: usize,
 }
 
 impl<T> Queue<T> {
-    pub(super) fn new() -> Self {
-        Self { entries: VecDeque::new() }
+    pub(super) fn new(priority_age: Duration) -> Self {
+        Self { entries: VecDeque::new(), priority_age, elements: 0, bytes: 0 }
     }
 
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
 
+    /// Elements of all that waits.
+    pub(super) fn elements(&self) -> usize {
+        self.elements
+    }
+
+    /// Bytes of all that waits.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Who goes first. One level more weighs as much as having come `priority_age` earlier, so
+    /// that the order of two entries never changes while they wait.
+    fn turn(&self, queued_at: Instant, priority: u32) -> Instant {
+        let head_start = self.priority_age.saturating_mul(priority);
+        queued_at.checked_add(head_start).unwrap_or(queued_at)
+    }
+
+    /// Where an entry of this turn belongs.
+    fn place(&self, turn: Instant) -> usize {
+        let earlier = |other: &Entry<T>| self.turn(other.queued_at, other.priority) <= turn;
+        self.entries.iter().rposition(earlier).map_or(0, |at| at + 1)
+    }
+
+    /// Elements that would go before a request that came now.
+    pub(super) fn elements_before(&self, now: Instant, priority: u32) -> usize {
+        let at = self.place(self.turn(now, priority));
+        if at == self.entries.len() {
+            return self.elements;
+        }
+        self.entries.range(..at).map(|entry| entry.elements).sum()
+    }
+
     pub(super) fn push(&mut self, entry: Entry<T>) {
-        let at = self.entries.iter().rposition(|other| other.priority <= entry.priority);
-        self.entries.insert(at.map_or(0, |at| at + 1), entry);
+        self.elements = self.elements.saturating_add(entry.elements);
+        self.bytes = self.bytes.saturating_add(entry.bytes);
+        let at = self.place(self.turn(entry.queued_at, entry.priority));
+        self.entries.insert(at, entry);
     }
 
     /// Removes what has expired, or what nobody waits for.
     pub(super) fn take_dead(&mut self, now: Instant, gone: impl Fn(&T) -> bool) -> Vec<Entry<T>> {
         let dead = |entry: &Entry<T>| entry.expires_at <= now || gone(&entry.item);
-        let mut taken = Vec::new();
-        let mut at = 0;
-        while at < self.entries.len() {
-            if dead(&self.entries[at]) {
-                taken.extend(self.entries.remove(at));
-            } else {
-                at += 1;
-            }
+        if !self.entries.iter().any(dead) {
+            return Vec::new();
         }
-        taken
+        let (dead, living) = self.entries.drain(..).partition::<Vec<_>, _>(dead);
+        self.entries = living.into();
+        dead.iter().for_each(|entry| self.forget(entry.elements, entry.bytes));
+        dead
     }
 
-    /// The next batch, if one is due: full, of a preferred size, or its first entry has waited
-    /// for `wait_max`. `joins` says whether two entries may run together.
+    fn forget(&mut self, elements: usize, bytes: usize) {
+        self.elements = self.elements.saturating_sub(elements);
+        self.bytes = self.bytes.saturating_sub(bytes);
+    }
+
+    /// The next batch, if one is due: full, of a preferred size, or its window has closed. `joins`
+    /// says whether two entries may run together.
     pub(super) fn take(
         &mut self,
-        settings: &BatchSettings,
+        rule: &Rule<'_>,
         now: Instant,
         joins: impl Fn(&T, &T) -> bool,
     ) -> Take<T> {
         let Some(head) = self.entries.front() else { return Take::Empty };
         let mut members = vec![0];
-        let mut rows = head.rows;
-        let mut full = rows >= settings.size_max;
+        let (mut rows, mut elements) = (head.rows, head.elements);
+        // Full when another one like the head has no room.
+        let full = |rows: usize, elements: usize| {
+            rows >= rule.rows_max || elements.saturating_add(head.elements) > rule.elements_max
+        };
+        let mut closed = full(rows, elements);
         // The longest prefix of members whose rows are a preferred size.
-        let mut preferred = settings.preferred.contains(&rows).then_some(1);
+        let mut preferred = rule.preferred.contains(&rows).then_some(1);
         for (at, entry) in self.entries.iter().enumerate().skip(1) {
-            if full {
+            if closed {
                 break;
             }
             if !joins(&head.item, &entry.item) {
                 continue;
             }
-            if rows + entry.rows > settings.size_max {
+            let more = (rows + entry.rows, elements.saturating_add(entry.elements));
+            if more.0 > rule.rows_max || more.1 > rule.elements_max {
                 // Taking a later, smaller one instead would let it overtake.
-                full = true;
+                closed = true;
                 break;
             }
             members.push(at);
-            rows += entry.rows;
-            full = rows == settings.size_max;
-            if settings.preferred.contains(&rows) {
+            (rows, elements) = more;
+            closed = full(rows, elements);
+            if rule.preferred.contains(&rows) {
                 preferred = Some(members.len());
             }
         }
-        let due_at = self.due_at(settings);
+        let due_at = self.due_at(rule);
         match preferred {
-            Some(count) if !full => members.truncate(count),
-            _ if full || due_at <= now => {}
+            Some(count) if !closed => members.truncate(count),
+            _ if closed || due_at <= now => {}
             _ => return Take::Wait(due_at),
         }
         Take::Batch(self.remove_all(&members))
     }
 
-    /// When the oldest entry's window closes.
-    fn due_at(&self, settings: &BatchSettings) -> Instant {
-        let oldest = self.entries.iter().map(|entry| entry.queued_at).min();
-        oldest.unwrap_or_else(Instant::now) + settings.wait_max
+    /// When the oldest entry's window closes, or nobody has come for a while.
+    fn due_at(&self, rule: &Rule<'_>) -> Instant {
+        let came = self.entries.iter().map(|entry| entry.queued_at);
+        let (Some(oldest), Some(newest)) = (came.clone().min(), came.max()) else {
+            return Instant::now();
+        };
+        let window = oldest + rule.wait_max;
+        newest.checked_add(rule.lull).map_or(window, |lull| lull.min(window))
     }
 
     /// `members` ascend.
     fn remove_all(&mut self, members: &[usize]) -> Vec<Entry<T>> {
         let mut batch = Vec::with_capacity(members.len());
-        for &at in members.iter().rev() {
-            batch.extend(self.entries.remove(at));
+        let in_front = members.last().is_some_and(|last| last + 1 == members.len());
+        if in_front {
+            batch.extend(self.entries.drain(..members.len()));
+        } else {
+            for &at in members.iter().rev() {
+                batch.extend(self.entries.remove(at));
+            }
+            batch.reverse();
         }
-        batch.reverse();
+        batch.iter().for_each(|entry| self.forget(entry.elements, entry.bytes));
         batch
     }
 
@@ -134,24 +206,22 @@ impl<T> Queue<T> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::time::Duration;
 
     use proptest::prelude::*;
 
     use super::*;
 
-    fn settings(size_max: usize, wait_ms: u64, preferred: &[usize]) -> BatchSettings {
-        BatchSettings {
-            size_max,
-            wait_max: Duration::from_millis(wait_ms),
-            preferred: preferred.to_vec(),
-            ..BatchSettings::default()
-        }
+    const AGE: Duration = Duration::from_millis(10);
+    const NEVER: Duration = Duration::from_secs(1 << 40);
+
+    fn rule(rows_max: usize, wait_ms: u64, preferred: &[usize]) -> Rule<'_> {
+        let wait_max = Duration::from_millis(wait_ms);
+        Rule { rows_max, elements_max: usize::MAX, preferred, wait_max, lull: NEVER }
     }
 
     fn entry(item: u32, rows: usize, priority: u32, queued_at: Instant) -> Entry<u32> {
         let expires_at = queued_at + Duration::from_secs(60);
-        Entry { rows, priority, queued_at, expires_at, item }
+        Entry { rows, elements: 10 * rows, bytes: 40 * rows, priority, queued_at, expires_at, item }
     }
 
     fn items(take: Take<u32>) -> Option<Vec<u32>> {
@@ -164,24 +234,31 @@ mod tests {
     #[test]
     fn a_batch_closes_when_full_preferred_or_due() {
         let start = Instant::now();
-        type Case<'a> = (&'a str, BatchSettings, &'a [usize], u64, Option<usize>);
+        let lull = Rule { lull: Duration::from_millis(2), ..rule(8, 5, &[]) };
+        let elements = |elements_max| Rule { elements_max, ..rule(8, 5, &[]) };
+        type Case<'a> = (&'a str, Rule<'a>, &'a [usize], u64, Option<usize>);
         let cases: &[Case<'_>] = &[
-            ("no window: at once", settings(8, 0, &[]), &[1, 1], 0, Some(2)),
-            ("window open", settings(8, 5, &[]), &[1, 1], 4, None),
-            ("window over", settings(8, 5, &[]), &[1, 1], 5, Some(2)),
-            ("full", settings(2, 5, &[]), &[1, 1, 1], 0, Some(2)),
-            ("next does not fit", settings(4, 5, &[]), &[3, 2], 0, Some(1)),
-            ("one brings more than a batch", settings(4, 5, &[]), &[9, 1], 0, Some(1)),
-            ("preferred", settings(8, 5, &[2, 4]), &[1, 1, 1], 0, Some(2)),
-            ("largest preferred", settings(8, 5, &[2, 4]), &[1, 1, 1, 1, 1], 0, Some(4)),
+            ("no window: at once", rule(8, 0, &[]), &[1, 1], 0, Some(2)),
+            ("window open", rule(8, 5, &[]), &[1, 1], 4, None),
+            ("window over", rule(8, 5, &[]), &[1, 1], 5, Some(2)),
+            ("nobody comes", lull.clone(), &[1, 1], 2, Some(2)),
+            ("somebody may come", lull, &[1, 1], 1, None),
+            ("full", rule(2, 5, &[]), &[1, 1, 1], 0, Some(2)),
+            ("next does not fit", rule(4, 5, &[]), &[3, 2], 0, Some(1)),
+            ("one brings more than a batch", rule(4, 5, &[]), &[9, 1], 0, Some(1)),
+            ("elements are full", elements(20), &[1, 1, 1], 0, Some(2)),
+            ("no room for one more", elements(25), &[1, 1], 0, Some(2)),
+            ("one brings more elements", elements(5), &[1, 1], 0, Some(1)),
+            ("preferred", rule(8, 5, &[2, 4]), &[1, 1, 1], 0, Some(2)),
+            ("largest preferred", rule(8, 5, &[2, 4]), &[1, 1, 1, 1, 1], 0, Some(4)),
         ];
-        for (name, settings, rows, after_ms, want) in cases {
-            let mut queue = Queue::new();
+        for (name, rule, rows, after_ms, want) in cases {
+            let mut queue = Queue::new(AGE);
             for (item, rows) in (0..).zip(*rows) {
                 queue.push(entry(item, *rows, 1, start));
             }
             let now = start + Duration::from_millis(*after_ms);
-            let got = items(queue.take(settings, now, |_, _| true)).map(|batch| batch.len());
+            let got = items(queue.take(rule, now, |_, _| true)).map(|batch| batch.len());
             assert_eq!(got, *want, "{name}");
         }
     }
@@ -189,12 +266,37 @@ mod tests {
     #[test]
     fn the_highest_priority_goes_first_and_keeps_order() {
         let now = Instant::now();
-        let mut queue = Queue::new();
+        let mut queue = Queue::new(AGE);
         for (item, priority) in [(0, 2), (1, 1), (2, 2), (3, 1)] {
             queue.push(entry(item, 1, priority, now));
         }
-        let all = items(queue.take(&settings(9, 0, &[]), now, |_, _| true));
+        assert_eq!((queue.elements_before(now, 1), queue.elements_before(now, 2)), (20, 40));
+        let all = items(queue.take(&rule(9, 0, &[]), now, |_, _| true));
         assert_eq!(all, Some(vec![1, 3, 0, 2]));
+        assert_eq!((queue.elements(), queue.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn a_low_priority_waits_only_so_long_under_a_flood_of_higher_ones() {
+        let start = Instant::now();
+        for levels in 1..5_u32 {
+            let mut queue = Queue::new(AGE);
+            queue.push(entry(0, 1, levels, start));
+            // One more of the highest comes each millisecond than can run: one runs each.
+            let mut left_after = None;
+            for ms in 0..200_u32 {
+                let now = start + Duration::from_millis(ms.into());
+                queue.push(entry(2 * ms + 1, 1, 1, now));
+                queue.push(entry(2 * ms + 2, 1, 1, now));
+                if items(queue.take(&rule(1, 0, &[]), now, |_, _| true)) == Some(vec![0]) {
+                    left_after = Some(Duration::from_millis(ms.into()));
+                    break;
+                }
+            }
+            // What came within its levels' head start goes first, at one a millisecond.
+            let bound = AGE * (levels - 1) * 2 + Duration::from_millis(2);
+            assert!(left_after.is_some_and(|after| after <= bound), "{levels}: {left_after:?}");
+        }
     }
 
     proptest! {
@@ -202,11 +304,14 @@ mod tests {
         fn nothing_is_lost_doubled_mixed_or_over(
             entries in prop::collection::vec((1_usize..6, 1_u32..4, 0_u32..3, 0_u64..9), 1..60),
             size_max in 1_usize..9,
+            elements_max in 10_usize..90,
             wait_ms in 0_u64..4,
+            lull_ms in 0_u64..9,
         ) {
             let start = Instant::now();
-            let settings = settings(size_max, wait_ms, &[]);
-            let mut queue = Queue::new();
+            let lull = Duration::from_millis(lull_ms);
+            let rule = Rule { elements_max, lull, ..rule(size_max, wait_ms, &[]) };
+            let mut queue = Queue::new(AGE);
             let mut seen = BTreeSet::new();
             let mut kind = Vec::new();
             for (item, (rows, priority, shape, expires_ms)) in (0_u32..).zip(&entries) {
@@ -222,16 +327,21 @@ mod tests {
                     prop_assert!(seen.insert(entry.item));
                 }
                 let joins = |a: &u32, b: &u32| kind[*a as usize] == kind[*b as usize];
-                if let Take::Batch(batch) = queue.take(&settings, now, joins) {
+                if let Take::Batch(batch) = queue.take(&rule, now, joins) {
                     let rows: usize = batch.iter().map(|entry| entry.rows).sum();
+                    let elements: usize = batch.iter().map(|entry| entry.elements).sum();
                     prop_assert!(batch.len() == 1 || rows <= size_max);
+                    prop_assert!(batch.len() == 1 || elements <= elements_max);
+                    for pair in batch.windows(2) {
+                        prop_assert_eq!(kind[pair[0].item as usize], kind[pair[1].item as usize]);
+                    }
                     for entry in batch {
                         prop_assert!(entry.expires_at > now, "expired work is never run");
                         prop_assert!(seen.insert(entry.item));
                     }
                 }
             }
-            while let Take::Batch(batch) = queue.take(&settings, start + Duration::from_secs(9), |a, b| {
+            while let Take::Batch(batch) = queue.take(&rule, start + Duration::from_secs(9), |a, b| {
                 kind[*a as usize] == kind[*b as usize]
             }) {
                 for entry in batch {
@@ -239,6 +349,7 @@ mod tests {
                 }
             }
             prop_assert_eq!(seen.len(), entries.len());
+            prop_assert_eq!((queue.len(), queue.elements(), queue.bytes()), (0, 0, 0));
         }
     }
 }

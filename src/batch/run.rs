@@ -26,7 +26,7 @@ pub(super) fn run_batch(
     let now = Instant::now();
     for at in (0..batch.len()).rev() {
         if batch[at].expires_at <= now || batch[at].item.reply.is_closed() {
-            expire(batch.remove(at));
+            shared.expire(batch.remove(at), 0);
         }
     }
     match batch.len() {
@@ -52,7 +52,9 @@ fn run_alone(shared: &Shared, session: &mut dyn Session, entry: Entry<Job>, free
     let started = Instant::now();
     let result = run(session, &entry.item.inputs);
     let took = started.elapsed();
-    shared.learn(took);
+    if result.is_ok() {
+        shared.cost.learn(entry.elements, took);
+    }
     let timings =
         Timings { compute_infer: took, ..waits(shared, entry.queued_at, free_since, started) };
     shared.stats.executed(entry.rows, &timings);
@@ -92,7 +94,8 @@ fn run_joined(
         ..Timings::default()
     };
     let rows = batched.rows();
-    shared.learn(compute.compute_infer);
+    let elements = batch.iter().map(|entry| entry.elements).sum();
+    shared.cost.learn(elements, started.elapsed());
     shared.stats.executed(rows, &compute);
     shared.count_elements(&members, &batched.inputs);
     let ran = batch.iter().zip(cut).map(|(entry, outputs)| {
@@ -117,12 +120,6 @@ pub(super) fn run(session: &mut dyn Session, inputs: &[Tensor]) -> Result<Vec<Te
     let caught = panics::caught(|| session.run(inputs));
     let result = caught.unwrap_or_else(|| Err(EngineError::Run("the engine panicked".to_owned())));
     result.map_err(|error| BatchError::Engine(Arc::new(error)))
-}
-
-/// Answers a request that is of no use any more.
-pub(super) fn expire(entry: Entry<Job>) {
-    let waited = entry.item.received.elapsed();
-    answer(entry.item.reply, Err(BatchError::DeadlineExceeded { waited }));
 }
 
 fn answer(reply: oneshot::Sender<Result<Ran, BatchError>>, result: Result<Ran, BatchError>) {

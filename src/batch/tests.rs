@@ -196,3 +196,141 @@ async fn limits_are_answered() {
     let late = lane.infer(vec![row(&[0.0; 2])], past, 0).await.unwrap_err();
     assert_eq!(late.kind(), ErrorKind::DeadlineExceeded);
 }
+
+/// A session that takes as long as `took` says for its rows, and remembers the rows of each run.
+struct Timed {
+    took: fn(usize) -> Duration,
+    runs: Arc<parking_lot::Mutex<Vec<usize>>>,
+}
+
+impl Session for Timed {
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        let rows = inputs[0].shape()[0];
+        self.runs.lock().push(rows);
+        std::thread::sleep((self.took)(rows));
+        Ok(inputs.to_vec())
+    }
+}
+
+type Runs = Arc<parking_lot::Mutex<Vec<usize>>>;
+
+fn timed(sessions: usize, took: fn(usize) -> Duration, batch: BatchSettings) -> (Arc<Lane>, Runs) {
+    let runs = Runs::default();
+    let session = || -> Box<dyn Session> { Box::new(Timed { took, runs: Arc::clone(&runs) }) };
+    let lane = lane_of((0..sessions).map(|_| session()).collect(), batch);
+    (Arc::new(lane), runs)
+}
+
+/// Most elements of the next batch when eight rows of two elements wait and `idle` sessions of
+/// two have nothing to do, after one run of each size took what `took` says.
+fn planned(idle: usize, took: fn(f64) -> f64) -> usize {
+    let lane = lane(&FakeModel::new(2, 0.0), 2, BatchSettings::default());
+    for rows in [1, 2, 4, 8] {
+        let took = Duration::from_secs_f64(took(rows as f64) / 1e3);
+        lane.seed(vec![row(&vec![0.0; 2 * rows])], took);
+    }
+    let mut state = lane.shared.state.lock();
+    let now = Instant::now();
+    for _ in 0..8 {
+        let (reply, _gone) = oneshot::channel();
+        let item = Job { inputs: Vec::new(), deadline: soon(), reply };
+        let expires_at = item.deadline.at;
+        state.queue.push(queue::Entry {
+            rows: 1,
+            elements: 2,
+            bytes: 8,
+            priority: 0,
+            queued_at: now,
+            expires_at,
+            item,
+        });
+    }
+    let busy: Vec<_> = (idle..2).filter_map(|_| state.idle.pop()).collect();
+    // The first may try a larger one, and then not for long.
+    let tried = lane.shared.rule(&state, now).elements_max;
+    let elements = lane.shared.rule(&state, now).elements_max;
+    assert!(elements <= tried);
+    drop(state.queue.take_dead(now, |_| true));
+    state.idle.extend(busy);
+    elements
+}
+
+#[test]
+fn no_batch_is_larger_than_what_pays() {
+    assert_eq!(planned(1, |rows| 4.0 * rows), 2, "a row costs the same in any batch");
+    assert_eq!(planned(1, |rows| 4.0 * rows.powf(1.5)), 2, "a row costs more in a larger one");
+    assert_eq!(planned(1, |_| 4.0), 16, "eight rows cost as much as one");
+    assert_eq!(planned(1, |rows| if rows > 4.0 { 90.0 } else { 4.0 }), 8, "up to four pay");
+}
+
+#[test]
+fn heavy_work_is_shared_out_over_idle_sessions() {
+    let ms: fn(f64) -> f64 = |rows| 15.0 * (rows + 1.0);
+    assert_eq!(planned(1, ms), 16, "all eight rows on the one session");
+    assert_eq!(planned(2, ms), 8, "half of them on each");
+    assert_eq!(planned(2, |rows| 15.0 * (rows + 1.0) / 1e3), 16, "too light to share");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_done_in_time_is_refused_at_once() {
+    let slow: fn(usize) -> Duration = |_| Duration::from_millis(100);
+    let batch = BatchSettings { size_max: 1, ..BatchSettings::default() };
+    let (lane, runs) = timed(1, slow, batch);
+    let call = |wait: Duration| {
+        let lane = Arc::clone(&lane);
+        let deadline = Deadline::new(Instant::now(), wait);
+        tokio::spawn(async move { lane.infer(vec![row(&[0.0; 2])], deadline, 0).await })
+    };
+    // Nothing was learnt yet: nothing is refused.
+    let long = Duration::from_secs(20);
+    call(long).await.unwrap().unwrap();
+    let waiting: Vec<_> = (0..5).map(|_| call(long)).collect();
+    until(|| lane.queue_depth() == 4).await;
+    let before = Instant::now();
+    let refused = call(Duration::from_millis(200)).await.unwrap().unwrap_err();
+    assert!(matches!(refused, BatchError::NotInTime { .. }), "{refused:?}");
+    assert_eq!(refused.kind(), ErrorKind::Overloaded);
+    assert!(before.elapsed() < Duration::from_millis(200), "at once, not at its deadline");
+    assert!(refused.into_failure().retry_after.is_some());
+    for call in waiting {
+        call.await.unwrap().unwrap();
+    }
+    // With nothing ahead it may try, whatever the estimate says.
+    until(|| lane.shared.state.lock().idle.len() == 1).await;
+    let late = call(Duration::from_millis(20)).await.unwrap().unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::DeadlineExceeded);
+    until(|| lane.shared.state.lock().idle.len() == 1).await;
+    assert_eq!(runs.lock().len(), 7, "the refused one never ran");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_queue_is_bounded_by_bytes_and_age() {
+    let (entered, runs) = std::sync::mpsc::sync_channel(8);
+    let (release, leave) = std::sync::mpsc::sync_channel(8);
+    let batch = BatchSettings {
+        size_max: 1,
+        queue_bytes_max: 20,
+        queue_wait_max: Some(Duration::from_millis(50)),
+        ..BatchSettings::default()
+    };
+    let lane = Arc::new(lane_of(vec![Box::new(Gated { entered, leave })], batch));
+    let call = |rows: usize| {
+        let lane = Arc::clone(&lane);
+        tokio::spawn(async move { lane.infer(vec![row(&vec![0.0; 2 * rows])], soon(), 0).await })
+    };
+    let running = call(1);
+    tokio::task::block_in_place(|| runs.recv_timeout(Duration::from_secs(20))).unwrap();
+    // Larger than the limit, but alone.
+    let waiting = call(3);
+    until(|| lane.queue_depth() == 1).await;
+    let full = call(1).await.unwrap().unwrap_err();
+    assert!(matches!(full, BatchError::QueueBytes { bytes_max: 20, .. }), "{full:?}");
+    release.send(()).unwrap();
+    running.await.unwrap().unwrap();
+    release.send(()).unwrap();
+    // Whether it got its turn in 50 ms or not, it is answered; if not, then as overload.
+    if let Err(error) = waiting.await.unwrap() {
+        assert!(matches!(error, BatchError::WaitedTooLong { .. }), "{error:?}");
+    }
+    assert_eq!(lane.queue_depth(), 0);
+}

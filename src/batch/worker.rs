@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::queue::{Entry, Take};
-use super::run::{expire, run_batch};
+use super::run::run_batch;
 use super::{Job, Shared};
 use crate::engine::Session;
 
@@ -21,7 +21,8 @@ struct Due {
 /// One worker's life: it ends when the lane is closed and nothing waits.
 pub(super) fn work(shared: Arc<Shared>) {
     while let Some(Due { batch, mut session, free_since }) = shared.next_batch() {
-        let permit = shared.budget.enter(shared.cost());
+        let elements = batch.iter().map(|entry| entry.elements).sum();
+        let permit = shared.budget.enter(shared.cost.predict(elements));
         run_batch(&shared, &mut *session, batch, free_since);
         drop(permit);
         shared.give_back(session);
@@ -52,16 +53,21 @@ impl Shared {
         let mut state = self.state.lock();
         loop {
             let now = Instant::now();
-            let dead = state.queue.take_dead(now, |job| job.reply.is_closed());
-            dead.into_iter().for_each(expire);
+            self.bury(&mut state, now);
             let held = self.batch.preserve_ordering && state.running > 0;
             let may_run = !held && !state.idle.is_empty();
             let mut wake_at = state.queue.next_expiry();
             if may_run {
-                match state.queue.take(&self.batch, now, joins) {
+                let rule = self.rule(&state, now);
+                match state.queue.take(&rule, now, joins) {
                     Take::Batch(batch) => {
                         let session = state.idle.pop()?;
                         state.running += 1;
+                        let more = state.queue.len() > 0 && !state.idle.is_empty();
+                        drop(state);
+                        if more {
+                            self.work.notify_one();
+                        }
                         return Some(Due { batch, session, free_since });
                     }
                     Take::Wait(due_at) => {

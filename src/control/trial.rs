@@ -2,6 +2,8 @@
 //!
 //! Invariant: a model is called batched only when its rows were seen not to depend on each other.
 
+use std::time::{Duration, Instant};
+
 use super::samples::{Sample, same};
 use crate::batch::{Form, Padding};
 use crate::domain::{
@@ -167,21 +169,29 @@ fn padded_row(
     signature.bind(named).map_err(|failure| failure.message)
 }
 
-/// Runs zeros, `runs` times for each number of rows.
+/// Runs zeros, `runs` times for each number of rows. Gives what ran and the time it took, if every
+/// request will have these shapes: made-up ones teach nothing about others.
 pub(super) fn warm(
     session: &mut dyn Session,
     signature: &Signature,
     findings: &Findings,
     rows: &[usize],
     runs: usize,
-) -> Result<(), String> {
-    let Some(size) = findings.size else { return Ok(()) };
+) -> Result<Vec<(Vec<Tensor>, Duration)>, String> {
+    let mut seen = Vec::new();
+    let Some(size) = findings.size else { return Ok(seen) };
     for &rows in rows {
+        let inputs = inputs(signature, &vec![0; rows], size)?;
         for _ in 0..runs {
-            run(session, signature, &vec![0; rows], size)?;
+            let started = Instant::now();
+            session.run(&inputs).map_err(reason)?;
+            seen.push((inputs.clone(), started.elapsed()));
         }
     }
-    Ok(())
+    if sizes(signature).len() > 1 {
+        seen.clear();
+    }
+    Ok(seen)
 }
 
 /// Runs every sample and compares.
@@ -272,12 +282,18 @@ fn run(
     rows: &[u8],
     size: usize,
 ) -> Result<Vec<Tensor>, String> {
-    let made: Result<Vec<Tensor>, String> =
-        signature.inputs.iter().map(|spec| made_up(spec, rows, size)).collect();
-    session.run(&made?).map_err(|error| match error {
+    session.run(&inputs(signature, rows, size)?).map_err(reason)
+}
+
+fn inputs(signature: &Signature, rows: &[u8], size: usize) -> Result<Vec<Tensor>, String> {
+    signature.inputs.iter().map(|spec| made_up(spec, rows, size)).collect()
+}
+
+fn reason(error: EngineError) -> String {
+    match error {
         EngineError::Run(reason) => reason,
         other => other.to_string(),
-    })
+    }
 }
 
 /// A tensor whose rows are filled with the values of `rows`. A fixed first dimension takes the
@@ -370,7 +386,9 @@ mod tests {
         let mut session = model.session().unwrap();
         let found = explore(&mut *session, &signature, None).unwrap();
         assert!(found.batched, "{found:?}");
-        warm(&mut *session, &signature, &found, &[1, 8], 2).unwrap();
+        let seen = warm(&mut *session, &signature, &found, &[1, 8], 2).unwrap();
+        let rows: Vec<usize> = seen.iter().map(|(inputs, _)| inputs[0].shape()[0]).collect();
+        assert_eq!(rows, [1, 1, 8, 8]);
         let found = explore(&mut *session, &signature, Some(false)).unwrap();
         assert!(!found.batched);
 

@@ -251,12 +251,13 @@ impl Preparer {
         let padding = padding(settings, &signature)?
             .filter(|_| checked.report.findings.padded && batch.size_max > 1);
         let rows: &[usize] = if batched { &[1, WARM_ROWS.min(batch.size_max)] } else { &[1] };
-        let mut ready = Vec::with_capacity(sessions);
+        let (mut ready, mut warmed) = (Vec::with_capacity(sessions), Vec::new());
         for _ in 0..sessions {
             let mut session = loaded.session()?;
             let (findings, runs) = (&checked.report.findings, settings.warmup.runs);
-            trial::warm(&mut *session, &signature, findings, rows, runs)
+            let seen = trial::warm(&mut *session, &signature, findings, rows, runs)
                 .map_err(PrepareError::Warmup)?;
+            warmed.extend(seen);
             ready.push(session);
         }
         if settings.batch.padding.is_some() && padding.is_none() {
@@ -266,7 +267,7 @@ impl Preparer {
             tracing::info!(%model, %version, engine, "{note}");
         }
         let stats = VersionStats::new(observer, model, version, &checked.digest, engine);
-        let lane = Lane::new(LaneParts {
+        let parts = LaneParts {
             model: model.clone(),
             version,
             batch,
@@ -275,7 +276,11 @@ impl Preparer {
             sessions: ready,
             stats: Arc::clone(&stats),
             budget: Arc::clone(&self.budget),
-        });
+        };
+        let lane = Lane::new(parts).map_err(PrepareError::Workers)?;
+        for (inputs, took) in warmed {
+            lane.seed(inputs, took);
+        }
         Ok(Served {
             model: model.clone(),
             version,
@@ -283,7 +288,7 @@ impl Preparer {
             engine,
             signature,
             settings: settings.clone(),
-            lane: lane.map_err(PrepareError::Workers)?,
+            lane,
             stats,
         })
     }

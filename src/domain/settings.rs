@@ -22,7 +22,7 @@ pub enum Provider {
     Cuda { device_id: i32, memory_max_bytes: Option<usize> },
 }
 
-/// How requests are joined. `size_max` 1 means they never are.
+/// How requests wait and are joined. `size_max` 1 means they never are joined.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BatchSettings {
     /// Most rows in one batch.
@@ -33,9 +33,13 @@ pub struct BatchSettings {
     pub preferred: Vec<usize>,
     /// How long the first request of a batch may be held back for others.
     pub wait_max: Duration,
+    /// Most elements, of all inputs, in one batch; a request that alone brings more runs alone.
+    pub elements_max: usize,
     /// Most requests waiting.
     pub queue_max: usize,
-    /// Longest time in the queue when the request sets none; `None`: only the deadline counts.
+    /// Most bytes waiting; a request that alone is larger waits only in an empty queue.
+    pub queue_bytes_max: usize,
+    /// Longest time in the queue; `None`: only the deadline counts, and every request has one.
     pub queue_wait_max: Option<Duration>,
     /// A request's own timeout may shorten the wait.
     pub allow_timeout_override: bool,
@@ -44,6 +48,9 @@ pub struct BatchSettings {
     /// Number of priorities; 0 means all are equal. 1 is the highest.
     pub priority_levels: u32,
     pub priority_default: u32,
+    /// Head start of a priority over the next lower one: so much longer has the lower one to wait
+    /// until it goes first.
+    pub priority_age: Duration,
     /// How requests of unequal length share a batch; `None`: they do not.
     pub padding: Option<PaddingSettings>,
 }
@@ -101,13 +108,16 @@ impl Default for BatchSettings {
             rows_max: 4096,
             preferred: Vec::new(),
             wait_max: Duration::ZERO,
+            elements_max: 16 << 20,
             queue_max: 1024,
+            queue_bytes_max: 256 << 20,
             queue_wait_max: None,
             allow_timeout_override: true,
             preserve_ordering: false,
             priority_levels: 0,
             priority_default: 0,
             padding: None,
+            priority_age: Duration::from_secs(1),
         }
     }
 }

@@ -21,13 +21,16 @@ pub(super) const KEYS: &[(&str, &str)] = &[
     ("batch.size_max", "16"),
     ("batch.rows_max", "32"),
     ("batch.preferred", "[4, 8]"),
+    ("batch.elements_max", "4096"),
     ("batch.wait_max_us", "500"),
     ("batch.queue_max", "10"),
+    ("batch.queue_bytes_max", "65536"),
     ("batch.queue_wait_max_us", "1000"),
     ("batch.allow_timeout_override", "false"),
     ("batch.preserve_ordering", "true"),
     ("batch.priority_levels", "2"),
     ("batch.priority_default", "1"),
+    ("batch.priority_age_ms", "20"),
     ("batch.padding.buckets", "[16, 32]"),
     ("batch.padding.input", "[{ name = 'x', axis = 1, value = 0 }]"),
     ("batch.padding.output", "[{ name = 'y', axis = 1 }]"),
@@ -144,7 +147,9 @@ fn batch(draft: &mut Draft<'_>, name: &str, value: &Value) -> Done {
             batch.preferred = sizes.iter().map(|value| size(value, 1)).collect::<Result<_, _>>()?;
         }
         "wait_max_us" => batch.wait_max = Duration::from_micros(number(value, 0)?),
+        "elements_max" => batch.elements_max = size(value, 1)?,
         "queue_max" => batch.queue_max = size(value, 1)?,
+        "queue_bytes_max" => batch.queue_bytes_max = size(value, 1)?,
         "queue_wait_max_us" => {
             batch.queue_wait_max = Some(Duration::from_micros(number(value, 1)?));
         }
@@ -152,6 +157,7 @@ fn batch(draft: &mut Draft<'_>, name: &str, value: &Value) -> Done {
         "preserve_ordering" => batch.preserve_ordering = switch(value)?,
         "priority_levels" => batch.priority_levels = level(value)?,
         "priority_default" => batch.priority_default = level(value)?,
+        "priority_age_ms" => batch.priority_age = Duration::from_millis(number(value, 0)?),
         _ => return unknown(),
     }
     Ok(())
