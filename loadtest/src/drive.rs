@@ -13,7 +13,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
 
 use crate::client::{Call, Caller, Connection};
-use crate::process::Process;
+use crate::process::{self, Process};
 use crate::record::{Record, Report, Usage, Window};
 use crate::schedule::{self, Arrivals};
 
@@ -69,9 +69,7 @@ pub fn run(
     let threads = load.threads.min(load.connections);
     let own = Process::new(std::process::id())?;
     let mut record = Record::default();
-    let mut usage = None;
-    let mut client_cpu = Duration::ZERO;
-    std::thread::scope(|scope| -> Result<()> {
+    let used = std::thread::scope(|scope| -> Result<Used> {
         let mut clients = Vec::new();
         for index in 0..threads {
             let share = Share { address, call, load, start, window, index, threads };
@@ -82,10 +80,9 @@ pub fn run(
             let part = client.join().map_err(|_| anyhow::anyhow!("a client thread panicked"))??;
             record.add(&part);
         }
-        (usage, client_cpu) = measured?;
-        Ok(())
+        measured
     })?;
-    Ok(report(&record, load, usage, client_cpu, (call.body.len(), answer_bytes)))
+    Ok(report(&record, load, &used, (call.body.len(), answer_bytes)))
 }
 
 /// The first answer, before any load: whether it works at all, and how long answers are.
@@ -106,53 +103,60 @@ pub fn runtime() -> Result<Runtime> {
     Ok(Builder::new_current_thread().enable_all().build()?)
 }
 
+/// What was used within the window.
 struct Used {
+    server: Option<ServerUsed>,
+    client: Duration,
+    /// Everything on the machine, server and client too.
+    machine: Duration,
+    length: Duration,
+}
+
+struct ServerUsed {
     cpu: Duration,
     system: Duration,
-    length: Duration,
     rss_mib: f64,
 }
 
-/// Sleeps through the window and gives what the server and this process used in it.
-fn measure(
-    window: Window,
-    server: Option<Process>,
-    own: Process,
-) -> Result<(Option<Used>, Duration)> {
-    let sleep_until =
-        |at: Instant| std::thread::sleep(at.saturating_duration_since(Instant::now()));
-    let cpu = |server: Option<Process>| server.map(|server| server.cpu()).transpose();
-    sleep_until(window.start);
-    let (before, own_before, began) = (cpu(server)?, own.cpu()?, Instant::now());
-    sleep_until(window.end);
-    let (after, own_after, length) = (cpu(server)?, own.cpu()?, began.elapsed());
-    let used = match (server, before, after) {
-        (Some(server), Some(before), Some(after)) => Some(Used {
+/// Sleeps through the window and gives what was used in it.
+fn measure(window: Window, server: Option<Process>, own: Process) -> Result<Used> {
+    let look = |at: Instant| -> Result<_> {
+        std::thread::sleep(at.saturating_duration_since(Instant::now()));
+        let of_server = server.map(|server| server.cpu()).transpose()?;
+        Ok((of_server, own.cpu()?.total, process::machine_busy()?, Instant::now()))
+    };
+    let before = look(window.start)?;
+    let after = look(window.end)?;
+    let used = match (server, before.0, after.0) {
+        (Some(server), Some(before), Some(after)) => Some(ServerUsed {
             cpu: after.total.saturating_sub(before.total),
             system: after.system.saturating_sub(before.system),
-            length,
             rss_mib: server.rss_mib()?,
         }),
         _ => None,
     };
-    Ok((used, own_after.total.saturating_sub(own_before.total)))
+    Ok(Used {
+        server: used,
+        client: after.1.saturating_sub(before.1),
+        machine: after.2.saturating_sub(before.2),
+        length: after.3 - before.3,
+    })
 }
 
-fn report(
-    record: &Record,
-    load: &Load,
-    used: Option<Used>,
-    client_cpu: Duration,
-    (request_bytes, answer_bytes): (usize, usize),
-) -> Report {
+fn report(record: &Record, load: &Load, used: &Used, (sent, got): (usize, usize)) -> Report {
     let answered = record.answered.max(1) as f64;
     let per_request = |cpu: Duration| cpu.as_secs_f64() * 1e6 / answered;
-    let server = used.map(|used| Usage {
-        cpu_us_per_request: per_request(used.cpu),
-        cores: used.cpu.as_secs_f64() / used.length.as_secs_f64(),
-        system_share: (used.system.as_secs_f64() / used.cpu.as_secs_f64().max(1e-9)).min(1.0),
-        rss_mib: used.rss_mib,
+    let cores = |cpu: Duration| cpu.as_secs_f64() / used.length.as_secs_f64();
+    let server = used.server.as_ref().map(|server| Usage {
+        cpu_us_per_request: per_request(server.cpu),
+        cores: cores(server.cpu),
+        system_share: (server.system.as_secs_f64() / server.cpu.as_secs_f64().max(1e-9)).min(1.0),
+        rss_mib: server.rss_mib,
     });
+    let others = used
+        .server
+        .as_ref()
+        .map(|server| cores(used.machine.saturating_sub(server.cpu).saturating_sub(used.client)));
     let seconds = load.length.as_secs_f64();
     Report {
         seconds,
@@ -162,9 +166,10 @@ fn report(
         requests_per_s: record.answered as f64 / seconds,
         latency_us: record.latencies(),
         server,
-        client_cpu_us_per_request: per_request(client_cpu),
-        request_bytes,
-        answer_bytes,
+        client_cpu_us_per_request: per_request(used.client),
+        others_cores: others,
+        request_bytes: sent,
+        answer_bytes: got,
     }
 }
 

@@ -233,6 +233,9 @@ struct Compare {
     connections: Vec<usize>,
     #[arg(long, default_value_t = 7)]
     rounds: usize,
+    /// Run a turn again when everything else on the machine kept more processors busy than this
+    #[arg(long, value_name = "CORES", default_value_t = f64::INFINITY)]
+    others_max: f64,
     /// Processors of the client, such as 0,2-3
     #[arg(long, value_name = "CPUS")]
     pin_client: Option<String>,
@@ -324,6 +327,7 @@ fn compare(options: Compare) -> Result<()> {
         load: options.load.load(1),
         seed: inputs.seed,
         server_cpus,
+        others_max: options.others_max,
         check: options.load.check,
     };
     let json = options.json;

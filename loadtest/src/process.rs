@@ -128,6 +128,24 @@ impl Drop for Running {
     }
 }
 
+/// Processor time that the whole machine has spent on work so far, what a host took away included.
+///
+/// # Errors
+/// When `/proc/stat` cannot be read.
+pub fn machine_busy() -> Result<Duration> {
+    let stat = std::fs::read_to_string("/proc/stat")?;
+    busy(&stat).context("/proc/stat without a line for all processors")
+}
+
+/// user nice system idle iowait irq softirq steal, in ticks of 10 ms.
+fn busy(stat: &str) -> Option<Duration> {
+    let fields = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
+    let ticks: Vec<u64> = fields.split_whitespace().map_while(|text| text.parse().ok()).collect();
+    let worked = [0, 1, 2, 5, 6, 7].map(|at| ticks.get(at).copied());
+    let sum: Option<u64> = worked.into_iter().sum();
+    Some(Duration::from_millis(sum? * 10))
+}
+
 /// Runs `command` to its end, on the processors of `cpus` only when given.
 ///
 /// # Errors
@@ -212,6 +230,14 @@ mod tests {
             std::thread::sleep(Duration::from_millis(5));
         }
         assert!(busy.process.rss_mib().unwrap() > 0.1);
+    }
+
+    #[test]
+    fn idle_time_is_no_work() {
+        let stat = "cpu  10 1 5 9000 80 2 3 4 7 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n";
+        assert_eq!(busy(stat), Some(Duration::from_millis(250)));
+        assert_eq!(busy("cpu  1 2"), None);
+        assert!(machine_busy().unwrap() > Duration::ZERO);
     }
 
     #[test]

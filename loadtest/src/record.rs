@@ -132,6 +132,10 @@ pub struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server: Option<Usage>,
     pub client_cpu_us_per_request: f64,
+    /// Processors that everything but server and client kept busy, or that the host took away.
+    /// Ticks of 10 ms and interrupts make it inexact; it tells a quiet machine from a loud one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub others_cores: Option<f64>,
     pub request_bytes: usize,
     pub answer_bytes: usize,
 }
@@ -175,6 +179,9 @@ impl fmt::Display for Report {
             "client      {:.2} us of processor per request",
             self.client_cpu_us_per_request
         )?;
+        if let Some(others) = self.others_cores {
+            writeln!(f, "others      {others:.2} cores")?;
+        }
         write!(f, "bytes       {} sent, {} answered", self.request_bytes, self.answer_bytes)
     }
 }
