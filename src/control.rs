@@ -113,7 +113,7 @@ fn manifest_of(
     config: Option<&str>,
 ) -> Result<Manifest, Failure> {
     let read = match config {
-        Some(config) => manifest::from_json(config),
+        Some(config) => manifest::from_json(config, model.as_str()),
         None if repository.sole().is_some() => manifest::read_sole(repository.root()),
         None => manifest::read(&repository.path(model)),
     };

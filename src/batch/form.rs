@@ -69,7 +69,7 @@ impl Form {
 
     /// Two requests may share a batch: equal datatypes and shapes but for the rows and, with
     /// padding, for lengths of one bucket.
-    pub(super) fn joins(&self, a: &[Tensor], b: &[Tensor]) -> bool {
+    pub fn joins(&self, a: &[Tensor], b: &[Tensor]) -> bool {
         let equal = |(a, b): (&Tensor, &Tensor)| {
             a.datatype() == b.datatype() && a.shape().get(1..) == b.shape().get(1..)
         };

@@ -86,12 +86,12 @@ fn read_named(model_dir: &Path, name: Option<&str>) -> Result<Manifest, Manifest
     draft.finish()
 }
 
-/// Reads Triton's JSON mapping, as load calls bring it along.
+/// Reads Triton's JSON mapping, as load calls for the model `name` bring it along.
 ///
 /// # Errors
 /// Everything that is wrong with it.
-pub fn from_json(json: &str) -> Result<Manifest, ManifestError> {
-    let mut draft = Draft { file: "config", ..Draft::default() };
+pub fn from_json(json: &str, name: &str) -> Result<Manifest, ManifestError> {
+    let mut draft = Draft { file: "config", name: Some(name), ..Draft::default() };
     pbtxt::apply_json(&mut draft, json);
     draft.finish()
 }

@@ -5,11 +5,10 @@
 use std::time::{Duration, Instant};
 
 use super::samples::{Sample, same};
-use crate::batch::{Form, Padding};
-use crate::domain::{
-    DataType, Dim, NamedTensor, PaddingSettings, Shape, Signature, Tensor, TensorSpec,
-};
+use crate::domain::{DataType, Dim, Shape, Signature, Tensor, TensorSpec};
 use crate::engine::{EngineError, Session};
+
+pub(super) mod padding;
 
 /// Sizes tried for dynamic dimensions other than the batch, until the model runs.
 const SIZES: [usize; 5] = [1, 8, 32, 128, 224];
@@ -74,99 +73,6 @@ pub(super) fn explore(
         Err(reason) => findings.notes.push(format!("not batched: {reason}")),
     }
     Ok(findings)
-}
-
-/// Finds out whether rows of unequal length, padded and joined, give what they give alone.
-pub(super) fn explore_padding(
-    session: &mut dyn Session,
-    signature: &Signature,
-    settings: &PaddingSettings,
-    padding: Padding,
-    findings: &mut Findings,
-) {
-    let form = Form { batched: true, padding: Some(padding) };
-    // Ones may be no valid input, as above.
-    let tried = padded_alike(session, signature, settings, &form, findings.size, 1);
-    let tried = match tried {
-        Err(Tried::Failed(_)) => {
-            padded_alike(session, signature, settings, &form, findings.size, 0)
-        }
-        told => told,
-    };
-    match tried {
-        Ok(()) => findings.padded = true,
-        Err(Tried::Failed(reason) | Tried::Differs(reason)) => {
-            findings.notes.push(format!("requests of unequal length are not joined: {reason}"));
-        }
-    }
-}
-
-enum Tried {
-    /// It could not be found out.
-    Failed(String),
-    Differs(String),
-}
-
-fn padded_alike(
-    session: &mut dyn Session,
-    signature: &Signature,
-    settings: &PaddingSettings,
-    form: &Form,
-    size: Option<usize>,
-    value: u8,
-) -> Result<(), Tried> {
-    let long = size.filter(|size| *size > 1).unwrap_or(8);
-    let mut rows = Vec::new();
-    for length in [long, long / 2] {
-        let inputs = padded_row(signature, settings, form, size.unwrap_or(1), length, value);
-        rows.push(inputs.map_err(Tried::Failed)?);
-    }
-    let mut alone = Vec::new();
-    for row in &rows {
-        alone.push(session.run(row).map_err(|error| Tried::Failed(error.to_string()))?);
-    }
-    let members: Vec<&[Tensor]> = rows.iter().map(Vec::as_slice).collect();
-    let joined = form.join(&members).ok_or_else(|| Tried::Failed("they do not fit".to_owned()))?;
-    let together = session.run(&joined.inputs).map_err(|error| Tried::Failed(error.to_string()))?;
-    let cut = form.cut(&joined, &together).map_err(|error| Tried::Differs(error.to_string()))?;
-    for (alone, cut) in alone.iter().zip(&cut) {
-        for (spec, (alone, cut)) in signature.outputs.iter().zip(alone.iter().zip(cut)) {
-            if alone.shape() != cut.shape() || same(alone, cut, JOIN_TOLERANCE).is_err() {
-                let name = &spec.name;
-                return Err(Tried::Differs(format!(
-                    "output '{name}' of a padded row is not what the row gives alone"
-                )));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// One row whose padded inputs have `length`; with the mask that the gateway would make.
-fn padded_row(
-    signature: &Signature,
-    settings: &PaddingSettings,
-    form: &Form,
-    size: usize,
-    length: usize,
-    value: u8,
-) -> Result<Vec<Tensor>, String> {
-    let mut named = Vec::new();
-    for spec in &signature.inputs {
-        if settings.mask.as_ref() == Some(&spec.name) {
-            continue;
-        }
-        let mut shape = shape_of(spec, 1, size);
-        let padded = settings.inputs.iter().find(|input| input.name == spec.name);
-        if let Some(dim) = padded.and_then(|input| shape.get_mut(input.axis)) {
-            *dim = length;
-        }
-        named.push(NamedTensor { name: spec.name.clone(), tensor: filled(spec, shape, &[value])? });
-    }
-    if let Some(padding) = &form.padding {
-        padding.fill_mask(&mut named);
-    }
-    signature.bind(named).map_err(|failure| failure.message)
 }
 
 /// Runs zeros, `runs` times for each number of rows. Gives what ran and the time it took, if every

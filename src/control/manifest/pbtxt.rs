@@ -182,7 +182,8 @@ fn check_kind(draft: &mut Draft<'_>, config: &pb::ModelConfig) {
         && !config.name.is_empty()
         && config.name != folder
     {
-        let message = format!("is '{}', but the folder is '{folder}'", config.name);
+        let what = if draft.folder.is_some() { "folder" } else { "model" };
+        let message = format!("is '{}', but the {what} is '{folder}'", config.name);
         draft.problem("name", message);
     }
     if !["", "onnxruntime_onnx", "tract_onnx"].contains(&config.platform.as_str()) {

@@ -214,12 +214,14 @@ fn rows_below_the_batch_are_refused() {
 fn json_is_read_as_the_text_is() {
     let json = r#"{"name": "m", "max_batch_size": 4, "dynamic_batching": {},
         "input": [{"name": "x", "data_type": "TYPE_INT64", "dims": ["-1", 2]}]}"#;
-    let manifest = from_json(json).unwrap();
+    let manifest = from_json(json, "m").unwrap();
     assert_eq!(manifest.settings.batch.size_max, 4);
     assert_eq!(manifest.declared.unwrap().inputs[0].dims, [-1, 2]);
-    assert!(from_json("{\"max_bach_size\": 4}").is_err());
-    assert!(from_json("{} {}").is_err());
-    assert!(from_json("").is_err());
+    assert!(from_json("{\"max_bach_size\": 4}", "m").is_err());
+    assert!(from_json("{} {}", "m").is_err());
+    assert!(from_json("", "m").is_err());
+    let other = from_json(json, "other").unwrap_err();
+    assert_eq!(other.problems, ["config: name: is 'm', but the model is 'other'"]);
 }
 
 #[test]

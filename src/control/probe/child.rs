@@ -9,7 +9,6 @@ use rustix::process::{Resource, Rlimit, Signal};
 
 use super::super::{samples, trial};
 use super::{Job, Order, ProbeError, ProbeLimits, REPLY_MARK, Report, TrialJob};
-use crate::batch::Padding;
 use crate::engine::{Artifact, Engines, LoadOptions, onnx};
 
 /// Reads an order from stdin, does it, and replies on stdout. What `tidegate probe` runs.
@@ -93,17 +92,16 @@ fn try_model(engines: &Engines, job: &TrialJob) -> Result<Report, String> {
     let mut signature = model.signature().clone();
     let mut findings = trial::explore(&mut *session, &signature, job.settings.batched)?;
     signature.batched = findings.batched;
-    if let Some(settings) = &job.settings.batch.padding {
-        // What is wrong with it is for the parent to say.
-        if let Ok(padding) = Padding::new(settings, &signature) {
-            trial::explore_padding(&mut *session, &signature, settings, padding, &mut findings);
-        }
-    }
+    let padding = job.settings.batch.padding.as_ref();
+    let padded = trial::padding::explore(&mut *session, &signature, padding, &mut findings);
     let mut checked = 0;
     for (name, text) in &job.samples {
         let samples = samples::parse(text).map_err(|error| format!("{name}: {error}"))?;
-        trial::check_samples(&mut *session, &signature, &samples)
-            .map_err(|error| format!("{name}: {error}"))?;
+        let mut fits = trial::check_samples(&mut *session, &signature, &samples);
+        if let (Ok(()), Some(form)) = (&fits, &padded) {
+            fits = trial::padding::check_samples(&mut *session, &signature, form, &samples);
+        }
+        fits.map_err(|error| format!("{name}: {error}"))?;
         checked += samples.len();
     }
     let runs = job.settings.warmup.runs;
