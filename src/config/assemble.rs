@@ -8,7 +8,11 @@ use super::Config;
 use super::layers::{Layers, Problems};
 use crate::domain::{EngineChoice, ModelName};
 use crate::observe::{AccessLog, Otlp, log};
+use crate::transport::intake::memory_limit;
 use crate::{cache, control, gateway, observe, transport};
+
+/// Address space that a trial may have however small the container is.
+const PROBE_MEMORY_FLOOR: u64 = 1 << 30;
 
 pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
     let from = &mut layers;
@@ -87,7 +91,7 @@ fn control_settings(from: &mut Layers) -> control::Settings {
     }
     settings.probe_enabled = from.flag("probe.enabled");
     settings.probe = control::ProbeLimits {
-        memory_max_bytes: from.number("probe.memory_max_mb") << 20,
+        memory_max_bytes: probe_memory(from.number("probe.memory_max_mb") << 20, memory_limit()),
         cpu_max: Duration::from_secs(from.number("probe.cpu_max_s")),
         wall_max: from.millis("probe.wall_max_ms"),
     };
@@ -95,6 +99,12 @@ fn control_settings(from: &mut Layers) -> control::Settings {
     settings.model_name = model_name(from, "repository.model_name");
     settings.default_model = model_name(from, "models.default");
     settings
+}
+
+/// A trial shares the memory of the gateway's container: what is more than there is would only end both.
+/// Address space is more than what is used of it, so even the smallest container lets a trial have some.
+fn probe_memory(wanted: u64, limit: Option<u64>) -> u64 {
+    wanted.min(limit.map_or(u64::MAX, |limit| limit.max(PROBE_MEMORY_FLOOR)))
 }
 
 fn model_name(from: &mut Layers, path: &str) -> Option<ModelName> {
@@ -234,4 +244,19 @@ fn unsafe_notes(config: &Config) -> Vec<String> {
         );
     }
     notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trial_is_not_given_more_than_the_container_has() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(probe_memory(4 * GIB, None), 4 * GIB);
+        assert_eq!(probe_memory(4 * GIB, Some(64 * GIB)), 4 * GIB);
+        assert_eq!(probe_memory(4 * GIB, Some(2 * GIB)), 2 * GIB);
+        assert_eq!(probe_memory(4 * GIB, Some(GIB / 4)), GIB);
+        assert_eq!(probe_memory(GIB / 2, Some(GIB / 4)), GIB / 2);
+    }
 }

@@ -261,7 +261,8 @@ def test_probes_and_metrics_are_what_the_gateway_has(server):
     assert endpoint["port"] in {each["name"] for each in container["ports"]} and endpoint["path"] == "/metrics"
 
 
-def kserve_problems(found):
+def operators_problems(found):
+    """By the operators' own models, which live in an environment of their own."""
     run = subprocess.run(
         [PYTHON, pathlib.Path(__file__).with_name("kserve_schema.py")],
         input=json.dumps(found),
@@ -273,6 +274,15 @@ def kserve_problems(found):
     return json.loads(run.stdout)
 
 
+def test_the_pod_monitor_fits_its_schema():
+    monitor = one([each for _, each in resources()], "PodMonitor")
+    unknown, wrong = copy.deepcopy(monitor), copy.deepcopy(monitor)
+    unknown["spec"]["podMetricEndpoints"] = []
+    wrong["spec"]["podMetricsEndpoints"] = "metrics"
+    right, *refused = operators_problems([monitor, unknown, wrong])
+    assert not right and all(refused)
+
+
 def kserve_documents():
     return documents(DEPLOY / "kserve" / "clusterservingruntime.yaml") + documents(
         DEPLOY / "kserve" / "inferenceservice.yaml"
@@ -281,7 +291,7 @@ def kserve_documents():
 
 def test_kserve_resources_fit_kserves_own_models():
     found = kserve_documents()
-    assert kserve_problems(found) == [[] for _ in found]
+    assert operators_problems(found) == [[] for _ in found]
     runtime, *services = found
     # KServe makes a pod of it: its containers and volumes fit Kubernetes too, which is the stricter of the two.
     pod = {
@@ -314,7 +324,7 @@ def test_kserve_resources_fit_kserves_own_models():
 def test_a_wrong_field_is_found_by_kserves_models(change):
     found = kserve_documents()[:2]
     change(*found)
-    assert any(kserve_problems(found))
+    assert any(operators_problems(found))
 
 
 @pytest.mark.parametrize("layout", ["file", "versions", "repository"])
