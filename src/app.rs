@@ -19,6 +19,7 @@ use crate::observe::Observer;
 use crate::observe::log::LogHandle;
 use crate::panics;
 use crate::route::{Published, RouteTable};
+use crate::transport::accept;
 use crate::transport::intake::Intake;
 use crate::transport::listener::Listeners;
 use crate::transport::shm::SharedMemory;
@@ -40,6 +41,7 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     for note in &config.unsafe_notes {
         tracing::warn!("{note}");
     }
+    accept::raise_descriptors();
     let mut stop = Stop::listen()?;
     let observer = Observer::new(config.observe.clone());
     let (choice, library) = (config.control.engine, config.control.ort_library.as_deref());

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::gateway::Gateway;
 
+pub mod accept;
 mod connection;
 pub mod grpc;
 pub mod http;

@@ -35,12 +35,13 @@ use self::peers::Peers;
 use self::socket::{First, Socket};
 use self::watch::{Limits, Open, Seen, Watch};
 use super::grpc::Grpc;
-use super::{Api, Body, Settings, http as rest};
+use super::{Api, Body, Settings, accept, http as rest};
 use crate::observe::CloseReason;
 use crate::panics;
 
 mod bodies;
 mod head;
+mod lines;
 mod peers;
 mod socket;
 mod watch;
@@ -77,6 +78,7 @@ pub(super) struct Front {
     pub(super) api: Arc<Api>,
     /// One permit for each connection that may be open.
     pub(super) connections: Arc<Semaphore>,
+    connections_max: usize,
     grpc: Grpc,
     peers: Arc<Peers>,
     limits: Limits,
@@ -90,8 +92,10 @@ pub(super) struct Front {
 impl Front {
     pub(super) fn new(api: Arc<Api>) -> Self {
         let settings = &api.settings;
+        let connections_max = accept::connections_max(settings.connections_max);
         Self {
-            connections: Arc::new(Semaphore::new(settings.connections_max)),
+            connections: Arc::new(Semaphore::new(connections_max)),
+            connections_max,
             grpc: Grpc::new(Arc::clone(&api)),
             peers: Peers::new(settings.connections_per_ip_max),
             limits: Limits::new(settings),
@@ -104,7 +108,7 @@ impl Front {
     }
 
     fn http2(&self) -> &http2::Builder<TokioExecutor> {
-        let open = self.api.settings.connections_max - self.connections.available_permits();
+        let open = self.connections_max - self.connections.available_permits();
         if open <= HTTP2_WIDE_CONNECTIONS_MAX { &self.http2 } else { &self.http2_small }
     }
 
@@ -377,7 +381,11 @@ async fn respond(
 ) -> Response<AnswerBody> {
     let version = request.version();
     let http2 = version >= Version::HTTP_2;
-    let mut answer = match head::check(&request, front.api.settings.uri_max_bytes) {
+    let checked = match open.watch().is_unequivocal() {
+        true => head::check(&request, front.api.settings.uri_max_bytes),
+        false => Err(head::TWO_READINGS),
+    };
+    let mut answer = match checked {
         Ok(()) => {
             // Where its body ends is a matter of opinion among proxies; nothing may follow it.
             let last = !http2

@@ -13,12 +13,10 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Api;
+use super::accept::Refusals;
 use super::connection::{Front, Graceful, connection};
 use super::io::IoThreads;
 use crate::panics;
-
-/// Pause of the accept loop after the operating system refused a connection.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Listeners of the data plane, and the connections that they accepted.
 pub struct Listeners {
@@ -79,6 +77,7 @@ async fn accept_loop(
     io: Arc<IoThreads>,
     stop: CancellationToken,
 ) {
+    let mut refusals = Refusals::new();
     loop {
         let slot = tokio::select! {
             slot = Arc::clone(&front.connections).acquire_owned() => slot,
@@ -92,6 +91,7 @@ async fn accept_loop(
         };
         match accepted {
             Ok((stream, peer)) => {
+                refusals.accepted();
                 let counted = front.api.gateway.observer().connection();
                 let (front, watcher) = (Arc::clone(&front), graceful.watcher());
                 // Registered anew with the event queue of the thread that serves it.
@@ -105,8 +105,11 @@ async fn accept_loop(
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection, trying again");
-                sleep(ACCEPT_PAUSE).await;
+                front.api.gateway.observer().accept_failed();
+                tokio::select! {
+                    () = sleep(refusals.pause(&error)) => {}
+                    () = stop.cancelled() => return,
+                }
             }
         }
     }

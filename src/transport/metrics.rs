@@ -14,6 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use super::accept::Refusals;
 use super::{Api, Body, http as rest};
 
 /// Scrapers connected at once; more wait.
@@ -23,13 +24,16 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Serves until the process ends: metrics are wanted most while it drains.
 pub async fn serve(listener: TcpListener, api: Arc<Api>) {
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut refusals = Refusals::new();
     loop {
         let Ok(slot) = Arc::clone(&connections).acquire_owned().await else { return };
         let stream = match listener.accept().await {
-            Ok((stream, _peer)) => stream,
+            Ok((stream, _peer)) => {
+                refusals.accepted();
+                stream
+            }
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a metrics connection, trying again");
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                tokio::time::sleep(refusals.pause(&error)).await;
                 continue;
             }
         };

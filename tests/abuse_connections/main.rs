@@ -6,4 +6,5 @@
 #![expect(clippy::print_stdout, reason = "the figures of the tests")]
 
 mod slow;
+mod smuggling;
 mod support;

@@ -3,7 +3,7 @@
 //!
 //! hyper refuses most of what is malformed: lengths that are no numbers or contradict each other,
 //! folded lines, spaces before a colon, control characters. What it lets pass, and others on the
-//! way might read differently, is refused here.
+//! way might read differently, is refused here, or found by [`super::lines`].
 
 use http::header::{CONNECTION, CONTENT_TYPE, EXPECT, HOST, TRANSFER_ENCODING};
 use http::uri::Authority;
@@ -37,6 +37,10 @@ impl Refused {
         answer
     }
 }
+
+/// What [`super::lines`] finds.
+pub(super) const TWO_READINGS: Refused =
+    Refused::bad("lines are expected to end with CR LF, and a length or an encoding, not both");
 
 /// Refuses what could be read in two ways, and what is too long.
 pub(super) fn check<B>(request: &Request<B>, uri_max_bytes: usize) -> Result<(), Refused> {
@@ -77,7 +81,7 @@ fn check_host<B>(request: &Request<B>) -> Result<(), Refused> {
     };
     let host = host.as_bytes();
     // An empty one is what a client without a name for us sends.
-    if !host.is_empty() && Authority::try_from(host).is_err() {
+    if !host.is_empty() && (host.contains(&b'@') || Authority::try_from(host).is_err()) {
         return Err(Refused::bad("host is expected to be a name and perhaps a port"));
     }
     let said = request.uri().authority().map(|authority| authority.as_str().as_bytes());
@@ -123,6 +127,7 @@ mod tests {
         assert_eq!(to("http://a/v2", "b"), Some(StatusCode::BAD_REQUEST));
         assert_eq!(to("/v2", ""), None);
         assert_eq!(to("/v2", "[::1]:8000"), None);
+        assert_eq!(to("/v2", "a@b"), Some(StatusCode::BAD_REQUEST));
         assert_eq!(to("/v2", "a b"), Some(StatusCode::BAD_REQUEST));
         assert_eq!(to("/v2", "a, b"), Some(StatusCode::BAD_REQUEST));
     }

@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::lines::Lines;
 use super::watch::Watch;
 
 /// What an HTTP/2 client says first.
@@ -50,14 +51,25 @@ impl First {
 pub(super) struct Socket {
     stream: TcpStream,
     first: Option<First>,
-    http1: bool,
+    /// Of HTTP/1.
+    lines: Option<Lines>,
     watch: Arc<Watch>,
 }
 
 impl Socket {
     pub(super) fn new(stream: TcpStream, first: First, watch: Arc<Watch>) -> Self {
-        let http1 = !first.is_http2();
-        Self { stream, first: Some(first), http1, watch }
+        let lines = (!first.is_http2()).then(Lines::default);
+        let mut socket = Self { stream, first: None, lines, watch };
+        socket.came(&first.bytes[..first.len]);
+        socket.first = Some(first);
+        socket
+    }
+
+    fn came(&mut self, bytes: &[u8]) {
+        let Some(lines) = &mut self.lines else { return };
+        if lines.pass(bytes).is_err() {
+            self.watch.has_two_readings();
+        }
     }
 
     fn wrote(&self, written: &Poll<io::Result<usize>>) {
@@ -91,8 +103,9 @@ impl AsyncRead for Socket {
         }
         let before = buf.filled().len();
         let polled = Pin::new(&mut me.stream).poll_read(cx, buf);
-        if me.http1 && buf.filled().len() > before {
+        if me.lines.is_some() && buf.filled().len() > before {
             me.watch.head_bytes();
+            me.came(&buf.filled()[before..]);
         }
         polled
     }

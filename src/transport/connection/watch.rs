@@ -59,6 +59,8 @@ pub(super) struct Watch {
     idle_since: AtomicU64,
     /// Part of a request's head has come, the rest has not.
     head_begun: AtomicBool,
+    /// What came can be read in two ways.
+    two_readings: AtomicBool,
     /// The socket takes no more.
     blocked: AtomicBool,
     /// Times that the socket took something.
@@ -92,6 +94,7 @@ impl Watch {
             open: AtomicU32::new(0),
             idle_since: AtomicU64::new(0),
             head_begun: AtomicBool::new(http1),
+            two_readings: AtomicBool::new(false),
             blocked: AtomicBool::new(false),
             writes: AtomicU64::new(0),
             pieces: Mutex::default(),
@@ -104,6 +107,15 @@ impl Watch {
         if self.open.load(Relaxed) == 0 {
             self.head_begun.store(true, Relaxed);
         }
+    }
+
+    /// Nothing that came may be answered with anything but an error.
+    pub(super) fn has_two_readings(&self) {
+        self.two_readings.store(true, Relaxed);
+    }
+
+    pub(super) fn is_unequivocal(&self) -> bool {
+        !self.two_readings.load(Relaxed)
     }
 
     pub(super) fn wrote(&self) {
