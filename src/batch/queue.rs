@@ -4,13 +4,18 @@
 //! - An entry leaves exactly once: in a batch or as expired.
 //! - A batch is never over a limit of its [`Rule`], unless one entry alone is.
 //! - Entries of one batch are equal in everything but their rows (`joins`).
-//! - Within a priority, entries leave in the order they came. A lower priority waits longer, but
+//! - Within a priority, entries that may run together leave in the order they came, and all others
+//!   too where the queue is told so (`in_order`). A lower priority waits longer, but
 //!   not for ever: each level is worth a head start of `priority_age` and no more.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+/// Groups of entries that join each other which are looked at while the first ones wait for
+/// company: with more, each take would compare everyone with everyone.
+const GROUPS_MAX: usize = 16;
 
 /// One waiting request.
 #[derive(Debug)]
@@ -55,13 +60,21 @@ pub(super) struct Queue<T> {
     entries: VecDeque<Entry<T>>,
     /// Head start of each level of priority over the next.
     priority_age: Duration,
+    /// Nothing overtakes, not even what could run with something before it.
+    in_order: bool,
     elements: usize,
     bytes: usize,
 }
 
 impl<T> Queue<T> {
     pub(super) fn new(priority_age: Duration) -> Self {
-        Self { entries: VecDeque::new(), priority_age, elements: 0, bytes: 0 }
+        Self { entries: VecDeque::new(), priority_age, in_order: false, elements: 0, bytes: 0 }
+    }
+
+    /// Whether entries leave strictly in their order.
+    pub(super) fn in_order(mut self, in_order: bool) -> Self {
+        self.in_order = in_order;
+        self
     }
 
     pub(super) fn len(&self) -> usize {
@@ -125,15 +138,48 @@ impl<T> Queue<T> {
     }
 
     /// The next batch, if one is due: full, of a preferred size, or its window has closed. `joins`
-    /// says whether two entries may run together.
+    /// says whether two entries may run together. What is complete does not wait for the window of
+    /// others before it that it cannot join.
     pub(super) fn take(
         &mut self,
         rule: &Rule<'_>,
         now: Instant,
         joins: impl Fn(&T, &T) -> bool,
     ) -> Take<T> {
-        let Some(head) = self.entries.front() else { return Take::Empty };
-        let mut members = vec![0];
+        if self.entries.is_empty() {
+            return Take::Empty;
+        }
+        let due_at = self.due_at(rule);
+        if let Some(members) = self.group(0, rule, due_at <= now, &joins) {
+            return Take::Batch(self.remove_all(&members));
+        }
+        let groups = if self.in_order { 1 } else { GROUPS_MAX };
+        let mut leaders = vec![0];
+        while leaders.len() < groups {
+            let of_none = |entry: &Entry<T>| {
+                leaders.iter().all(|leader| !joins(&self.entries[*leader].item, &entry.item))
+            };
+            let last = leaders.last().copied().unwrap_or(0);
+            let next = self.entries.iter().skip(last + 1).position(of_none);
+            let Some(leader) = next.map(|at| last + 1 + at) else { break };
+            if let Some(members) = self.group(leader, rule, false, &joins) {
+                return Take::Batch(self.remove_all(&members));
+            }
+            leaders.push(leader);
+        }
+        Take::Wait(due_at)
+    }
+
+    /// The batch that the entry at `leader` is the first of, if it is complete or `due`.
+    fn group(
+        &self,
+        leader: usize,
+        rule: &Rule<'_>,
+        due: bool,
+        joins: &impl Fn(&T, &T) -> bool,
+    ) -> Option<Vec<usize>> {
+        let head = self.entries.get(leader)?;
+        let mut members = vec![leader];
         let (mut rows, mut elements) = (head.rows, head.elements);
         // Full when another one like the head has no room.
         let full = |rows: usize, elements: usize| {
@@ -142,11 +188,16 @@ impl<T> Queue<T> {
         let mut closed = full(rows, elements);
         // The longest prefix of members whose rows are a preferred size.
         let mut preferred = rule.preferred.contains(&rows).then_some(1);
-        for (at, entry) in self.entries.iter().enumerate().skip(1) {
+        for (at, entry) in self.entries.iter().enumerate().skip(leader + 1) {
             if closed {
                 break;
             }
-            if !joins(&head.item, &entry.item) {
+            let fits = joins(&head.item, &entry.item);
+            if !fits && self.in_order {
+                // Nobody can be added any more.
+                closed = true;
+            }
+            if !fits {
                 continue;
             }
             let more = (rows + entry.rows, elements.saturating_add(entry.elements));
@@ -162,13 +213,12 @@ impl<T> Queue<T> {
                 preferred = Some(members.len());
             }
         }
-        let due_at = self.due_at(rule);
         match preferred {
             Some(count) if !closed => members.truncate(count),
-            _ if closed || due_at <= now => {}
-            _ => return Take::Wait(due_at),
+            _ if closed || due => {}
+            _ => return None,
         }
-        Take::Batch(self.remove_all(&members))
+        Some(members)
     }
 
     /// When the oldest entry's window closes, or nobody has come for a while.
@@ -261,6 +311,37 @@ mod tests {
             let got = items(queue.take(rule, now, |_, _| true)).map(|batch| batch.len());
             assert_eq!(got, *want, "{name}");
         }
+    }
+
+    #[test]
+    fn other_shapes_do_not_hold_up_what_is_complete() {
+        let start = Instant::now();
+        let kind = |item: &u32| item / 100;
+        let joins = |a: &u32, b: &u32| kind(a) == kind(b);
+        let filled = |items: &[u32]| {
+            let mut queue = Queue::new(AGE);
+            items.iter().for_each(|item| queue.push(entry(*item, 1, 1, start)));
+            queue
+        };
+        let window = rule(2, 5, &[]);
+        let mut queue = filled(&[0, 100, 200, 101]);
+        assert_eq!(items(queue.take(&window, start, joins)), Some(vec![100, 101]));
+        assert_eq!(items(queue.take(&window, start, joins)), None, "the others have a window");
+        let later = start + Duration::from_millis(5);
+        assert_eq!(items(queue.take(&window, later, joins)), Some(vec![0]));
+        assert_eq!(items(queue.take(&window, later, joins)), Some(vec![200]));
+
+        // Without a window each goes when a worker is free, the oldest first.
+        let mut queue = filled(&[0, 100, 1, 101]);
+        assert_eq!(items(queue.take(&rule(8, 0, &[]), start, joins)), Some(vec![0, 1]));
+        assert_eq!(items(queue.take(&rule(8, 0, &[]), start, joins)), Some(vec![100, 101]));
+
+        let mut queue = filled(&[0, 100, 1, 101]).in_order(true);
+        for item in [0, 100, 1] {
+            assert_eq!(items(queue.take(&window, start, joins)), Some(vec![item]));
+        }
+        assert_eq!(items(queue.take(&window, start, joins)), None);
+        assert_eq!(items(queue.take(&window, later, joins)), Some(vec![101]));
     }
 
     #[test]
