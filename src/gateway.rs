@@ -22,6 +22,7 @@ use crate::route::{Pick, Published, RouteTable, Served};
 mod classify;
 mod outputs;
 mod recall;
+mod reserved;
 
 /// Limits and waits of the request path.
 #[derive(Clone, Debug)]
@@ -156,6 +157,7 @@ impl Gateway {
         let pick = self.table.snapshot().pick(record.model(), version.as_ref())?;
         let served = Arc::clone(&pick.served);
         record.picked(pick);
+        reserved::check(parameters)?;
         let deadline = self.deadline(meta, &served, parameters)?;
         let wanted = wanted_outputs(&served, requested)?;
         let mut named = match inputs {

@@ -290,7 +290,7 @@ impl Recipe {
     /// What an error of the runtime while loading means for the operator, without paths.
     fn refused(&self, error: &ort::Error) -> EngineError {
         let message = error.message().replace(&*self.path.to_string_lossy(), "the model");
-        let message = message.trim().to_owned();
+        let message = told(&message);
         match missing(error.code(), &message) {
             Some(missing) => EngineError::Unsupported { engine: NAME, missing },
             None => EngineError::Broken(message),
@@ -418,6 +418,14 @@ fn told(message: &str) -> String {
         rest = after.strip_prefix("const ").unwrap_or(after);
     }
     told.push_str(rest);
+    // "tensor.cc:57 CalculateTensorStorageSize reason"
+    let place = |word: &&str| {
+        let line = [".cc:", ".h:", ".cpp:"].iter().find_map(|ending| word.split_once(ending));
+        line.is_some_and(|(_, line)| line.starts_with(|digit: char| digit.is_ascii_digit()))
+    };
+    if told.split(' ').any(|word| place(&word)) {
+        told = told.split(' ').filter(|word| !place(word)).collect::<Vec<_>>().join(" ");
+    }
     told
 }
 
@@ -440,6 +448,7 @@ mod tests {
                 "A: bad B",
             ),
             ("A: /onnxruntime_src/core/x.cc:1", "A: "),
+            ("[1] : FAIL : tensor.cc:57 Size must be >= 0", "[1] : FAIL : Size must be >= 0"),
         ];
         for (message, expected) in cases {
             assert_eq!(told(message), expected);

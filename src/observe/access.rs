@@ -50,23 +50,38 @@ pub(super) fn log(mode: AccessLog, completion: &Completion) {
     );
 }
 
-/// A caller's text without what could forge lines or fill the disk; `None` when there is none.
+/// A caller's text without what could forge lines, fill the disk or fool who reads; `None` when
+/// there is none. A last `…` says that it was cut: those of the caller are escaped.
 fn shown(text: &str) -> Option<String> {
     if text.is_empty() {
         return None;
     }
     let mut out = String::new();
-    for char in text.chars().take(REQUEST_ID_MAX) {
-        if char.is_control() || char.is_whitespace() || matches!(char, '"' | '\\') {
-            write!(out, "{}", char.escape_unicode()).expect("writing to a string cannot fail");
-        } else {
+    let mut chars = text.chars();
+    for char in chars.by_ref().take(REQUEST_ID_MAX) {
+        if plain(char) {
             out.push(char);
+        } else {
+            write!(out, "{}", char.escape_unicode()).expect("writing to a string cannot fail");
         }
     }
-    if text.chars().nth(REQUEST_ID_MAX).is_some() {
+    if chars.next().is_some() {
         out.push('…');
     }
     Some(out)
+}
+
+/// Whether a character is shown as itself: neither white space nor control, nothing that turns the
+/// direction of what follows or cannot be seen, nothing that a log's own syntax uses.
+fn plain(char: char) -> bool {
+    let unseen = matches!(
+        char,
+        '\u{ad}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+            | '\u{2800}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{ffa0}'
+            | '\u{fff0}'..='\u{fffb}' | '\u{e0000}'..='\u{e0fff}'
+    );
+    !(unseen || char.is_control() || char.is_whitespace() || matches!(char, '"' | '\\' | '…'))
 }
 
 #[cfg(test)]
@@ -169,6 +184,9 @@ mod tests {
         assert_eq!(shown(""), None);
         assert_eq!(shown("a-1").unwrap(), "a-1");
         assert_eq!(shown("a\nb \"\u{1b}").unwrap(), r"a\u{a}b\u{20}\u{22}\u{1b}");
+        assert_eq!(shown("a\u{202e}b\u{2028}c").unwrap(), r"a\u{202e}b\u{2028}c");
         assert_eq!(shown(&"x".repeat(1000)).unwrap().chars().count(), REQUEST_ID_MAX + 1);
+        // Nobody but us says that something was cut.
+        assert_eq!(shown("a…").unwrap(), r"a\u{2026}");
     }
 }

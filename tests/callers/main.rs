@@ -4,7 +4,12 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod cache;
+mod isolation;
+mod labels;
 mod onnx;
+mod oracle;
 mod outputs;
 mod process;
+mod reserved;
 mod support;
+mod text;

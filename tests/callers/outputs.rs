@@ -138,8 +138,7 @@ async fn outputs_that_shapes_tell_are_refused_before_the_run() {
         let refused = ask(rows + 1).await.map(|_: pb::ModelInferResponse| ()).unwrap_err();
         assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
         let bytes = (rows + 1) * 8;
-        let expected =
-            format!("the outputs would take {bytes} bytes, the limit is {}", rows * 8);
+        let expected = format!("the outputs would take {bytes} bytes, the limit is {}", rows * 8);
         assert_eq!(refused.message(), expected);
         assert_eq!(fake.runs.load(Ordering::Relaxed), 1, "{model}");
     }

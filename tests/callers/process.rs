@@ -30,6 +30,15 @@ pub(crate) fn put(repository: &Path, model: &str, content: &[u8]) {
 impl Process {
     /// Serves `root/models` with the state in `root/state`; `limit` is put before the program.
     pub(crate) fn start(root: &Path, config: &[(&str, &str)], limit: &str) -> Self {
+        Self::start_logging(root, config, limit, "json")
+    }
+
+    pub(crate) fn start_logging(
+        root: &Path,
+        config: &[(&str, &str)],
+        limit: &str,
+        format: &str,
+    ) -> Self {
         let binary = env!("CARGO_BIN_EXE_tidegate");
         let mut command = Command::new("sh");
         command.arg("-c").arg(format!("{limit} exec {binary} serve"));
@@ -39,7 +48,7 @@ impl Process {
         command
             .env("TIDEGATE_REPOSITORY_PATH", root.join("models"))
             .env("TIDEGATE_SERVER_STATE_DIR", root.join("state"))
-            .env("TIDEGATE_LOG_FORMAT", "json")
+            .env("TIDEGATE_LOG_FORMAT", format)
             .envs(config.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -56,10 +65,14 @@ impl Process {
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut process = Self { child, lines, http: nowhere };
         process.http = process.until(|line| {
-            let line: Value = serde_json::from_str(line).ok()?;
+            let Ok(line) = serde_json::from_str::<Value>(line) else {
+                let (_, address) = line.split_once("protocol=\"http\" address=")?;
+                return address.trim().parse().ok();
+            };
             (line["protocol"] == "http").then(|| line["address"].as_str()?.parse().ok())?
         });
-        process.until(|line| line.contains("\"ready\"").then_some(()));
+        process
+            .until(|line| (line.contains("\"ready\"") || line.ends_with(" ready")).then_some(()));
         process
     }
 

@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::{Request, StatusCode};
+use http::{HeaderMap, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use serde_json::Value;
 use tidegate::batch::{Lane, LaneParts, ThreadBudget};
@@ -58,6 +58,7 @@ pub(crate) struct Inside {
 /// What an HTTP call gave.
 pub(crate) struct Answer {
     pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
 
@@ -145,7 +146,7 @@ impl Inside {
         let request = request.body(Full::new(body.into())).unwrap();
         let (head, body) = rest::handle(Arc::clone(&self.api), request).await.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
-        Answer { status: head.status, body }
+        Answer { status: head.status, headers: head.headers, body }
     }
 
     pub(crate) async fn grpc<Q, A>(&self, method: &str, request: Q) -> Result<A, Status>
