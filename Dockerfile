@@ -9,7 +9,7 @@
 # Base images are pinned by tag, because a digest that nobody here has pulled would be a guess. Pin what you have
 # checked: docker build --build-arg RUNTIME_IMAGE=gcr.io/distroless/cc-debian12@sha256:... .
 
-ARG BUILD_IMAGE=rust:1.92-slim-bookworm
+ARG BUILD_IMAGE=rust:1.95-slim-bookworm
 ARG PYTHON_IMAGE=python:3.13-slim-bookworm
 ARG RUNTIME_IMAGE=gcr.io/distroless/cc-debian12:nonroot
 ARG CUDA_IMAGE=nvidia/cuda:13.0.2-cudnn-runtime-ubuntu24.04

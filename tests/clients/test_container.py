@@ -130,8 +130,16 @@ def test_the_build_stage_has_all_that_cargo_needs(dockerfile, tmp_path):
 
 
 def test_the_build_image_is_new_enough(dockerfile):
-    wanted = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["rust-version"]
-    assert re.search(r"rust:(\d+\.\d+)", dockerfile["build"].base)[1] == wanted
+    """For this package and for every crate that it is locked to."""
+    command = ["cargo", "metadata", "--locked", "--format-version", "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    packages = {each["name"]: each["rust_version"] or "1.0" for each in json.loads(run.stdout)["packages"]}
+    (there,) = re.findall(r"rust:(\d+)\.(\d+)", dockerfile["build"].base)
+    too_new = {
+        name: wanted for name, wanted in packages.items() if [*map(int, wanted.split("."))][:2] > [*map(int, there)]
+    }
+    assert not too_new and packages["tidegate"]
 
 
 def test_onnxruntimes_script_fails_the_image_when_it_fetches_nothing(dockerfile, tmp_path):
@@ -277,6 +285,31 @@ def test_the_image_serves_confined_and_stops_cleanly(image):
     assert (image.root / "var/lib/tidegate/cache/models").is_dir()
     assert not list((image.root / "tmp").iterdir())
     assert image.health()[0] == 1
+
+
+def give_processors(image, count):
+    """Control group files for the container's /sys, of the version that this kernel has."""
+    for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, files = "sys/fs/cgroup", {"cgroup.controllers": "cpu", "cpu.max": f"{count}00000 100000"}
+        elif "cpu" in controllers.split(","):
+            base, files = "sys/fs/cgroup/cpu", {"cpu.cfs_quota_us": f"{count}00000", "cpu.cfs_period_us": "100000"}
+        else:
+            continue
+        for folder in {image.root / base, image.root / base / path.lstrip("/")}:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (folder / name).write_text(text + "\n")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_processor_quota_says_how_many_threads_compute(image, count):
+    give_processors(image, count)
+    with serving(image) as container:
+        tasks = pathlib.Path(f"/proc/{container.pid}/task").iterdir()
+        lanes = [name for task in tasks if (name := (task / "comm").read_text().strip()).startswith("lane-iris-2")]
+        assert len(lanes) == min(count, len(os.sched_getaffinity(0)))
 
 
 def test_the_health_check_tells_alive_from_ready(image):
