@@ -51,7 +51,24 @@ def built(overlay):
         run = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert run.returncode == 0, run.stderr
         return [each for each in yaml.safe_load_all(run.stdout) if each]
-    return [each for path, each in resources() if "overlays" not in path.parts and each["kind"] not in FOREIGN]
+    found = [each for path, each in resources() if "overlays" not in path.parts and each["kind"] not in FOREIGN]
+    for patch in kustomizations()[KUBERNETES / "overlays" / overlay].get("patches", ()):
+        (change,) = documents(KUBERNETES / "overlays" / overlay / patch["path"])
+        merge(one(found, change["kind"], change["metadata"]["name"]), change)
+    return found
+
+
+def merge(there, change):
+    """A patch's fields over a resource's, as kustomize does it: maps by key, lists of named things by name."""
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(there.get(key), dict):
+            merge(there[key], value)
+        elif isinstance(value, list) and key in there and all("name" in each for each in value):
+            for each in value:
+                (same,) = (old for old in there[key] if old["name"] == each["name"])
+                merge(same, each)
+        else:
+            there[key] = value
 
 
 def one(found, kind, name="tidegate"):
