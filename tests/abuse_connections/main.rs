@@ -2,9 +2,16 @@
 //! descriptors and callers who vanish. Each test prints its figure.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
-#![expect(dead_code, reason = "for the tests to come")]
 #![expect(clippy::print_stdout, reason = "the figures of the tests")]
 
+#[expect(unreachable_pub, reason = "shared with the benchmarks")]
+#[path = "../support/gateway.rs"]
+mod gateway_of;
+
+mod calls;
+mod descriptors;
+mod floods;
+mod gone;
 mod slow;
 mod smuggling;
 mod support;

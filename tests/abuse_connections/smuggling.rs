@@ -265,7 +265,7 @@ fn lines() -> Vec<Case> {
         case("HTTP/1.0 kept alive", "POST /v2/repository/index HTTP/1.0\r\nconnection: keep-alive\r\ncontent-length: 2\r\n\r\n{}", Served(1)),
         case("HTTP/1.0", "POST /v2/repository/index HTTP/1.0\r\ncontent-length: 2\r\n\r\n{}", Last),
         case("close, and more after", [get("host: a\r\nconnection: close\r\n"), SMUGGLED.into()].concat(), Last),
-        case("CONNECT", format!("CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n"), Served(1)),
+        case("CONNECT", "CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n", Served(1)),
         case("expect, body at once", post("expect: 100-continue\r\ncontent-length: 2", "{}"), Served(1)),
     ]);
     cases
