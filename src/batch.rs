@@ -5,7 +5,7 @@
 //! ```text
 //! Lane::infer ──push──▶ Queue (≤ queue_max) ──take──▶ worker thread: Session::run
 //!    ▲  │ cheap and idle                                      │
-//!    │  └────▶ Session::run where the request stands          │
+//!    │  └─▶ gather ─▶ Session::run where the request stands   │
 //!    └────────────────── oneshot reply ◀──────────────────────┘
 //! ```
 //!
@@ -14,6 +14,8 @@
 //! - Nothing here waits for queue space. A full queue is an answer, not a delay, and so is a queue
 //!   too long for the request's deadline.
 //! - A request that has expired or whose caller has gone never reaches the engine.
+//! - A run is ended when all that it was for have expired or gone, where the engine can (ONNX
+//!   Runtime, between two operators).
 //! - A request that fails alone never fails its neighbours: a failed batch is run again one by one.
 //!
 //! Deliberately absent: retries; the caller owns the deadline.
@@ -36,20 +38,24 @@ mod budget;
 mod cost;
 mod error;
 mod form;
+mod gather;
 mod inline;
 mod pad;
 mod plan;
 mod queue;
 mod run;
+mod running;
 mod worker;
 
 pub use budget::ThreadBudget;
 use cost::Cost;
 pub use error::BatchError;
 pub use form::{Form, Joined};
+use gather::{Company, Gathered};
 pub use pad::Padding;
 use plan::Arrivals;
 use queue::Queue;
+use running::{Ticket, Waiter};
 
 /// What a lane is made of.
 pub struct LaneParts {
@@ -98,6 +104,27 @@ struct Job {
     inputs: Vec<Tensor>,
     deadline: Deadline,
     reply: oneshot::Sender<Result<Ran, BatchError>>,
+    ticket: Ticket,
+}
+
+/// How a caller waits for its request. Dropping it withdraws the request: the worker sees that
+/// nobody waits, and a run that was only for this one is ended.
+struct Outcome {
+    receiver: oneshot::Receiver<Result<Ran, BatchError>>,
+    _waiter: Waiter,
+    deadline: Deadline,
+}
+
+impl Outcome {
+    async fn wait(mut self) -> Result<Ran, BatchError> {
+        match timeout_at(self.deadline.at, &mut self.receiver).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(BatchError::WorkerLost),
+            Err(_) => {
+                Err(BatchError::DeadlineExceeded { waited: self.deadline.received.elapsed() })
+            }
+        }
+    }
 }
 
 struct State {
@@ -121,6 +148,9 @@ struct Shared {
     /// Sessions, idle or not.
     sessions: usize,
     cost: Cost,
+    /// Requests may run on the thread that they stand on.
+    inline: bool,
+    company: Company,
     in_flight: AtomicUsize,
 }
 
@@ -131,6 +161,9 @@ impl Lane {
     /// When the operating system gives no thread.
     pub fn new(parts: LaneParts) -> std::io::Result<Self> {
         let workers = parts.sessions.len();
+        // A loop that runs long for some inputs must not hold up a thread that serves others.
+        let steady = !parts.sessions.iter().any(|session| session.loops());
+        let inline = steady && parts.batch.wait_max.is_zero();
         let name = format!("lane-{}-{}", parts.model, parts.version);
         let shared = Arc::new(Shared {
             model: parts.model,
@@ -149,6 +182,8 @@ impl Lane {
             work: Condvar::new(),
             sessions: workers,
             cost: Cost::new(),
+            inline,
+            company: Company::default(),
             in_flight: AtomicUsize::new(0),
         });
         let lane = Self { shared };
@@ -174,7 +209,7 @@ impl Lane {
     ) -> Result<Ran, BatchError> {
         let shared = &*self.shared;
         shared.form.check(&inputs)?;
-        let work = shared.form.measure(inputs);
+        let mut work = shared.form.measure(inputs);
         let (rows, rows_max) = (work.rows, shared.batch.rows_max);
         if shared.form.batched && rows > rows_max {
             return Err(BatchError::TooManyRows { rows, rows_max });
@@ -184,15 +219,20 @@ impl Lane {
             return Err(BatchError::DeadlineExceeded { waited: deadline.received.elapsed() });
         }
         let _in_flight = InFlight::enter(&shared.in_flight);
-        if let Some(ran) = shared.run_inline(&work) {
-            return ran;
+        if shared.cheap(&work) {
+            if shared.gathers(&work) {
+                work = match shared.gather(work, deadline).await {
+                    Gathered::Joined(outcome) => return outcome.wait().await,
+                    Gathered::Alone(work) => work,
+                };
+            }
+            if let Some(ran) = shared.run_inline(&work) {
+                return ran;
+            }
         }
-        let outcome = shared.push(work, priority, deadline)?;
-        match timeout_at(deadline.at, outcome).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(BatchError::WorkerLost),
-            Err(_) => Err(BatchError::DeadlineExceeded { waited: deadline.received.elapsed() }),
-        } // Dropping `outcome` is how the worker learns that nobody waits.
+        let (entry, outcome) = shared.entry(work, priority, deadline);
+        shared.push(entry).map_err(|(_, error)| error)?;
+        outcome.wait().await
     }
 
     /// How this lane joins requests.

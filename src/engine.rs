@@ -72,6 +72,22 @@ pub trait Model: Send + Sync {
 pub trait Session: Send {
     /// Inputs in the signature's order; outputs likewise.
     fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError>;
+    /// The way to end a run from another thread, where there is one.
+    fn stopper(&self) -> Option<Arc<dyn Stop>> {
+        None
+    }
+    /// Whether the model has loops, so that what a run takes may hang on the inputs' values.
+    fn loops(&self) -> bool {
+        false
+    }
+}
+
+/// Ends runs of one session from another thread.
+pub trait Stop: Send + Sync {
+    /// The run in progress, and each later one until [`Stop::reset`], ends early and fails.
+    fn stop(&self);
+    /// Later runs run to their end.
+    fn reset(&self);
 }
 
 /// Inputs as a session was promised them: as many as declared, of their datatypes and ranks.

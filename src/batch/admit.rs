@@ -9,7 +9,8 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::queue::Entry;
-use super::{BatchError, Job, Ran, Shared, State, Work};
+use super::running::{Ticket, Waiter};
+use super::{BatchError, Job, Outcome, Shared, State, Work};
 use crate::domain::Deadline;
 
 /// Least and longest time after which a refused caller is asked to come back.
@@ -26,38 +27,45 @@ impl Shared {
         }
     }
 
-    /// Queues one request, or answers at once that it cannot wait here.
-    pub(super) fn push(
+    /// A request as the queue holds it, and how its caller waits for it.
+    pub(super) fn entry(
         &self,
         work: Work,
         priority: u32,
         deadline: Deadline,
-    ) -> Result<oneshot::Receiver<Result<Ran, BatchError>>, BatchError> {
-        let (reply, outcome) = oneshot::channel();
+    ) -> (Entry<Job>, Outcome) {
+        let (reply, receiver) = oneshot::channel();
+        let ticket = Ticket::default();
         let queued_at = Instant::now();
         let mut expires_at = deadline.at;
         if let Some(longest) = self.batch.queue_wait_max {
             expires_at = expires_at.min(queued_at + longest);
         }
         let Work { inputs, rows, elements, bytes } = work;
-        let item = Job { inputs, deadline, reply };
+        let item = Job { inputs, deadline, reply, ticket: ticket.clone() };
         let entry = Entry { rows, elements, bytes, priority, queued_at, expires_at, item };
+        (entry, Outcome { receiver, _waiter: Waiter(ticket), deadline })
+    }
+
+    /// Queues one request, or says at once why it cannot wait here.
+    pub(super) fn push(&self, entry: Entry<Job>) -> Result<(), (Box<Entry<Job>>, BatchError)> {
+        let now = entry.queued_at;
         let mut state = self.state.lock();
         if state.closed {
-            return Err(BatchError::Retired);
+            return Err((Box::new(entry), BatchError::Retired));
         }
         if self.refusal(&state, &entry).is_some() {
             // The dead make room before the living are refused.
-            self.bury(&mut state, queued_at);
+            self.bury(&mut state, now);
             if let Some(error) = self.refusal(&state, &entry) {
-                return Err(error);
+                return Err((Box::new(entry), error));
             }
         }
-        state.arrivals.came(queued_at);
+        state.arrivals.came(now);
         state.queue.push(entry);
         drop(state);
         self.work.notify_one();
-        Ok(outcome)
+        Ok(())
     }
 
     /// Why the queue has no place for `entry` as things stand.

@@ -145,13 +145,19 @@ impl Cost {
             return most;
         }
         // Over what it would have to cost to be worth it.
-        let loss = self.known(best + 1).map_or(0.0, |next| {
-            next.ns + DISPATCH_NS - known.per_element() * GAIN_MIN * next.size
-        });
+        let loss = self
+            .known(best + 1)
+            .map_or(0.0, |next| next.ns + DISPATCH_NS - known.per_element() * GAIN_MIN * next.size);
         if loss > 0.0 && !self.spend(loss) {
             return most;
         }
         most * 2
+    }
+
+    /// Whether a batch of two runs of `size` is worth it, or not known not to be.
+    pub(super) fn joining_pays(&self, size: usize) -> bool {
+        let best = self.best.load(Ordering::Relaxed);
+        best != UNKNOWN && (at(size) < best || self.known(at(size) + 1).is_none())
     }
 
     /// Whether so much may be lost now.

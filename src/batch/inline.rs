@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use super::run::run;
 use super::{BatchError, Ran, Shared, Work};
 use crate::domain::Timings;
+use crate::engine::Session;
 
 /// A run predicted to take less than this happens on the caller's thread when the lane is idle:
 /// waking a worker and being woken by it costs about as much.
@@ -15,21 +16,17 @@ const INLINE_COST_MAX: Duration = Duration::from_micros(50);
 const INLINE_BYTES_MAX: usize = 64 << 10;
 
 impl Shared {
-    /// Runs where the request stands, if the lane is idle and a run of this size known to be cheap.
+    /// Whether a request is known to be cheap enough to run where it stands.
+    pub(super) fn cheap(&self, work: &Work) -> bool {
+        let cheap = |cost: Duration| cost < INLINE_COST_MAX;
+        self.inline
+            && work.bytes <= INLINE_BYTES_MAX
+            && self.cost.predict(work.elements).is_some_and(cheap)
+    }
+
+    /// Runs where the request stands, if the lane is idle.
     pub(super) fn run_inline(&self, work: &Work) -> Option<Result<Ran, BatchError>> {
-        let cheap = |cost: Duration| cost < INLINE_COST_MAX && self.batch.wait_max.is_zero();
-        if work.bytes > INLINE_BYTES_MAX || !self.cost.predict(work.elements).is_some_and(cheap) {
-            return None;
-        }
-        let mut session = {
-            let mut state = self.state.lock();
-            if state.queue.len() > 0 || (self.batch.preserve_ordering && state.running > 0) {
-                return None;
-            }
-            let session = state.idle.pop()?;
-            state.running += 1;
-            session
-        };
+        let mut session = self.take_idle()?;
         let started = Instant::now();
         let result = run(&mut *session, &work.inputs);
         let took = started.elapsed();
@@ -41,5 +38,16 @@ impl Shared {
         self.stats.executed(work.rows, &timings);
         self.count_elements(&[&work.inputs], &work.inputs);
         Some(result.map(|outputs| Ran { outputs, timings, batch_size: work.rows }))
+    }
+
+    /// A session that nobody runs on while nobody waits for one.
+    pub(super) fn take_idle(&self) -> Option<Box<dyn Session>> {
+        let mut state = self.state.lock();
+        if state.queue.len() > 0 || (self.batch.preserve_ordering && state.running > 0) {
+            return None;
+        }
+        let session = state.idle.pop()?;
+        state.running += 1;
+        Some(session)
     }
 }

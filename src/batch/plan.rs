@@ -42,6 +42,18 @@ impl Shared {
         }
     }
 
+    /// How batches are closed that run at once, on one session.
+    pub(super) fn rule_at_once(&self, waiting: usize) -> Rule<'_> {
+        let batch = &self.batch;
+        Rule {
+            rows_max: batch.size_max,
+            elements_max: batch.elements_max.min(self.cost.worth(waiting)),
+            preferred: &[],
+            wait_max: Duration::ZERO,
+            lull: Duration::ZERO,
+        }
+    }
+
     /// Each idle session's share of `waiting` elements, if they are heavy and done sooner so.
     fn share(&self, state: &State, waiting: usize) -> usize {
         let idle = state.idle.len();

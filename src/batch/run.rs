@@ -10,29 +10,27 @@ use tokio::time::Instant;
 
 use super::form::Elements;
 use super::queue::Entry;
+use super::running::Running;
 use super::{BatchError, Job, Ran, Shared};
 use crate::domain::{Tensor, Timings};
 use crate::engine::{EngineError, Session};
 use crate::panics;
 
-/// Runs `batch` together, or one by one if that fails, and answers every member.
+/// Runs `batch` together, or one by one if that fails, and answers every member. `stoppable`: its
+/// callers may leave meanwhile.
 pub(super) fn run_batch(
     shared: &Shared,
     session: &mut dyn Session,
-    mut batch: Vec<Entry<Job>>,
+    batch: Vec<Entry<Job>>,
     free_since: Instant,
+    stoppable: bool,
 ) {
     // The wait for the thread budget may have outlasted some.
-    let now = Instant::now();
-    for at in (0..batch.len()).rev() {
-        if batch[at].expires_at <= now || batch[at].item.reply.is_closed() {
-            shared.expire(batch.remove(at), 0);
-        }
-    }
+    let batch = living(shared, batch);
     match batch.len() {
         0 => {}
-        1 => batch.into_iter().for_each(|entry| run_alone(shared, session, entry, free_since)),
-        _ => match run_joined(shared, session, &batch, free_since) {
+        1 => run_each(shared, session, batch, free_since, stoppable),
+        _ => match run_joined(shared, session, &batch, free_since, stoppable) {
             Ok(results) => {
                 for (entry, ran) in batch.into_iter().zip(results) {
                     answer(entry.item.reply, Ok(ran));
@@ -40,17 +38,50 @@ pub(super) fn run_batch(
             }
             Err(error) => {
                 tracing::debug!(model = %shared.model, %error, "batch failed, run one by one");
-                for entry in batch {
-                    run_alone(shared, session, entry, free_since);
-                }
+                run_each(shared, session, batch, free_since, stoppable);
             }
         },
     }
 }
 
-fn run_alone(shared: &Shared, session: &mut dyn Session, entry: Entry<Job>, free_since: Instant) {
+/// Those that somebody waits for and that have not expired; the others are answered.
+fn living(shared: &Shared, batch: Vec<Entry<Job>>) -> Vec<Entry<Job>> {
+    let now = Instant::now();
+    let dead = |entry: &Entry<Job>| entry.expires_at <= now || entry.item.reply.is_closed();
+    if !batch.iter().any(dead) {
+        return batch;
+    }
+    let (dead, living) = batch.into_iter().partition(dead);
+    let dead: Vec<Entry<Job>> = dead;
+    dead.into_iter().for_each(|entry| shared.expire(entry, 0));
+    living
+}
+
+fn run_each(
+    shared: &Shared,
+    session: &mut dyn Session,
+    batch: Vec<Entry<Job>>,
+    free_since: Instant,
+    stoppable: bool,
+) {
+    for entry in batch {
+        // The runs before may have outlasted it.
+        for entry in living(shared, vec![entry]) {
+            run_alone(shared, session, entry, free_since, stoppable);
+        }
+    }
+}
+
+fn run_alone(
+    shared: &Shared,
+    session: &mut dyn Session,
+    entry: Entry<Job>,
+    free_since: Instant,
+    stoppable: bool,
+) {
     let started = Instant::now();
-    let result = run(session, &entry.item.inputs);
+    let one = std::slice::from_ref(&entry);
+    let result = run_for(one, session, &entry.item.inputs, stoppable);
     let took = started.elapsed();
     if result.is_ok() {
         shared.cost.learn(entry.elements, took);
@@ -79,12 +110,13 @@ fn run_joined(
     session: &mut dyn Session,
     batch: &[Entry<Job>],
     free_since: Instant,
+    stoppable: bool,
 ) -> Result<Vec<Ran>, BatchError> {
     let started = Instant::now();
     let members: Vec<&[Tensor]> = batch.iter().map(|entry| &*entry.item.inputs).collect();
     let batched = shared.form.join(&members).ok_or(BatchError::NotJoined)?;
     let joined = Instant::now();
-    let outputs = run(session, &batched.inputs)?;
+    let outputs = run_for(batch, session, &batched.inputs, stoppable)?;
     let ran = Instant::now();
     let cut = shared.form.cut(&batched, &outputs)?;
     let compute = Timings {
@@ -113,6 +145,21 @@ impl Shared {
             self.stats.padded(real, padding);
         }
     }
+}
+
+/// A run that ends when nobody in `batch` waits for it any more.
+fn run_for(
+    batch: &[Entry<Job>],
+    session: &mut dyn Session,
+    inputs: &[Tensor],
+    stoppable: bool,
+) -> Result<Vec<Tensor>, BatchError> {
+    let running = if stoppable { Running::begin(session, batch) } else { None };
+    let result = run(session, inputs);
+    if running.is_some_and(|running| running.over()) {
+        tracing::debug!("a run was ended, nobody waited for it");
+    }
+    result
 }
 
 /// A panicking engine fails its request and nothing else.

@@ -1,5 +1,9 @@
 use std::sync::atomic::AtomicBool;
 
+mod ends;
+mod flood;
+mod gathering;
+
 use super::*;
 use crate::domain::{DataType, Digest, ErrorKind, Shape};
 use crate::engine::fake::FakeModel;
@@ -233,7 +237,8 @@ fn planned(idle: usize, took: fn(f64) -> f64) -> usize {
     let now = Instant::now();
     for _ in 0..8 {
         let (reply, _gone) = oneshot::channel();
-        let item = Job { inputs: Vec::new(), deadline: soon(), reply };
+        let ticket = Ticket::default();
+        let item = Job { inputs: Vec::new(), deadline: soon(), reply, ticket };
         let expires_at = item.deadline.at;
         state.queue.push(queue::Entry {
             rows: 1,

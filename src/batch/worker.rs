@@ -23,7 +23,7 @@ pub(super) fn work(shared: Arc<Shared>) {
     while let Some(Due { batch, mut session, free_since }) = shared.next_batch() {
         let elements = batch.iter().map(|entry| entry.elements).sum();
         let permit = shared.budget.enter(shared.cost.predict(elements));
-        run_batch(&shared, &mut *session, batch, free_since);
+        run_batch(&shared, &mut *session, batch, free_since, true);
         drop(permit);
         shared.give_back(session);
     }

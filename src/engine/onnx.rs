@@ -94,6 +94,11 @@ pub fn parse(bytes: &[u8]) -> Result<OnnxModel, EngineError> {
 }
 
 impl OnnxModel {
+    /// Whether some operator runs a subgraph again and again.
+    pub fn loops(&self) -> bool {
+        self.operators.contains_key("Loop") || self.operators.contains_key("Scan")
+    }
+
     /// Checks that every file of weights lies inside `folder`, links followed.
     pub fn confine_external_data(&self, folder: &Path) -> Result<(), EngineError> {
         self.external_data.iter().try_for_each(|location| confined(folder, location))

@@ -13,10 +13,11 @@ use ort::environment::Environment;
 use ort::ep;
 use ort::logging::LogLevel;
 use ort::session::builder::{GraphOptimizationLevel, PrepackedWeights, SessionBuilder};
+use ort::session::{NoSelectedOutputs, RunOptions};
 use parking_lot::Mutex;
 
 use super::onnx::{self, OnnxModel};
-use super::{Artifact, Backend, EngineError, LoadOptions, Model, Session};
+use super::{Artifact, Backend, EngineError, LoadOptions, Model, Session, Stop};
 use crate::domain::{Provider, Signature, Tensor, TensorSpec};
 
 mod arena;
@@ -165,6 +166,7 @@ impl Backend for OrtBackend {
         };
         agree(&described, &first)?;
         Ok(Arc::new(OrtModel {
+            loops: described.loops(),
             signature: Arc::new(described.signature),
             recipe,
             spare: Mutex::new(Some(first)),
@@ -329,6 +331,7 @@ fn missing(code: ort::ErrorCode, message: &str) -> Option<String> {
 
 struct OrtModel {
     signature: Arc<Signature>,
+    loops: bool,
     recipe: Recipe,
     /// The session that the load made, for whoever asks first.
     spare: Mutex<Option<ort::session::Session>>,
@@ -346,7 +349,13 @@ impl Model for OrtModel {
             Some(session) => session,
             None => self.recipe.session()?,
         };
-        Ok(Box::new(OrtSession { signature: Arc::clone(&self.signature), session }))
+        let options = RunOptions::new().map_err(|error| self.recipe.refused(&error))?;
+        Ok(Box::new(OrtSession {
+            signature: Arc::clone(&self.signature),
+            session,
+            options: Arc::new(Stopper(options)),
+            loops: self.loops,
+        }))
     }
 
     fn notes(&self) -> Vec<String> {
@@ -357,6 +366,25 @@ impl Model for OrtModel {
 struct OrtSession {
     signature: Arc<Signature>,
     session: ort::session::Session,
+    /// Of every run but those that give memory back, which cannot be stopped.
+    options: Arc<Stopper>,
+    loops: bool,
+}
+
+struct Stopper(RunOptions<NoSelectedOutputs>);
+
+impl Stop for Stopper {
+    fn stop(&self) {
+        if let Err(error) = self.0.terminate() {
+            tracing::warn!(%error, "a run cannot be stopped");
+        }
+    }
+
+    fn reset(&self) {
+        if let Err(error) = self.0.unterminate() {
+            tracing::error!(%error, "a session stays stopped");
+        }
+    }
 }
 
 impl Session for OrtSession {
@@ -370,7 +398,7 @@ impl Session for OrtSession {
             .collect::<Result<Vec<_>, _>>()?;
         let give_back = arena::give_back();
         let ran = match &give_back {
-            None => self.session.run(&values[..]),
+            None => self.session.run_with_options(&values[..], &self.options.0),
             Some(options) => self.session.run_with_options(&values[..], options),
         };
         let outputs = ran.map_err(|error| {
@@ -383,6 +411,14 @@ impl Session for OrtSession {
             .collect::<Result<_, _>>()?;
         arena::took(Some(&outputs));
         Ok(outputs)
+    }
+
+    fn stopper(&self) -> Option<Arc<dyn Stop>> {
+        Some(Arc::clone(&self.options) as Arc<dyn Stop>)
+    }
+
+    fn loops(&self) -> bool {
+        self.loops
     }
 }
 
