@@ -20,12 +20,14 @@ WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY proto ./proto
 COPY src ./src
+COPY scripts/collect-licences.sh /usr/local/bin/
 # Downloads and compiled crates stay between builds in cache mounts, so the program is copied out of them.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target,sharing=locked \
     cargo build --profile dist --locked --bin tidegate \
     && install -D -m 0755 target/dist/tidegate /out/tidegate \
-    && install -d -m 0700 /out/state
+    && install -d -m 0700 /out/state \
+    && collect-licences.sh /out/THIRD-PARTY-NOTICES.txt
 
 # ONNX Runtime, by pinned version and SHA-256. The script goes on without it where it cannot be had; an image does not.
 FROM ${PYTHON_IMAGE} AS onnxruntime-cpu
@@ -51,6 +53,7 @@ COPY --from=build /out/tidegate /usr/local/bin/tidegate
 COPY --from=build --chown=65532:65532 /out/state /var/lib/tidegate
 COPY --from=onnxruntime-cuda /opt/onnxruntime/lib /usr/local/lib/onnxruntime
 COPY --from=onnxruntime-cuda /opt/onnxruntime/LICENSE /opt/onnxruntime/ThirdPartyNotices.txt /usr/share/doc/onnxruntime/
+COPY --from=build /out/THIRD-PARTY-NOTICES.txt /usr/share/doc/tidegate/
 COPY LICENSE /usr/share/doc/tidegate/
 ENV ORT_DYLIB_PATH=/usr/local/lib/onnxruntime/libonnxruntime.so \
     NVIDIA_VISIBLE_DEVICES=all \
@@ -82,6 +85,7 @@ COPY --from=build /out/tidegate /usr/local/bin/tidegate
 COPY --from=build --chown=65532:65532 /out/state /var/lib/tidegate
 COPY --from=onnxruntime-cpu /opt/onnxruntime/lib /usr/local/lib/onnxruntime
 COPY --from=onnxruntime-cpu /opt/onnxruntime/LICENSE /opt/onnxruntime/ThirdPartyNotices.txt /usr/share/doc/onnxruntime/
+COPY --from=build /out/THIRD-PARTY-NOTICES.txt /usr/share/doc/tidegate/
 COPY LICENSE /usr/share/doc/tidegate/
 # Everyone who can reach the container can reach these addresses, and this version has no authentication. So the image
 # alone refuses to serve: whoever runs it says TIDEGATE_SERVER_ALLOW_UNAUTHENTICATED=true, knowing the network.

@@ -91,9 +91,18 @@ def place(source, target):
         shutil.copy2(source, target)
 
 
+def collect_licences(file):
+    """As the build stage does, from the crates that the tested binary was built of."""
+    script = ROOT / "scripts" / "collect-licences.sh"
+    run = subprocess.run([script, file], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
 def lay_out(stage, root):
     """Does the stage's COPY instructions; other stages' results come from where this checkout keeps the like."""
-    results = {"build": {"/out/tidegate": BINARY, "/out/state": None}}
+    notices = root.parent / "THIRD-PARTY-NOTICES.txt"
+    collect_licences(notices)
+    results = {"build": {"/out/tidegate": BINARY, "/out/state": None, "/out/THIRD-PARTY-NOTICES.txt": notices}}
     for source, paths, destination in stage.copies():
         for path in paths:
             target = root / destination.lstrip("/")

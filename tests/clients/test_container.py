@@ -229,6 +229,17 @@ def status_of(pid):
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
+def test_the_image_brings_the_licences_of_what_is_in_it(image):
+    documents = image.root / "usr/share/doc"
+    assert "Apache License" in (documents / "tidegate/LICENSE").read_text()
+    assert "MIT" in (documents / "onnxruntime/LICENSE").read_text()
+    assert (documents / "onnxruntime/ThirdPartyNotices.txt").stat().st_size > 100_000
+    notices = (documents / "tidegate/THIRD-PARTY-NOTICES.txt").read_text()
+    for crate in ("tokio v", "hyper v", "tract-onnx v", "ort v"):
+        assert crate in notices, crate
+    assert "tidegate v" not in notices and str(ROOT) not in notices
+
+
 def test_the_image_alone_refuses_to_serve_everyone(image):
     container = image.run(image.command())
     assert container.wait(60) == 2, container.output
