@@ -23,6 +23,7 @@ pub mod probe;
 mod registry;
 mod samples;
 mod scan;
+mod sweep;
 mod trial;
 mod version;
 
@@ -50,6 +51,8 @@ pub struct Settings {
     pub probe: ProbeLimits,
     /// Largest model, external data included.
     pub model_size_max: u64,
+    /// Copies kept of models that are not served any more.
+    pub copies_max: usize,
     /// Load each new model in a child process first. Off only for trusted repositories.
     pub probe_enabled: bool,
     /// Program that the child process runs; `None`: this program's own file.
@@ -72,6 +75,7 @@ impl Settings {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             probe: ProbeLimits::default(),
             model_size_max: 16 << 30,
+            copies_max: 8,
             probe_enabled: true,
             probe_program: None,
             default_model: None,

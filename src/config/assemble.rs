@@ -95,6 +95,7 @@ fn control_settings(from: &mut Layers) -> control::Settings {
         cpu_max: Duration::from_secs(from.number("probe.cpu_max_s")),
         wall_max: from.millis("probe.wall_max_ms"),
     };
+    settings.copies_max = from.size("repository.copies_max");
     settings.model_size_max = from.number("repository.model_size_max_mb") << 20;
     settings.model_name = model_name(from, "repository.model_name");
     settings.default_model = model_name(from, "models.default");

@@ -68,6 +68,7 @@ pub const KEYS: &[Key] = &[
     key("repository.path", Kind::Text, "models"),
     key("repository.model_name", Kind::Text, ""),
     key("repository.model_control", Kind::Bool, "false"),
+    key("repository.copies_max", Kind::Int(0, 100_000), "8"),
     key("repository.model_size_max_mb", Kind::Int(1, 1 << 30), "16384"),
     key("models.default", Kind::Text, ""),
     key("engine.engine", Kind::OneOf(&["auto", "ort", "tract"]), "auto"),

@@ -20,6 +20,7 @@ use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 
 use super::confined::{ConfineError, Folder, check_relative};
+use super::sweep::touch;
 use crate::domain::Digest;
 
 /// Name of the model file in every copy.
@@ -103,6 +104,11 @@ impl Cache {
         Ok(cache)
     }
 
+    /// A copy of this digest will be removed.
+    pub(super) fn forget(&self, hex_digest: &str) {
+        self.verified.lock().retain(|digest| hex(digest) != hex_digest);
+    }
+
     pub(super) fn folder(&self, kind: &str) -> PathBuf {
         self.root.join(kind)
     }
@@ -184,10 +190,12 @@ impl Cache {
         let done = Fetched { digest: Digest::new(digest), model: home.join(MODEL_FILE), size };
         let mut verified = self.verified.lock();
         if verified.contains(&digest) && home.exists() {
+            touch(&home);
             return Ok(done);
         }
         if home.exists() && sources.iter().all(|source| source.is_at(&home)) {
             verified.insert(digest);
+            touch(&home);
             return Ok(done);
         }
         ignore_missing(fs::remove_dir_all(&home))?;

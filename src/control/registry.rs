@@ -11,9 +11,10 @@ use std::future::Future;
 use std::path::{Component, Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::manifest::Manifest;
@@ -47,6 +48,10 @@ struct Shared {
     observer: Arc<Observer>,
     /// Held while the table is changed.
     writer: Mutex<()>,
+    /// Guards the copies of models: read by each load, written by a sweep.
+    loading: RwLock<()>,
+    /// Every model of the repository was looked at: until then, what does not serve may do so soon.
+    settled: AtomicBool,
     models: Mutex<BTreeMap<ModelName, Known>>,
 }
 
@@ -79,6 +84,8 @@ impl Registry {
             table,
             observer,
             writer: Mutex::default(),
+            loading: RwLock::default(),
+            settled: AtomicBool::new(false),
             models: Mutex::default(),
         };
         Arc::new(Self { shared: Arc::new(shared), slots })
@@ -119,6 +126,15 @@ impl Registry {
             }
         }
         release_memory();
+        self.shared.settled.store(true, Ordering::Release);
+        let shared = Arc::clone(&self.shared);
+        let tidied = on_loader(None, move || {
+            shared.sweep();
+            Ok(())
+        });
+        if let Err(failure) = tidied.await {
+            tracing::warn!(reason = failure.message, "the state folder was not tidied");
+        }
     }
 }
 
@@ -200,7 +216,10 @@ impl Shared {
     fn load(&self, model: &ModelName, brought: &Override) -> Result<(), Failure> {
         let busy = self.busy(model);
         let _one = busy.lock();
+        let loading = self.loading.read();
         let loaded = self.load_locked(model, brought);
+        drop(loading);
+        self.sweep();
         if let Err(failure) = &loaded {
             let mut models = self.models.lock();
             let known = models.entry(model.clone()).or_default();
@@ -254,6 +273,17 @@ impl Shared {
         }
         release_memory();
         latest
+    }
+
+    /// Tidies the state folder, unless something loads: then that load will.
+    fn sweep(&self) {
+        if !self.settled.load(Ordering::Acquire) {
+            return;
+        }
+        let Some(_nothing_loads) = self.loading.try_write() else { return };
+        let table = self.table.snapshot();
+        let versions = table.models.values().flat_map(|routes| routes.versions.values());
+        self.preparer.sweep(&versions.map(|served| served.digest).collect());
     }
 
     /// Shows the chosen versions as loading, unless they serve, and forgets failed ones that are
@@ -428,6 +458,7 @@ impl Shared {
             self.mark(model, version, VersionState::Unavailable, "unloaded");
         }
         release_memory();
+        self.sweep();
         tracing::info!(%model, "model unloaded");
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! The steps of one version: fetch, probe, load, warm.
 
+use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use super::fetch::{
 use super::manifest::{Declared, DeclaredTensor, Manifest};
 use super::probe::{self, Job, ProbeError, Report, TrialJob};
 use super::scan::Repository;
-use super::{Settings, trial};
+use super::{Settings, sweep, trial};
 use crate::batch::{Lane, LaneParts, Padding, ThreadBudget};
 use crate::domain::{Digest, ModelName, ModelSettings, Signature, TensorSpec, Version};
 use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
@@ -92,6 +93,16 @@ impl Preparer {
         self.cache.as_ref().map_err(|reason| PrepareError::State(reason.clone()))
     }
 
+    /// Removes copies of what is not `served`, but for the last few.
+    pub(super) fn sweep(&self, served: &HashSet<Digest>) {
+        let Ok(cache) = &self.cache else { return };
+        match cache.sweep(served, self.settings.copies_max, sweep::AGE_MIN) {
+            Ok(0) => {}
+            Ok(copies) => tracing::info!(copies, "copies of models removed"),
+            Err(error) => tracing::warn!(%error, "the state folder could not be tidied"),
+        }
+    }
+
     /// A private folder, for files that a client sends.
     pub(super) fn staging(&self) -> Result<Staging, PrepareError> {
         self.cache()?.staging().map_err(|error| PrepareError::State(error.to_string()))
@@ -138,10 +149,7 @@ impl Preparer {
         })
     }
 
-    fn external_data(
-        &self,
-        model: &Path,
-    ) -> Result<std::collections::BTreeSet<String>, PrepareError> {
+    fn external_data(&self, model: &Path) -> Result<BTreeSet<String>, PrepareError> {
         if !self.settings.probe_enabled {
             return Ok(crate::engine::onnx::read(model)?.external_data);
         }

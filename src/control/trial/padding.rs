@@ -57,9 +57,10 @@ pub(in super::super) fn check_samples(
             continue;
         }
         let cut = together(session, form, &rows).and_then(|cut| {
-            let each = pair.iter().zip(&cut);
-            each.map(|(sample, cut)| sample.compare(signature, cut).map_err(Tried::Differs))
-                .collect::<Result<(), _>>()
+            let mut each = pair.iter().zip(&cut);
+            each.try_for_each(|(sample, cut)| {
+                sample.compare(signature, cut).map_err(Tried::Differs)
+            })
         });
         if let Err(Tried::Failed(what) | Tried::Differs(what)) = cut {
             return Err(format!("samples {at} and {} padded to one length: {what}", at + 1));
