@@ -171,8 +171,7 @@ impl Lane {
             stats: parts.stats,
             budget: parts.budget,
             state: Mutex::new(State {
-                queue: Queue::new(parts.batch.priority_age)
-                    .in_order(parts.batch.preserve_ordering),
+                queue: Queue::new(parts.batch.priority_age).in_order(parts.batch.preserve_ordering),
                 idle: parts.sessions,
                 running: 0,
                 arrivals: Arrivals::default(),

@@ -77,7 +77,10 @@ pub fn compressed(data: &[u8]) {
 pub fn grpc_infer(data: &[u8]) {
     const SHM_BYTES_MAX: usize = 1 << 20;
     let shm = SharedMemory::new(false);
-    let Ok(decoded) = grpc::decode(Bytes::copy_from_slice(data), &shm, SHM_BYTES_MAX, &|_| Ok(())) else { return };
+    let Ok(decoded) = grpc::decode(Bytes::copy_from_slice(data), &shm, SHM_BYTES_MAX, &|_| Ok(()))
+    else {
+        return;
+    };
     if let Inputs::Named(named) = decoded.request.inputs {
         check(Ok(named));
     }

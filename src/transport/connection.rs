@@ -415,10 +415,12 @@ async fn dispatch(front: &Arc<Front>, request: Request<Incoming>, open: &Open) -
         .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
     let stream = is_grpc && Grpc::takes_a_stream(request.uri().path());
     let request = request.map(|body| Paced::new(body, front, open, stream));
+    // Boxed, each for itself: HTTP/2 makes a task of every request, which would be copied and
+    // allocated at the size of the larger one, several times over.
     let answer = if is_grpc {
-        panics::caught_async(front.grpc.call(request)).await
+        panics::caught_async(Box::pin(front.grpc.call(request))).await
     } else {
-        panics::caught_async(rest::handle(Arc::clone(&front.api), request)).await
+        panics::caught_async(Box::pin(rest::handle(Arc::clone(&front.api), request))).await
     };
     answer.unwrap_or_else(|| internal_error(is_grpc))
 }

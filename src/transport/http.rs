@@ -19,6 +19,7 @@ use http::header::CONTENT_LENGTH;
 use http::{HeaderMap, Method};
 use http_body_util::BodyExt;
 use percent_encoding::percent_decode_str;
+use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use super::connection::TooSlow;
@@ -56,6 +57,9 @@ const BODY_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Capacity reserved for a body on its sender's word alone.
 const BODY_RESERVE_MAX_BYTES: usize = 1 << 20;
+
+/// Parts of the longest route's path.
+const SEGMENTS_USUAL: usize = 8;
 
 /// Answers one request; never fails, whatever it is given.
 pub async fn handle<B>(api: Arc<Api>, request: http::Request<B>) -> http::Response<Body>
@@ -124,7 +128,8 @@ struct Of {
 
 /// Finds the route of a path, or its 404 or 405.
 fn find(method: &Method, path: &str) -> Result<Route, Box<Reply>> {
-    let decoded: Result<Vec<_>, _> = path
+    // As many as any route has, without an allocation.
+    let decoded: Result<SmallVec<[_; SEGMENTS_USUAL]>, _> = path
         .trim_matches('/')
         .split('/')
         .map(|part| percent_decode_str(part).decode_utf8())
@@ -132,7 +137,7 @@ fn find(method: &Method, path: &str) -> Result<Route, Box<Reply>> {
     let unknown = || Failure::not_found(format!("no such path: {}", shown(path)));
     let refused = |failure: Failure| Box::new(Reply::failure(&failure));
     let segments = decoded.map_err(|_| refused(unknown()))?;
-    let segments: Vec<&str> = segments.iter().map(AsRef::as_ref).collect();
+    let segments: SmallVec<[&str; SEGMENTS_USUAL]> = segments.iter().map(AsRef::as_ref).collect();
     let (verbs, route) =
         table(&segments).and_then(|found| found.ok_or_else(unknown)).map_err(refused)?;
     // HEAD is GET without the body, which the connection leaves out.

@@ -51,15 +51,20 @@ pub fn call_meta(
 pub fn answer_headers(head: &AnswerHead, headers: &mut HeaderMap) {
     let mut id = [0; uuid::fmt::Hyphenated::LENGTH];
     let id = head.prediction_id.hyphenated().encode_lower(&mut id);
+    if let Ok(mut value) = HeaderValue::from_str(id) {
+        // Not for secrecy: HTTP/2 then keeps it out of the connection's table of headers, where a
+        // value that never comes again would only push out those that do.
+        value.set_sensitive(true);
+        headers.insert(PREDICTION_ID, value);
+    }
+    if let Some(version) = head.version {
+        headers.insert(MODEL_VERSION, HeaderValue::from(version.get()));
+    }
     let mut put = |name: HeaderName, value: &str| {
         if let Ok(value) = HeaderValue::from_str(value) {
             headers.insert(name, value);
         }
     };
-    put(PREDICTION_ID, id);
-    if let Some(version) = head.version {
-        put(MODEL_VERSION, &version.to_string());
-    }
     if let Some(arm) = &head.arm {
         put(ARM, arm.as_str());
     }

@@ -80,9 +80,9 @@ fn write_output(
                 .map_err(|error| refused(name, &error, ""))?;
         }
         Form::Binary => {
-            let parameters = serde_json::json!({"binary_data_size": tensor.data().len()});
-            out.extend_from_slice(b",\"parameters\":");
-            json(&parameters, out);
+            out.extend_from_slice(b",\"parameters\":{\"binary_data_size\":");
+            json(&tensor.data().len(), out);
+            out.push(b'}');
         }
         Form::Shared(slice) => {
             let len = tensor.data().len();
