@@ -31,14 +31,14 @@ impl Engines {
         Self::open_with(choice, library, None)
     }
 
-    /// The same, with a limit on the memory that ONNX Runtime's runs on the CPU take together.
+    /// The same, with a limit on the memory of runs on the CPU, as each engine can hold it.
     pub fn open_with(
         choice: EngineChoice,
         library: Option<&Path>,
         memory_max: Option<usize>,
     ) -> Result<Self, EngineError> {
         let ort = |library| ort(library, memory_max);
-        let tract = tract();
+        let tract = tract(memory_max);
         let (ort, ort_problem) = match choice {
             EngineChoice::Tract => (None, Some("the engine was chosen to be tract".to_owned())),
             EngineChoice::Ort => (Some(ort(library)?), None),
@@ -146,12 +146,12 @@ fn ort(
 }
 
 #[cfg(feature = "tract")]
-fn tract() -> Option<Arc<dyn Backend>> {
-    Some(Arc::new(super::tract::TractBackend::new()))
+fn tract(memory_max: Option<usize>) -> Option<Arc<dyn Backend>> {
+    Some(Arc::new(super::tract::TractBackend::with_memory_max(memory_max)))
 }
 
 #[cfg(not(feature = "tract"))]
-fn tract() -> Option<Arc<dyn Backend>> {
+fn tract(_memory_max: Option<usize>) -> Option<Arc<dyn Backend>> {
     None
 }
 

@@ -18,19 +18,33 @@ use super::onnx::{self, OnnxModel};
 use super::{Artifact, Backend, EngineError, LoadOptions, Model, Session};
 use crate::domain::{self, DataType, Signature, TensorSpec};
 
+mod bound;
+
 /// Name of this engine.
 pub const NAME: &str = "tract";
 
 /// The library's version, which it doesn't tell by itself.
 const VERSION: &str = "0.23.9";
 
-/// tract, ready to load models; it holds nothing.
+/// Part of the memory for runs that one tensor may take.
+const TENSOR_SHARE: usize = 4;
+
+/// tract, ready to load models.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct TractBackend;
+pub struct TractBackend {
+    /// Most bytes of one tensor that a run makes; `None`: no limit.
+    tensor_max: Option<usize>,
+}
 
 impl TractBackend {
     pub fn new() -> Self {
-        Self
+        Self::default()
+    }
+
+    /// With a limit on the memory of runs, in bytes. tract has no arena to hold it: no single
+    /// tensor may take more than a quarter of it.
+    pub fn with_memory_max(memory_max: Option<usize>) -> Self {
+        Self { tensor_max: memory_max.map(|bytes| bytes / TENSOR_SHARE) }
     }
 }
 
@@ -61,7 +75,8 @@ impl Backend for TractBackend {
         if !options.providers.iter().all(|provider| *provider == domain::Provider::Cpu) {
             notes.push("cuda was asked for, tract runs on the cpu".to_owned());
         }
-        Ok(Arc::new(TractModel { signature: Arc::new(described.signature), plan, notes }))
+        let signature = Arc::new(described.signature);
+        Ok(Arc::new(TractModel { signature, plan, tensor_max: self.tensor_max, notes }))
     }
 }
 
@@ -166,6 +181,7 @@ fn datum_type(datatype: DataType) -> Option<DatumType> {
 struct TractModel {
     signature: Arc<Signature>,
     plan: Arc<TypedRunnableModel>,
+    tensor_max: Option<usize>,
     notes: Vec<String>,
 }
 
@@ -176,7 +192,7 @@ impl Model for TractModel {
 
     fn session(&self) -> Result<Box<dyn Session>, EngineError> {
         let (signature, plan) = (Arc::clone(&self.signature), Arc::clone(&self.plan));
-        Ok(Box::new(TractSession { signature, plan }))
+        Ok(Box::new(TractSession { signature, plan, tensor_max: self.tensor_max }))
     }
 
     fn notes(&self) -> Vec<String> {
@@ -187,6 +203,7 @@ impl Model for TractModel {
 struct TractSession {
     signature: Arc<Signature>,
     plan: Arc<TypedRunnableModel>,
+    tensor_max: Option<usize>,
 }
 
 impl Session for TractSession {
@@ -199,7 +216,10 @@ impl Session for TractSession {
             .zip(inputs)
             .map(|(spec, tensor)| value(&spec.name, tensor))
             .collect::<Result<TVec<TValue>, _>>()?;
-        let outputs = match catch_unwind(AssertUnwindSafe(|| self.plan.run(values))) {
+        let outputs = match catch_unwind(AssertUnwindSafe(|| match self.tensor_max {
+            None => self.plan.run(values),
+            Some(max) => bound::run(&self.plan, values, max),
+        })) {
             Ok(Ok(outputs)) => outputs,
             Ok(Err(error)) => return Err(EngineError::Run(chain(&error))),
             Err(panic) => return Err(EngineError::Run(panicked(&*panic))),

@@ -59,6 +59,17 @@ pub(crate) fn relu() -> Vec<u8> {
     model(&[node("Relu", &["x"], &["y"]), bytes(11, &info("x")), bytes(12, &info("y"))])
 }
 
+/// Largest of the products of all pairs: a tensor that is as large as the input's square.
+pub(crate) fn square() -> Vec<u8> {
+    model(&[
+        node("Transpose", &["x"], &["t"]),
+        node("Mul", &["x", "t"], &["pairs"]),
+        node("ReduceMax", &["pairs"], &["y"]),
+        bytes(11, &info("x", FLOAT, &[None, Some(1)])),
+        bytes(12, &info("y", FLOAT, &[Some(1), Some(1)])),
+    ])
+}
+
 /// Models whose output or inner tensor is as large as the value of input `n` says.
 pub(crate) fn bombs() -> Vec<(&'static str, Vec<u8>)> {
     let n = || bytes(11, &info("n", INT64, &[Some(1)]));
