@@ -100,7 +100,8 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 
     tokio::select! {
-        () = registry.load_all() => {
+        loaded = registry.load_all() => {
+            loaded.context("read the model repository")?;
             if has_something_to_serve(&api, &*registry) {
                 api.health.set_ready();
             } else {

@@ -156,7 +156,7 @@ async fn each_is_refused_with_a_reason_and_the_good_one_serves() {
     put(&models, "many_nodes", &onnx::many_nodes());
 
     let (registry, table) = registry(root.path());
-    registry.load_all().await;
+    registry.load_all().await.unwrap();
     for entry in registry.index() {
         let good = entry.model.as_str().starts_with("good");
         let expected = if good { VersionState::Ready } else { VersionState::Unavailable };

@@ -68,7 +68,7 @@ impl Serving {
         let table = Arc::new(Published::new(RouteTable::default()));
         let observer = Arc::new(Observer::default());
         let registry = Registry::new(settings, engines, Arc::clone(&table), Arc::clone(&observer));
-        registry.load_all().await;
+        registry.load_all().await.unwrap();
         let control = Arc::clone(&registry) as Arc<dyn ModelControl>;
         let gateway = Gateway::new(table, observer, control, gateway::Settings::default());
         Self { _root: root, registry, gateway: Arc::new(gateway), model: "m".parse().unwrap() }

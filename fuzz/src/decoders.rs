@@ -110,7 +110,7 @@ fn at_once<F: Future + Unpin>(mut future: F) -> F::Output {
     let mut context = Context::from_waker(Waker::noop());
     match Pin::new(&mut future).poll(&mut context) {
         Poll::Ready(output) => output,
-        Poll::Pending => panic!("a decoder waits"),
+        Poll::Pending => unreachable!("a decoder waits"),
     }
 }
 

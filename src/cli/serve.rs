@@ -2,11 +2,17 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
+use parking_lot::Mutex;
+
 use crate::config::{self, ServeArgs};
 
 /// Threads for all but the data plane's connections: control, metrics, signals. Two, so that one
 /// long page does not hold up the other.
 const CONTROL_THREADS: usize = 2;
+
+/// Descriptors that a runtime opens for itself, generously.
+const FILES_MIN: usize = 10;
 
 #[derive(clap::Args)]
 #[command(
@@ -32,12 +38,13 @@ pub(super) fn run(args: &Args) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(CONTROL_THREADS)
-        .enable_all()
-        .build();
+    let given = threads_are_given(CONTROL_THREADS + 1).and_then(|()| files_are_given(FILES_MIN));
+    let runtime = given.and_then(|()| {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(CONTROL_THREADS).enable_all().build()
+    });
     let served = runtime
-        .map_err(anyhow::Error::from)
+        .context("start the runtime")
         .and_then(|runtime| runtime.block_on(crate::app::serve(config, log)));
     match served {
         Ok(()) => ExitCode::SUCCESS,
@@ -46,4 +53,24 @@ pub(super) fn run(args: &Args) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether this process may have `count` more files open. For want of one the runtime panics.
+fn files_are_given(count: usize) -> std::io::Result<()> {
+    let opened: std::io::Result<Vec<_>> =
+        (0..count).map(|_| std::fs::File::open("/dev/null")).collect();
+    opened.map(drop)
+}
+
+/// Whether the system lets `count` more threads run at once. For want of one the runtime panics,
+/// and then may wait forever for those it did get.
+fn threads_are_given(count: usize) -> std::io::Result<()> {
+    let gate = Mutex::new(());
+    let closed = gate.lock();
+    std::thread::scope(|scope| {
+        let start = |_| std::thread::Builder::new().spawn_scoped(scope, || drop(gate.lock()));
+        let started: std::io::Result<Vec<_>> = (0..count).map(start).collect();
+        drop(closed);
+        started.map(drop)
+    })
 }

@@ -111,15 +111,25 @@ pub(super) fn run<R: DeserializeOwned>(
     let mut stdin = child.stdin.take();
     let stdout = child.stdout.take();
     let stderr = child.stderr.take();
-    let (status, reply, stderr) = std::thread::scope(|scope| {
+    let (status, reply, stderr) = std::thread::scope(|scope| -> io::Result<_> {
+        let thread = || std::thread::Builder::new().name("probe".to_owned());
+        let write = move || stdin.take().map(|mut stdin| stdin.write_all(&order));
         // A child that dies early leaves a broken pipe, and its status says more than that.
-        scope.spawn(move || stdin.take().map(|mut stdin| stdin.write_all(&order)));
-        let reply = scope.spawn(move || read_reply(stdout));
-        let stderr = scope.spawn(move || read_tail(stderr));
-        let status = wait(&mut child, limits.wall_max);
-        (status, reply.join().unwrap_or_default(), stderr.join().unwrap_or_default())
-    });
-    let status = status?;
+        let threads = thread().spawn_scoped(scope, write).and_then(|_| {
+            let reply = thread().spawn_scoped(scope, move || read_reply(stdout))?;
+            Ok((reply, thread().spawn_scoped(scope, move || read_tail(stderr))?))
+        });
+        let (reply, stderr) = match threads {
+            Ok(threads) => threads,
+            Err(error) => {
+                child.kill()?;
+                child.wait()?;
+                return Err(error);
+            }
+        };
+        let status = wait(&mut child, limits.wall_max)?;
+        Ok((status, reply.join().unwrap_or_default(), stderr.join().unwrap_or_default()))
+    })?;
     if !stderr.trim().is_empty() {
         tracing::warn!(stderr = stderr.trim(), "the child process that tried a model said");
     }

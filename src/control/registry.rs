@@ -93,14 +93,17 @@ impl Registry {
 
     /// Loads every model of the repository, several at a time; each takes traffic as soon as it
     /// is ready. Broken ones are reported and skipped.
-    pub async fn load_all(&self) {
+    ///
+    /// # Errors
+    /// When the repository itself cannot be read.
+    pub async fn load_all(&self) -> std::io::Result<()> {
         let repository = Repository::new(self.shared.preparer.settings());
         let models = match repository.models() {
             Ok(models) => models,
             Err(error) => {
                 let repository = repository.root().display();
                 tracing::error!(%repository, %error, "the model repository cannot be read");
-                return;
+                return Err(error);
             }
         };
         for model in &models {
@@ -135,6 +138,7 @@ impl Registry {
         if let Err(failure) = tidied.await {
             tracing::warn!(reason = failure.message, "the state folder was not tidied");
         }
+        Ok(())
     }
 }
 

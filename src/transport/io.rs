@@ -9,6 +9,7 @@
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
 
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::CancellationToken;
@@ -44,16 +45,23 @@ impl IoThreads {
     pub(super) fn start(count: usize) -> std::io::Result<Self> {
         let mut started = Self { threads: Vec::new(), stop: CancellationToken::new() };
         for at in 0..count.max(1) {
-            let runtime = Builder::new_current_thread().enable_all().build()?;
-            let handle = runtime.handle().clone();
+            let (built, handle) = sync_channel(1);
             let stop = started.stop.clone();
             let thread = std::thread::Builder::new().name(format!("io-{at}"));
+            // Built on its own thread: a runtime must not be dropped on the caller's, which is
+            // another runtime's, and that is where it ends when there is no thread for it.
             thread.spawn(move || {
+                let runtime = match Builder::new_current_thread().enable_all().build() {
+                    Ok(runtime) => runtime,
+                    Err(error) => return drop(built.send(Err(error))),
+                };
+                drop(built.send(Ok(runtime.handle().clone())));
                 panics::fatal("I/O thread", || runtime.block_on(stop.cancelled()));
                 // What is still open was given its grace; nobody waits for it any more.
                 runtime.shutdown_background();
             })?;
-            started.threads.push(IoThread { runtime: handle, connections: Arc::default() });
+            let runtime = handle.recv().map_err(std::io::Error::other)??;
+            started.threads.push(IoThread { runtime, connections: Arc::default() });
         }
         Ok(started)
     }

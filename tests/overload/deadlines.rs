@@ -15,6 +15,9 @@ const COST: Duration = Duration::from_millis(20);
 const WORKERS: usize = 2;
 /// Executions for requests that were already dead, of all.
 const DEAD_SHARE_MAX: f64 = 0.05;
+/// Executions whose answer came too late, of all. 0.05 and less is what is seen; a run that the
+/// machine holds up is no fault of the gateway's.
+const WASTED_SHARE_MAX: f64 = 0.3;
 
 #[test]
 fn the_dead_are_not_executed_over_http() {
@@ -62,6 +65,8 @@ fn the_dead_are_not_executed(wire: Wire) {
                 100.0 * share(wasted),
             );
             assert!(share(dead) <= DEAD_SHARE_MAX, "{dead} of {}", ran.len());
+            assert!(share(wasted) <= WASTED_SHARE_MAX, "{wasted} of {}", ran.len());
+            assert!(seen.shed > seen.late, "who cannot be served in time is told so at once");
         });
     });
 }

@@ -137,7 +137,7 @@ fn deadlines_bound_the_queue(wire: Wire) {
     let slow = Slow::new("slow", COST, WORKERS);
     let wait = Duration::from_millis(300);
     let all = sweep("C8 with deadlines", wire, &slow, Some(wait));
-    goodput_kept("C8 with deadlines", wire, &all);
+    assert!(goodput_kept("C8 with deadlines", wire, &all) >= GOODPUT_MIN);
     let ran = slow.ran.lock().len();
     let ok: usize = all.iter().map(|seen| seen.ok).sum();
     eprintln!("C8 with deadlines {wire:?}: {ran} executed, {ok} answered in the sweep");

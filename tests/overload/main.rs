@@ -16,6 +16,7 @@ mod client;
 mod deadlines;
 mod load;
 mod panics;
+mod process;
 mod server;
 
 use tokio::runtime::{Builder, Runtime};
