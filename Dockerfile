@@ -18,6 +18,8 @@ ARG CUDA_IMAGE=nvidia/cuda:13.0.2-cudnn-runtime-ubuntu24.04
 FROM ${BUILD_IMAGE} AS build
 WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs ./
+# The manifest names the benchmarks, and cargo refuses it where they are not.
+COPY benches ./benches
 COPY proto ./proto
 COPY src ./src
 COPY scripts/collect-licences.sh /usr/local/bin/
