@@ -52,8 +52,8 @@ mod shared;
 pub mod compress;
 mod reply;
 
-/// Longest time for a whole body to arrive.
-const BODY_TIME_MAX: Duration = Duration::from_secs(60);
+/// Longest wait for a thread to decode or encode a large body on.
+const WORK_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Capacity reserved for a body on its sender's word alone.
 const BODY_RESERVE_MAX_BYTES: usize = 1 << 20;
@@ -76,7 +76,7 @@ where
         Ok(route) => {
             let held = api.intake.open();
             let limit = body_limit(&route, &api.settings);
-            let body = read_body(body, &head.headers, &api, limit, arrived, &held).await;
+            let body = read_body(body, &head.headers, &api, limit, &held).await;
             let arrival = Arrival { at: arrived, held };
             // Boxed so that a connection's future stays small.
             Box::pin(answer(api, route, head.method, head.headers, body, arrival)).await
@@ -354,7 +354,6 @@ async fn read_body<B>(
     headers: &HeaderMap,
     api: &Api,
     limit: usize,
-    Arrived(received): Arrived,
     held: &Arc<Held>,
 ) -> Result<Bytes, Failure>
 where
@@ -363,20 +362,13 @@ where
 {
     let encoding = compress::content_encoding(headers)?;
     let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    let body =
-        match tokio::time::timeout(BODY_TIME_MAX, collect(body, limit, announced, held)).await {
-            Ok(body) => body?,
-            Err(_) => {
-                let seconds = BODY_TIME_MAX.as_secs();
-                let message = format!("request body did not arrive within {seconds} s");
-                return Err(Failure::new(ErrorKind::DeadlineExceeded, message));
-            }
-        };
+    // Timed by the connection.
+    let body = collect(body, limit, announced, held).await?;
     match encoding {
         None => Ok(held.keep(body)),
         Some(_) if body.is_empty() => Ok(body),
         Some(encoding) => {
-            let deadline = received + BODY_TIME_MAX;
+            let deadline = Instant::now() + WORK_WAIT_MAX;
             compress::decode(encoding, body, api, limit, deadline, held).await
         }
     }

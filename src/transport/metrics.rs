@@ -1,18 +1,21 @@
 //! The metrics listener: `GET /metrics`, and the health routes for probes that look there.
 
 use std::convert::Infallible;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::Full;
+use http_body_util::{Empty, Full};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 use super::accept::Refusals;
 use super::{Api, Body, http as rest};
@@ -20,6 +23,10 @@ use super::{Api, Body, http as rest};
 /// Scrapers connected at once; more wait.
 const CONNECTIONS_MAX: usize = 64;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Then a connection ends, so that none is held by who does not read.
+const AGE_MAX: Duration = Duration::from_secs(600);
+/// For the answer that is under way then.
+const LAST_ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// Serves until the process ends: metrics are wanted most while it drains.
 pub async fn serve(listener: TcpListener, api: Arc<Api>) {
@@ -46,9 +53,16 @@ pub async fn serve(listener: TcpListener, api: Arc<Api>) {
             let served = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEADER_TIMEOUT)
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
-            if let Err(error) = served {
+                .serve_connection(TokioIo::new(stream), service);
+            let mut served = pin!(served);
+            let ended = match timeout(AGE_MAX, served.as_mut()).await {
+                Ok(ended) => ended,
+                Err(_) => {
+                    served.as_mut().graceful_shutdown();
+                    timeout(LAST_ANSWER_MAX, served).await.unwrap_or(Ok(()))
+                }
+            };
+            if let Err(error) = ended {
                 tracing::debug!(%error, "metrics connection ended");
             }
             drop(slot);
@@ -60,7 +74,10 @@ async fn respond(api: Arc<Api>, request: Request<Incoming>) -> Response<Body> {
     match request.uri().path() {
         "/metrics" => {}
         // Only health: predictions and the repository are for the data listeners.
-        path if path.starts_with("/v2/health/") => return rest::handle(api, request).await,
+        path if path.starts_with("/v2/health/") => {
+            // A body is not waited for: nothing here would time it.
+            return rest::handle(api, request.map(|_| Empty::<Bytes>::new())).await;
+        }
         _ => {
             let mut answer = Response::new(Body::empty());
             *answer.status_mut() = StatusCode::NOT_FOUND;

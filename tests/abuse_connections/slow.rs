@@ -249,3 +249,60 @@ async fn read_some(stream: &mut TcpStream) -> Vec<u8> {
     buffer.truncate(read);
     buffer
 }
+
+/// An answer that comes before its body is read to the end reaches a client that first sends all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn early_answers_arrive() {
+    const BODY: usize = 8 << 20;
+    let server = Server::start("body_max_bytes = 1048576", &[]).await;
+    for (path, length, status) in [
+        ("/nothing", BODY, "404"),
+        ("/v2/models/echo/infer", BODY, "413"),
+        ("/v2/models/echo/infer\r\ncontent-encoding: br", 1000, "415"),
+    ] {
+        let (path, more) = path.split_once("\r\n").unwrap_or((path, "x: y"));
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: a\r\n{more}\r\ncontent-length: {length}\r\n\r\n"
+        );
+        for _ in 0..10 {
+            let mut stream = TcpStream::connect(server.http).await.unwrap();
+            stream.write_all(head.as_bytes()).await.unwrap();
+            for part in vec![b'x'; length].chunks(64 << 10) {
+                stream.write_all(part).await.unwrap_or_else(|error| panic!("{path}: {error}"));
+            }
+            let answer = timeout(FOREVER, read_some(&mut stream)).await.unwrap();
+            let answer = String::from_utf8_lossy(&answer);
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{path}: {answer}");
+        }
+    }
+}
+
+/// A connection that is old enough is asked to end, and ends between requests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn old_connections_end_between_requests() {
+    let server = Server::start("connection_age_max_ms = 700", &[]).await;
+    let mut stream = TcpStream::connect(server.http).await.unwrap();
+    let mut second = TcpStream::connect(server.http).await.unwrap();
+    second.write_all(&h2::hello(&[])).await.unwrap();
+    let start = Instant::now();
+    let mut answered = 0;
+    loop {
+        assert!(start.elapsed() < FOREVER, "never asked to end");
+        // Either it is closed between requests, or an answer says that it was the last.
+        if stream.write_all(&infer(1, "")).await.is_err() {
+            break;
+        }
+        let mut buffer = [0; 4096];
+        match tokio::io::AsyncReadExt::read(&mut stream, &mut buffer).await {
+            Ok(read @ 1..) => assert!(buffer[..read].starts_with(b"HTTP/1.1 200")),
+            _ => break,
+        }
+        answered += 1;
+        sleep(Duration::from_millis(20)).await;
+    }
+    assert!(start.elapsed() >= Duration::from_millis(650), "{:?}", start.elapsed());
+    println!("age: {answered} answers in {:?}, then closed", start.elapsed());
+    assert!(closed(&mut second, FOREVER).await.is_some());
+    let counted = server.metric("tidegate_connections_closed_total", "age").await;
+    assert!((counted - 2.0).abs() < 0.5, "{counted}");
+}

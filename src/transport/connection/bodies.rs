@@ -79,6 +79,7 @@ pub(super) struct Paced {
     waiting: Option<(usize, Instant)>,
     received: u64,
     waited: Duration,
+    ended: bool,
     /// Of a stream of messages.
     framing: Option<Framing>,
 }
@@ -92,6 +93,7 @@ impl Paced {
             waiting: None,
             received: 0,
             waited: Duration::ZERO,
+            ended: false,
             framing: stream.then(Framing::default),
         }
     }
@@ -133,6 +135,9 @@ impl Paced {
 impl Drop for Paced {
     fn drop(&mut self) {
         self.came(None);
+        if !self.ended && !self.body.is_end_stream() {
+            self.watch.leaves_unread();
+        }
     }
 }
 
@@ -152,6 +157,7 @@ impl HttpBody for Paced {
                     _ => None,
                 };
                 me.came(data);
+                me.ended = frame.is_none();
                 Poll::Ready(frame.map(|frame| frame.map_err(Error::from)))
             }
             Poll::Pending => match me.wait(cx) {

@@ -1,19 +1,25 @@
 //! The socket of one connection: what was read to tell the protocol is read again, and what moves
 //! is noted in its [`Watch`].
 
+use std::future::Future as _;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::{Sleep, sleep};
 
 use super::lines::Lines;
 use super::watch::Watch;
 
 /// What an HTTP/2 client says first.
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Longest time to read what nobody wants before closing.
+const LINGER_MAX: Duration = Duration::from_secs(2);
 
 /// The first bytes of a connection.
 pub(super) struct First {
@@ -54,12 +60,14 @@ pub(super) struct Socket {
     /// Of HTTP/1.
     lines: Option<Lines>,
     watch: Arc<Watch>,
+    /// Closing, and still reading.
+    linger: Option<Pin<Box<Sleep>>>,
 }
 
 impl Socket {
     pub(super) fn new(stream: TcpStream, first: First, watch: Arc<Watch>) -> Self {
         let lines = (!first.is_http2()).then(Lines::default);
-        let mut socket = Self { stream, first: None, lines, watch };
+        let mut socket = Self { stream, first: None, lines, watch, linger: None };
         socket.came(&first.bytes[..first.len]);
         socket.first = Some(first);
         socket
@@ -70,6 +78,21 @@ impl Socket {
         if lines.pass(bytes).is_err() {
             self.watch.has_two_readings();
         }
+    }
+
+    /// Reads what the client still sends of a body that nobody wants, for a while: closing with
+    /// bytes unread resets the connection, and the client would lose the answer that says why.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let linger = self.linger.get_or_insert_with(|| Box::pin(sleep(LINGER_MAX)));
+        let mut scratch = [0; 8 << 10];
+        while linger.as_mut().poll(cx).is_pending() {
+            let mut buf = ReadBuf::new(&mut scratch);
+            match ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buf)) {
+                Ok(()) if !buf.filled().is_empty() => {}
+                _ => break,
+            }
+        }
+        Poll::Ready(())
     }
 
     fn wrote(&self, written: &Poll<io::Result<usize>>) {
@@ -140,7 +163,14 @@ impl AsyncWrite for Socket {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let me = self.get_mut();
+        if me.lines.is_none() || !me.watch.has_unread() {
+            return Pin::new(&mut me.stream).poll_shutdown(cx);
+        }
+        if me.linger.is_none() {
+            ready!(Pin::new(&mut me.stream).poll_shutdown(cx))?;
+        }
+        me.poll_linger(cx).map(Ok)
     }
 }

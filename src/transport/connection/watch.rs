@@ -61,6 +61,8 @@ pub(super) struct Watch {
     head_begun: AtomicBool,
     /// What came can be read in two ways.
     two_readings: AtomicBool,
+    /// A request was answered before its body was read.
+    unread: AtomicBool,
     /// The socket takes no more.
     blocked: AtomicBool,
     /// Times that the socket took something.
@@ -95,6 +97,7 @@ impl Watch {
             idle_since: AtomicU64::new(0),
             head_begun: AtomicBool::new(http1),
             two_readings: AtomicBool::new(false),
+            unread: AtomicBool::new(false),
             blocked: AtomicBool::new(false),
             writes: AtomicU64::new(0),
             pieces: Mutex::default(),
@@ -112,6 +115,14 @@ impl Watch {
     /// Nothing that came may be answered with anything but an error.
     pub(super) fn has_two_readings(&self) {
         self.two_readings.store(true, Relaxed);
+    }
+
+    pub(super) fn leaves_unread(&self) {
+        self.unread.store(true, Relaxed);
+    }
+
+    pub(super) fn has_unread(&self) -> bool {
+        self.unread.load(Relaxed)
     }
 
     pub(super) fn is_unequivocal(&self) -> bool {

@@ -11,7 +11,7 @@ use http::HeaderMap;
 use super::binary::{self, Decoded, Form, SharedSlice};
 use super::json::census;
 use super::reply::{JSON_LENGTH, Reply};
-use super::{BODY_TIME_MAX, response, shared};
+use super::{WORK_WAIT_MAX, response, shared};
 use crate::domain::{
     Answer, CallMeta, Failure, InferRequest, Inputs, ModelName, NamedTensor, Protocol, Signature,
     VersionRef,
@@ -94,12 +94,12 @@ impl Call {
         if text_len <= INLINE_MAX_BYTES {
             return decode();
         }
-        self.api.intake.run(self.work_deadline(), decode).await
+        self.api.intake.run(Self::work_deadline(), decode).await
     }
 
     /// Until when work on the body may be waited for.
-    fn work_deadline(&self) -> tokio::time::Instant {
-        self.arrived.0 + BODY_TIME_MAX
+    fn work_deadline() -> tokio::time::Instant {
+        tokio::time::Instant::now() + WORK_WAIT_MAX
     }
 
     /// Forms whose tensors only the model's signature can type; they answer `predictions`.
@@ -148,7 +148,7 @@ impl Call {
         let text = body.clone();
         let typing = typing(body, &self.headers)?;
         let (api, held) = (Arc::clone(&self.api), Arc::clone(&self.held));
-        let deadline = self.work_deadline();
+        let deadline = Self::work_deadline();
         Ok(Inputs::Deferred(Box::new(move |signature| {
             let signature = signature.clone();
             Box::pin(async move {
@@ -211,7 +211,7 @@ async fn answer(
             let written = if all_binary || bytes <= INLINE_MAX_BYTES {
                 write(&answer)
             } else {
-                let deadline = tokio::time::Instant::now() + BODY_TIME_MAX;
+                let deadline = tokio::time::Instant::now() + WORK_WAIT_MAX;
                 api.intake.run(deadline, move || write(&answer)).await
             };
             written.unwrap_or_else(Reply::from).head(&head)
