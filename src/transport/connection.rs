@@ -73,6 +73,9 @@ const HTTP1_HEADERS_MAX: usize = 100;
 /// can see, with each half of it that it takes.
 const UNSENT_MAX_BYTES: u32 = 256 << 10;
 
+/// Connections are scarce when less than one in this many is left.
+const CROWDED_BELOW: usize = 8;
+
 /// What every connection shares.
 pub(super) struct Front {
     pub(super) api: Arc<Api>,
@@ -82,6 +85,8 @@ pub(super) struct Front {
     grpc: Grpc,
     peers: Arc<Peers>,
     limits: Limits,
+    /// While connections are scarce.
+    limits_crowded: Limits,
     pace: Pace,
     http1: http1::Builder,
     http2: http2::Builder<TokioExecutor>,
@@ -93,17 +98,29 @@ impl Front {
     pub(super) fn new(api: Arc<Api>) -> Self {
         let settings = &api.settings;
         let connections_max = accept::connections_max(settings.connections_max);
+        let limits = Limits::new(settings);
         Self {
             connections: Arc::new(Semaphore::new(connections_max)),
             connections_max,
             grpc: Grpc::new(Arc::clone(&api)),
             peers: Peers::new(settings.connections_per_ip_max),
-            limits: Limits::new(settings),
+            limits_crowded: limits.crowded(),
+            limits,
             pace: Pace::new(settings),
             http1: http1_builder(settings),
             http2: http2_builder(settings, HTTP2_STREAM_WINDOW, HTTP2_CONNECTION_WINDOW),
             http2_small: http2_builder(settings, HTTP2_SMALL_WINDOW, HTTP2_SMALL_WINDOW),
             api,
+        }
+    }
+
+    /// What connections are held to now: less when nearly all of them are taken.
+    fn limits(&self) -> &Limits {
+        let left = self.connections.available_permits();
+        if left > self.connections_max / CROWDED_BELOW {
+            &self.limits
+        } else {
+            &self.limits_crowded
         }
     }
 
@@ -197,10 +214,10 @@ pub(super) async fn connection(
         tracing::debug!(%peer, %error, "socket options were not set");
     }
     let born = Instant::now();
-    let first = match timeout(front.limits.header(), First::read(&mut stream)).await {
-        Ok(Ok(Some(first))) => first,
-        Ok(Ok(None) | Err(_)) => return,
-        Err(_) => return front.closed(CloseReason::HeaderTimeout),
+    let first = match first_bytes(&front, &mut stream, born).await {
+        Some(Ok(Some(first))) => first,
+        Some(Ok(None) | Err(_)) => return,
+        None => return front.closed(CloseReason::HeaderTimeout),
     };
     let http2 = first.is_http2();
     let watch = Watch::new(born, !http2, age_max(&front.api.settings, peer));
@@ -224,6 +241,22 @@ pub(super) async fn connection(
         Ended::Itself(Err(error)) => tracing::debug!(%peer, %error, "connection ended"),
         Ended::Cut(reason) => {
             tracing::debug!(%peer, reason = reason.as_str(), "connection cut");
+        }
+    }
+}
+
+/// `None` when they do not come in time.
+async fn first_bytes(
+    front: &Front,
+    stream: &mut TcpStream,
+    born: Instant,
+) -> Option<std::io::Result<Option<First>>> {
+    let mut reading = pin!(First::read(stream));
+    loop {
+        let left = front.limits().header().checked_sub(born.elapsed())?;
+        let wait = left.min(front.limits.look());
+        if let Ok(read) = timeout(wait, reading.as_mut()).await {
+            return Some(read);
         }
     }
 }
@@ -325,16 +358,18 @@ enum Broken {
 impl<'a> Timed<'a> {
     fn new(front: &'a Front, watch: &'a Watch) -> Self {
         let mut seen = Seen::default();
-        let (due, _) = watch.due(&front.limits, &mut seen);
+        let (due, _) = watch.due(front.limits(), &mut seen);
+        let due = due.min(Instant::now() + front.limits.look());
         Self { front, watch, seen, timer: Box::pin(sleep_until(due)), ticking: false }
     }
 
     fn poll_broken(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Broken> {
         loop {
-            let (mut due, reason) = self.watch.due(&self.front.limits, &mut self.seen);
+            let limits = self.front.limits();
+            let (mut due, reason) = self.watch.due(limits, &mut self.seen);
             if self.watch.is_open() && !self.ticking {
                 self.ticking = true;
-                due = due.min(Instant::now() + self.front.limits.tick);
+                due = due.min(Instant::now() + limits.tick);
             }
             if due < self.timer.deadline() {
                 self.timer.as_mut().reset(due);
@@ -345,16 +380,15 @@ impl<'a> Timed<'a> {
             let now = Instant::now();
             self.watch.expire_bodies(now);
             let (due, reason) = match due <= now {
-                true => self.watch.due(&self.front.limits, &mut self.seen),
+                true => self.watch.due(limits, &mut self.seen),
                 false => (due, reason),
             };
             if due <= now {
                 return Poll::Ready(self.broken(reason, now));
             }
             self.ticking = self.watch.is_open();
-            let tick = now + self.front.limits.tick;
-            let next = if self.ticking { due.min(tick) } else { due };
-            self.timer.as_mut().reset(next);
+            let look = if self.ticking { limits.tick } else { limits.look() };
+            self.timer.as_mut().reset(due.min(now + look));
         }
     }
 

@@ -306,3 +306,29 @@ async fn old_connections_end_between_requests() {
     let counted = server.metric("tidegate_connections_closed_total", "age").await;
     assert!((counted - 2.0).abs() < 0.5, "{counted}");
 }
+
+/// With long times and every connection taken by who does nothing, there is room again in seconds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_does_nothing_makes_room_when_connections_are_scarce() {
+    let long = "connections_max = 90\nconnections_per_ip_max = 0\n\
+        header_timeout_ms = 600000\nidle_timeout_ms = 600000";
+    let server = Server::start(long, &[]).await;
+    let mut held = Vec::new();
+    for at in 0..90 {
+        let mut stream = TcpStream::connect(server.http).await.unwrap();
+        let kind = [Kind::Silent, Kind::Head, Kind::Idle, Kind::Idle2][at % 4];
+        stream.write_all(&speech(kind).0).await.unwrap();
+        held.push(stream);
+    }
+    let control = Control::start(server.http);
+    sleep(Duration::from_secs(1)).await;
+    let start = Instant::now();
+    let last = crate::support::ask(server.http, &infer(1, "connection: close\r\n")).await.unwrap();
+    assert!(last.is_ok());
+    println!(
+        "B5: all 90 connections taken by idle clients: room again after {:?}",
+        start.elapsed()
+    );
+    control.stop().await.unharmed();
+    drop(held);
+}

@@ -21,6 +21,8 @@ const TICK_MAX: Duration = Duration::from_secs(5);
 const TICK_MIN: Duration = Duration::from_millis(20);
 /// Time for a peer to close after it was asked to.
 const CLOSE_GRACE: Duration = Duration::from_secs(5);
+/// Time for a head, and for being idle, while connections are scarce.
+const CROWDED_MAX: Duration = Duration::from_secs(5);
 
 /// The times that a connection is held to.
 #[derive(Clone, Debug)]
@@ -41,6 +43,20 @@ impl Limits {
             write: settings.write_timeout,
             tick: (shortest / 4).clamp(TICK_MIN, TICK_MAX),
         }
+    }
+
+    /// The same while connections are scarce: who does nothing makes room.
+    pub(super) fn crowded(&self) -> Self {
+        Self {
+            header: self.header.min(CROWDED_MAX),
+            idle: self.idle.min(CROWDED_MAX),
+            ..self.clone()
+        }
+    }
+
+    /// Time between looks at a connection, whatever it does: the limits may have changed.
+    pub(super) fn look(&self) -> Duration {
+        CROWDED_MAX
     }
 
     /// Time for a request's head, from the first moment of the connection on.
