@@ -4,5 +4,6 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     tidegate::engine::prepare_environment();
+    tidegate::engine::keep_little_memory();
     tidegate::cli::run()
 }

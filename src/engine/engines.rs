@@ -164,6 +164,24 @@ pub fn prepare_environment() {
     unsafe { std::env::set_var(TELEMETRY_VARIABLE, "1") };
 }
 
+/// Makes large buffers go back to the system when they are freed.
+///
+/// By itself the C library keeps up to 64 MiB of them per thread, once it has seen some: what a few
+/// large bodies left would stay resident. Not called: more memory is kept, nothing else.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[expect(unsafe_code, reason = "a function of the C library")]
+pub fn keep_little_memory() {
+    const LARGE_BYTES: libc::c_int = 1 << 20;
+    // SAFETY: takes no pointer; values that it refuses change nothing.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE_BYTES);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 4 * LARGE_BYTES);
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn keep_little_memory() {}
+
 /// Gives memory that loads and unloads freed back to the system, where the allocator keeps it.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[expect(unsafe_code, reason = "a function of the C library")]

@@ -14,7 +14,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::header::CONTENT_LENGTH;
 use http::{HeaderMap, Method};
 use http_body_util::BodyExt;
@@ -335,7 +335,7 @@ fn settings(body: &[u8]) -> Result<serde_json::Value, Failure> {
     if body.is_empty() {
         return Ok(serde_json::Value::Object(serde_json::Map::new()));
     }
-    json::from_slice(body)
+    json::from_slice(body).map(|json::Strict(settings)| settings)
 }
 
 /// Largest body of a route, before and after decompression.
@@ -401,7 +401,7 @@ where
     }
     held.expect(announced.unwrap_or(0))?;
     let mut first: Option<Bytes> = None;
-    let mut joined = BytesMut::new();
+    let mut joined = Vec::new();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| broken_off(error.into()))?;
         let Ok(data) = frame.into_data() else { continue };
@@ -413,14 +413,26 @@ where
         // A body in one piece, as most are, is used where it lies.
         match first.take() {
             None if joined.is_empty() => first = Some(data),
-            None => joined.extend_from_slice(&data),
+            None => append(&mut joined, &data, announced),
             Some(start) => {
-                let announced = announced.unwrap_or(0).max(have + data.len());
-                joined.reserve(announced.min(BODY_RESERVE_MAX_BYTES));
-                joined.extend_from_slice(&start);
-                joined.extend_from_slice(&data);
+                append(&mut joined, &start, announced);
+                append(&mut joined, &data, announced);
             }
         }
     }
-    Ok(first.unwrap_or_else(|| joined.freeze()))
+    Ok(first.unwrap_or_else(|| joined.into()))
+}
+
+/// Appends to a body of which `announced` bytes are to come. Room is made for little more than what
+/// has come: a stalled body must not hold what its sender only promised.
+fn append(joined: &mut Vec<u8>, data: &[u8], announced: Option<usize>) {
+    let need = joined.len() + data.len();
+    if need > joined.capacity() {
+        let room = match announced {
+            Some(announced) => announced.min(need.saturating_mul(2).max(BODY_RESERVE_MAX_BYTES)),
+            None => need + need / 4,
+        };
+        joined.reserve_exact(room.max(need) - joined.len());
+    }
+    joined.extend_from_slice(data);
 }

@@ -73,8 +73,8 @@ pub fn decode(
     let request = json::parse(&body[..len])?;
     let parameters = RequestParameters::read(request.parameters.0)?;
     let mut rest = body.slice(len..);
-    let mut named = Vec::with_capacity(request.inputs.len().min(64));
-    for json::Object(input) in &request.inputs {
+    let mut named = Vec::with_capacity(request.inputs.0.len());
+    for json::Object(input) in &request.inputs.0 {
         let tensor = tensor(input, json_len.is_some(), &mut rest, shared)?;
         named.push(NamedTensor { name: input.name.clone(), tensor });
     }
@@ -87,7 +87,8 @@ pub fn decode(
     let form = if parameters.binary_output { Form::Binary } else { Form::Json };
     let mut outputs = Vec::new();
     let mut forms = Vec::new();
-    for json::Object(output) in request.outputs.unwrap_or_default() {
+    let asked = request.outputs.map(|json::AtMost(outputs)| outputs);
+    for json::Object(output) in asked.unwrap_or_default() {
         let (output, form) = requested(output, &form)?;
         outputs.push(output);
         forms.push(form);

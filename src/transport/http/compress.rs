@@ -31,8 +31,9 @@ const INFLATED_INLINE_MAX_BYTES: usize = 1 << 10;
 /// Longest wait for a thread to compress an answer on.
 const COMPRESS_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// Decoded bytes for which room is made at once.
+/// Decoded bytes for which room is made at once: a quarter of what is there, within these.
 const GROWTH_BYTES: usize = 64 << 10;
+const GROWTH_MAX_BYTES: usize = 4 << 20;
 
 /// `deflate` is zlib's form, as the HTTP specification says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,7 +146,8 @@ fn read_to<'a, R: Read>(
 ) -> Result<(Vec<u8>, &'a [u8]), Failure> {
     let mut out = Vec::new();
     loop {
-        let room = GROWTH_BYTES.max(out.len()).min(limit.saturating_add(1) - out.len());
+        let room = (out.len() / 4).clamp(GROWTH_BYTES, GROWTH_MAX_BYTES);
+        let room = room.min(limit.saturating_add(1) - out.len());
         grow(room)?;
         let (before, part) = (out.len(), u64::try_from(room).unwrap_or(u64::MAX));
         out.reserve_exact(room);

@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 
 use super::elements::{self, ElementError};
 use super::infer::Typing;
-use super::json::{AtMost, COLUMNS_MAX, Members, Object, ROWS_MAX, from_slice};
+use super::json::{AtMost, COLUMNS_MAX, Members, Object, ROWS_MAX, Rows, from_slice};
 use super::v1::{self, table_shape, textual};
 use crate::domain::{DataType, ErrorKind, Failure, NamedTensor, Signature, TensorSpec};
 
@@ -32,7 +32,7 @@ struct RequestJson<'a> {
 struct SplitJson<'a> {
     columns: Vec<String>,
     #[serde(borrow)]
-    data: AtMost<AtMost<&'a RawValue, COLUMNS_MAX>, ROWS_MAX>,
+    data: Rows<'a>,
 }
 
 /// Form of a body.
@@ -201,12 +201,10 @@ impl<C: Cells> Table<C> {
 }
 
 fn split_table(split: SplitJson<'_>) -> Result<Table<Vec<&RawValue>>, Failure> {
-    let SplitJson { columns, data: AtMost(data) } = split;
+    let SplitJson { columns, data: Rows { cells, widths } } = split;
     check_columns(&columns)?;
-    let mut cells = Vec::new();
-    for (row, AtMost(values)) in data.into_iter().enumerate() {
-        check_width(row, values.len(), columns.len())?;
-        cells.extend(values);
+    for (row, width) in widths.into_iter().enumerate() {
+        check_width(row, usize::try_from(width).unwrap_or(usize::MAX), columns.len())?;
     }
     Ok(Table { columns, cells })
 }

@@ -11,12 +11,17 @@ use std::marker::PhantomData;
 
 use bytes::Bytes;
 use serde::Deserialize;
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::value::{CowStrDeserializer, MapAccessDeserializer};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
 use serde_json::value::RawValue;
+use smallvec::SmallVec;
 
 use super::elements;
 use crate::domain::{DataType, Failure, ParameterValue, Parameters, Shape, Tensor};
+
+/// Most characters of a key that an error shows.
+const SHOWN_MAX: usize = 40;
 
 /// Most parameters of one request or tensor.
 const PARAMETERS_MAX: usize = 256;
@@ -28,9 +33,9 @@ pub struct RequestJson<'a> {
     #[serde(default)]
     pub parameters: ParametersJson,
     #[serde(borrow)]
-    pub inputs: Vec<Object<InputJson<'a>>>,
+    pub inputs: Tensors<Object<InputJson<'a>>>,
     #[serde(default)]
-    pub outputs: Option<Vec<Object<OutputJson>>>,
+    pub outputs: Option<Tensors<Object<OutputJson>>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -179,7 +184,7 @@ fn cut_short(nesting: &[usize], shape: &[usize]) -> bool {
     nesting.last() == Some(&0) && shape.starts_with(nesting)
 }
 
-/// A JSON object and nothing else; `serde` alone would take a list for a struct too.
+/// A JSON object with each key once, and nothing else; `serde` alone would take a list for a struct too.
 #[derive(Debug)]
 pub struct Object<T>(pub T);
 
@@ -194,10 +199,127 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
-                T::deserialize(MapAccessDeserializer::new(map))
+                T::deserialize(MapAccessDeserializer::new(Unique { map, seen: SmallVec::new() }))
             }
         }
         deserializer.deserialize_map(Only(PhantomData)).map(Object)
+    }
+}
+
+/// Most keys of an object whose keys have meanings.
+const KEYS_MAX: usize = 256;
+
+/// An object's members, none of them twice; those that are skipped count too.
+struct Unique<'de, A> {
+    map: A,
+    seen: SmallVec<[Cow<'de, str>; 8]>,
+}
+
+impl<'de, A: MapAccess<'de>> MapAccess<'de> for Unique<'de, A> {
+    type Error = A::Error;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(
+        &mut self,
+        seed: K,
+    ) -> Result<Option<K::Value>, A::Error> {
+        let Some(Text(key)) = self.map.next_key::<Text<'de>>()? else { return Ok(None) };
+        if self.seen.contains(&key) {
+            let shown: String = key.chars().take(SHOWN_MAX).collect();
+            return Err(A::Error::custom(format_args!("duplicate field `{shown}`")));
+        }
+        if self.seen.len() == KEYS_MAX {
+            return Err(A::Error::custom(format_args!("more than {KEYS_MAX} keys in one object")));
+        }
+        let value = seed.deserialize(CowStrDeserializer::new(key.clone()))?;
+        self.seen.push(key);
+        Ok(Some(value))
+    }
+
+    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, A::Error> {
+        self.map.next_value_seed(seed)
+    }
+}
+
+/// A string, borrowed where it has no escapes.
+struct Text<'a>(Cow<'a, str>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Text<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+
+            fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Text<'de>, E> {
+                Ok(Text(Cow::Borrowed(text)))
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Text<'de>, E> {
+                Ok(Text(Cow::Owned(text.to_owned())))
+            }
+        }
+        deserializer.deserialize_str(Any)
+    }
+}
+
+/// Any value, objects with each key once: what is read as a value would keep the last of two.
+pub(super) struct Strict(pub(super) Value);
+
+impl<'de> Deserialize<'de> for Strict {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Value;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a value")
+            }
+
+            fn visit_unit<E>(self) -> Result<Value, E> {
+                Ok(Value::Null)
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+                let mut all = Vec::new();
+                while let Some(Strict(value)) = list.next_element()? {
+                    all.push(value);
+                }
+                Ok(Value::Array(all))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Value, A::Error> {
+                let mut map = Unique { map, seen: SmallVec::new() };
+                let mut all = serde_json::Map::new();
+                while let Some((key, Strict(value))) = map.next_entry::<String, _>()? {
+                    all.insert(key, value);
+                }
+                Ok(Value::Object(all))
+            }
+        }
+        deserializer.deserialize_any(Any).map(Strict)
     }
 }
 
@@ -218,7 +340,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'a>, A::Error> {
                 let mut members = Vec::new();
                 let mut seen = std::collections::HashSet::new();
-                while let Some(name) = map.next_key::<String>()? {
+                while let Some(Text(name)) = map.next_key::<Text<'de>>()? {
                     if members.len() == COLUMNS_MAX {
                         return Err(A::Error::custom(format_args!(
                             "more than {COLUMNS_MAX} members in one object"
@@ -227,7 +349,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
                     if !seen.insert(name.clone()) {
                         return Err(A::Error::custom(format_args!("duplicate member `{name}`")));
                     }
-                    members.push((Cow::Owned(name), map.next_value()?));
+                    members.push((name, map.next_value()?));
                 }
                 Ok(Members(members))
             }
@@ -242,9 +364,15 @@ pub(super) const ROWS_MAX: usize = 100_000;
 /// Most columns of a table.
 pub(super) const COLUMNS_MAX: usize = 10_000;
 
+/// Most inputs or requested outputs of one request.
+pub const TENSORS_MAX: usize = 1024;
+
+/// Inputs or requested outputs.
+pub type Tensors<T> = AtMost<T, TENSORS_MAX>;
+
 /// A list of at most `MAX` elements.
 #[derive(Debug)]
-pub(super) struct AtMost<T, const MAX: usize>(pub(super) Vec<T>);
+pub struct AtMost<T, const MAX: usize>(pub Vec<T>);
 
 impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for AtMost<T, MAX> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -253,7 +381,8 @@ impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for AtMost<T, 
             type Value = Vec<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a list of at most {MAX} elements")
+                let what = if MAX == TENSORS_MAX { "inputs or outputs" } else { "elements" };
+                write!(f, "a list of at most {MAX} {what}")
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
@@ -268,6 +397,70 @@ impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for AtMost<T, 
             }
         }
         deserializer.deserialize_seq(Elements::<T, MAX>(PhantomData)).map(Self)
+    }
+}
+
+/// Rows of a table, all cells in one list: a list for each narrow row would be many times its text.
+#[derive(Debug)]
+pub(super) struct Rows<'a> {
+    pub(super) cells: Vec<&'a RawValue>,
+    /// Cells of each row.
+    pub(super) widths: Vec<u32>,
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Rows<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct All;
+        impl<'de> Visitor<'de> for All {
+            type Value = Rows<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a list of at most {ROWS_MAX} elements")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Rows<'de>, A::Error> {
+                let mut rows = Rows { cells: Vec::new(), widths: Vec::new() };
+                while let Some(width) = list.next_element_seed(Row(&mut rows.cells))? {
+                    if rows.widths.len() == ROWS_MAX {
+                        return Err(A::Error::invalid_length(ROWS_MAX + 1, &self));
+                    }
+                    rows.widths.push(width);
+                }
+                Ok(rows)
+            }
+        }
+        deserializer.deserialize_seq(All)
+    }
+}
+
+/// Appends the cells of one row; gives how many they are.
+struct Row<'r, 'de>(&'r mut Vec<&'de RawValue>);
+
+impl<'de> DeserializeSeed<'de> for Row<'_, 'de> {
+    type Value = u32;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<u32, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Row<'_, 'de> {
+    type Value = u32;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a list of at most {COLUMNS_MAX} elements")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<u32, A::Error> {
+        let mut width = 0;
+        while let Some(cell) = list.next_element()? {
+            if width == COLUMNS_MAX {
+                return Err(A::Error::invalid_length(COLUMNS_MAX + 1, &self));
+            }
+            self.0.push(cell);
+            width += 1;
+        }
+        Ok(u32::try_from(width).unwrap_or(u32::MAX))
     }
 }
 
@@ -296,7 +489,7 @@ impl<'de> Deserialize<'de> for ParametersJson {
                     if all.iter().any(|(have, _)| *have == name) {
                         return Err(A::Error::custom(format_args!("duplicate parameter `{name}`")));
                     }
-                    let Value(value) = map.next_value()?;
+                    let Scalar(value) = map.next_value()?;
                     all.push((name, value));
                 }
                 Ok(all)
@@ -306,12 +499,12 @@ impl<'de> Deserialize<'de> for ParametersJson {
     }
 }
 
-struct Value(ParameterValue);
+struct Scalar(ParameterValue);
 
-impl<'de> Deserialize<'de> for Value {
+impl<'de> Deserialize<'de> for Scalar {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Scalar;
-        impl Visitor<'_> for Scalar {
+        struct Plain;
+        impl Visitor<'_> for Plain {
             type Value = ParameterValue;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -338,6 +531,6 @@ impl<'de> Deserialize<'de> for Value {
                 Ok(ParameterValue::String(value.to_owned()))
             }
         }
-        deserializer.deserialize_any(Scalar).map(Self)
+        deserializer.deserialize_any(Plain).map(Self)
     }
 }
