@@ -12,8 +12,10 @@ use crate::client::{Client, Outcome, Wire};
 use crate::server::{Server, Slow};
 
 /// Of each kind.
-const ABORTS: usize = 500;
+const ABORTS: usize = 1000;
 const COST: Duration = Duration::from_millis(1);
+/// One in so many is large.
+const LARGE_EVERY: usize = 40;
 /// 8 MiB.
 const LARGE_ROWS: usize = 1 << 20;
 
@@ -68,7 +70,7 @@ fn nothing_is_left_of_clients_that_vanish() {
             let share = (at % 97) as f64 / 97.0;
             vanish(address, &small, share, 0, hard); // mid-request
             vanish(address, &small, 1.0, 0, hard); // before the answer
-            if at % 20 == 0 {
+            if at % LARGE_EVERY == 0 {
                 vanish(address, &large, 1.0, 100, hard); // mid-response
             }
         }
@@ -98,7 +100,7 @@ fn nothing_is_left_of_clients_that_vanish() {
             let runs = client.metric(server.metrics, "tidegate_executions_total").await;
             eprintln!(
                 "C13: {} HTTP and {} gRPC aborts, gauges at 0 after {:?}; {runs} executions",
-                2 * ABORTS + ABORTS / 20,
+                2 * ABORTS + ABORTS / LARGE_EVERY,
                 ABORTS - answered,
                 asked.elapsed(),
             );
