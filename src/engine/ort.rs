@@ -387,6 +387,13 @@ impl Stop for Stopper {
     }
 }
 
+impl Drop for OrtSession {
+    /// What its runs took of the arena goes back with the next run of another.
+    fn drop(&mut self) {
+        arena::took(None);
+    }
+}
+
 impl Session for OrtSession {
     fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
         let specs = &self.signature.inputs;

@@ -6,7 +6,8 @@
 //!
 //! Invariants:
 //! - Weights are not part of the arena, so that a model that goes gives its memory back.
-//! - After a run that took unusually much, the next one gives back what lies unused.
+//! - After a run that took unusually much, and after a session's end, the next run gives back what
+//!   lies unused.
 
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -63,7 +64,7 @@ pub(super) fn give_back() -> Option<RunOptions<NoSelectedOutputs>> {
     Some(options)
 }
 
-/// Notes what a run took.
+/// Notes what a run took; `None` when that is not known, or nothing will be wanted any more.
 pub(super) fn took(outputs: Option<&[Tensor]>) {
     let usual = outputs.is_some_and(|outputs| {
         let bytes = outputs.iter().map(|output| output.data().len());
