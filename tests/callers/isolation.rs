@@ -13,6 +13,11 @@ use tidegate::engine::{Artifact, Backend, LoadOptions, Model};
 use tidegate::observe::{Observer, VersionStats};
 
 const ROWS: usize = 32;
+/// The scheduler may close a batch before all are there; so often it is tried again until the
+/// poison has had company.
+const TRIES: usize = 20;
+/// Rows that count as company.
+const COMPANY: usize = 8;
 
 fn load(backend: &dyn Backend, name: &str) -> Arc<dyn Model> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/{name}.onnx"));
@@ -89,10 +94,12 @@ async fn a_row_that_fails_leaves_31_of_31_bit_equal() {
                 |row| if Some(row) == poison { 1 << 40 } else { i64::try_from(row % 4).unwrap() };
             (0..ROWS).map(|row| index(at(row))).collect()
         };
-        // The rows do meet in one batch.
-        for ran in together(&lane, &rows(None)).await {
-            assert_eq!(ran.unwrap().batch_size, ROWS, "{}", engine.name());
-        }
+        // The rows do meet in batches.
+        let together_once = async || {
+            let answers = together(&lane, &rows(None)).await;
+            answers.iter().all(|ran| ran.as_ref().unwrap().batch_size >= COMPANY)
+        };
+        assert!(tried(together_once).await, "{}", engine.name());
         for poison in [0, 17, ROWS - 1] {
             let rows = rows(Some(poison));
             let start = Instant::now();
@@ -130,17 +137,33 @@ async fn a_row_of_nan_leaves_31_of_31_bit_equal() {
             let x = |row: usize| f32::from(u8::try_from(row).unwrap()) / 7.0 - 2.0;
             let mut rows: Vec<Tensor> = (0..ROWS).map(|row| pair(x(row), -x(row))).collect();
             rows[11] = pair(poison, poison);
-            let answers = together(&lane, &rows).await;
-            let mut equal = 0;
-            for (row, answer) in rows.iter().zip(&answers) {
-                let ran = answer.as_ref().unwrap();
-                assert_eq!(ran.batch_size, ROWS, "{}", engine.name());
-                let expected = alone.run(std::slice::from_ref(row)).unwrap();
-                equal += usize::from(ran.outputs == expected);
-            }
-            eprintln!("{}, {poison} at 11: {equal} of 32", engine.name());
-            // The 32nd is the poison's own.
-            assert!(equal >= ROWS - 1, "{equal} on {}", engine.name());
+            let expected: Vec<Vec<Tensor>> =
+                rows.iter().map(|row| alone.run(std::slice::from_ref(row)).unwrap()).collect();
+            let in_company = tried(async || {
+                let answers = together(&lane, &rows).await;
+                let equal = |(at, answer): (usize, &Result<Ran, BatchError>)| {
+                    answer.as_ref().unwrap().outputs == expected[at]
+                };
+                let equal = answers
+                    .iter()
+                    .enumerate()
+                    .filter(|(at, _)| *at != 11)
+                    .filter(|one| equal(*one));
+                assert_eq!(equal.count(), ROWS - 1, "{poison} on {}", engine.name());
+                answers[11].as_ref().unwrap().batch_size >= COMPANY
+            });
+            assert!(in_company.await, "{poison} on {}", engine.name());
+            eprintln!("{}, {poison} at 11: 31 of 31", engine.name());
         }
     }
+}
+
+/// Whether `attempt` succeeds once.
+async fn tried(mut attempt: impl AsyncFnMut() -> bool) -> bool {
+    for _ in 0..TRIES {
+        if attempt().await {
+            return true;
+        }
+    }
+    false
 }
