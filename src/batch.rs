@@ -132,8 +132,28 @@ struct State {
     /// Sessions that nobody runs on now.
     idle: Vec<Box<dyn Session>>,
     running: usize,
+    /// When a run last ended, or the first of those in progress began.
+    progress_at: Instant,
     arrivals: Arrivals,
     closed: bool,
+}
+
+impl State {
+    /// Takes an idle session to run on.
+    fn begin(&mut self) -> Option<Box<dyn Session>> {
+        let session = self.idle.pop()?;
+        if self.running == 0 {
+            self.progress_at = Instant::now();
+        }
+        self.running += 1;
+        Some(session)
+    }
+
+    fn end(&mut self, session: Box<dyn Session>) {
+        self.idle.push(session);
+        self.running -= 1;
+        self.progress_at = Instant::now();
+    }
 }
 
 struct Shared {
@@ -174,6 +194,7 @@ impl Lane {
                 queue: Queue::new(parts.batch.priority_age).in_order(parts.batch.preserve_ordering),
                 idle: parts.sessions,
                 running: 0,
+                progress_at: Instant::now(),
                 arrivals: Arrivals::default(),
                 closed: false,
             }),
@@ -253,6 +274,12 @@ impl Lane {
     /// Requests waiting.
     pub fn queue_depth(&self) -> usize {
         self.shared.state.lock().queue.len()
+    }
+
+    /// How long runs have been in progress without any that ended; zero when nothing runs.
+    pub fn stuck_for(&self) -> Duration {
+        let state = self.shared.state.lock();
+        if state.running == 0 { Duration::ZERO } else { state.progress_at.elapsed() }
     }
 
     /// Reads (in flight, waiting) for as long as the lane lives, then zeros; for gauges.

@@ -29,6 +29,9 @@ mod reserved;
 pub struct Settings {
     /// Deadline when the caller sets none, and the longest one it may set.
     pub timeout_max: Duration,
+    /// A model none of whose runs has ended for so long is stuck, and the process with it; `None`:
+    /// never.
+    pub watchdog: Option<Duration>,
     /// Most bytes of one request's outputs, for models that say nothing else.
     pub output_bytes_max: usize,
     /// Answers kept for the models that ask for it.
@@ -39,6 +42,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             timeout_max: Duration::from_secs(60),
+            watchdog: Some(Duration::from_secs(600)),
             output_bytes_max: 256 << 20,
             cache: cache::Settings::default(),
         }
@@ -84,6 +88,20 @@ impl Gateway {
 
     pub fn observer(&self) -> &Observer {
         &self.observer
+    }
+
+    /// Whether every model that runs gets on with it. What is stuck in an engine cannot be helped
+    /// from within: the process is to be started again.
+    pub fn is_live(&self) -> bool {
+        let Some(longest) = self.settings.watchdog else { return true };
+        let table = self.table.snapshot();
+        let mut served = table.models.values().flat_map(|routes| routes.versions.values());
+        let stuck = served.find(|served| served.lane.stuck_for() > longest);
+        if let Some(served) = stuck {
+            let seconds = served.lane.stuck_for().as_secs();
+            tracing::error!(model = %served.model, version = %served.version, seconds, "stuck");
+        }
+        stuck.is_none()
     }
 
     /// The version that a call without a sticky key would get, for its metadata.

@@ -46,8 +46,6 @@ impl Shared {
         if state.queue.len() > 0 || (self.batch.preserve_ordering && state.running > 0) {
             return None;
         }
-        let session = state.idle.pop()?;
-        state.running += 1;
-        Some(session)
+        state.begin()
     }
 }

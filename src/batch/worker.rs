@@ -36,8 +36,7 @@ pub(super) fn work(shared: Arc<Shared>) {
 impl Shared {
     pub(super) fn give_back(&self, session: Box<dyn Session>) {
         let mut state = self.state.lock();
-        state.idle.push(session);
-        state.running -= 1;
+        state.end(session);
         let wanted = state.queue.len() > 0 || state.closed;
         drop(state);
         if wanted {
@@ -61,8 +60,7 @@ impl Shared {
                 let rule = self.rule(&state, now);
                 match state.queue.take(&rule, now, joins) {
                     Take::Batch(batch) => {
-                        let session = state.idle.pop()?;
-                        state.running += 1;
+                        let session = state.begin()?;
                         let more = state.queue.len() > 0 && !state.idle.is_empty();
                         drop(state);
                         if more {

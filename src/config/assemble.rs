@@ -64,8 +64,10 @@ fn gateway_settings(from: &mut Layers) -> gateway::Settings {
         let message = format!("expected at most an eighth of cache.bytes_max, {most}, got {got}");
         from.problems.add("cache.entry_bytes_max", message);
     }
+    let watchdog = from.millis("server.watchdog_ms");
     gateway::Settings {
         timeout_max: from.millis("server.timeout_max_ms"),
+        watchdog: (!watchdog.is_zero()).then_some(watchdog),
         output_bytes_max: from.size("server.output_bytes_max"),
         cache,
     }

@@ -38,6 +38,7 @@ pub const KEYS: &[Key] = &[
     key("server.state_dir", Kind::Text, "tidegate-state"),
     key("server.allow_unauthenticated", Kind::Bool, "false"),
     key("server.timeout_max_ms", Kind::Int(1, 24 * HOUR_MS), "60000"),
+    key("server.watchdog_ms", Kind::Int(0, 24 * HOUR_MS), "600000"),
     key("server.body_max_bytes", Kind::Int(1024, i32::MAX as i64), "67108864"),
     key("server.in_flight_bytes_max", Kind::Int(0, i64::MAX), "0"),
     key("server.decode_queue_max", Kind::Int(0, 1_000_000), "256"),

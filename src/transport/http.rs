@@ -283,7 +283,7 @@ async fn plain(api: &Api, route: &Route, method: &Method, body: &[u8]) -> Result
     let get = method != Method::POST;
     match route {
         Route::Server => Ok(models::server(api)),
-        Route::Live => Ok(models::live()),
+        Route::Live => Ok(models::live(api)),
         Route::Ready => Ok(models::ready(api)),
         Route::Models | Route::V1Models => Ok(models::list(api)),
         Route::Model(of) => models::metadata(api, &of.model, of.version.as_ref()),

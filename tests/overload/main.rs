@@ -18,6 +18,7 @@ mod load;
 mod panics;
 mod process;
 mod server;
+mod watchdog;
 
 use tokio::runtime::{Builder, Runtime};
 

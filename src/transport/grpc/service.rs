@@ -320,7 +320,7 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         &self,
         _: Request<pb::ServerLiveRequest>,
     ) -> Answered<pb::ServerLiveResponse> {
-        answered(Ok(pb::ServerLiveResponse { live: true }))
+        answered(Ok(pb::ServerLiveResponse { live: self.api.gateway.is_live() }))
     }
 
     async fn server_ready(

@@ -17,8 +17,10 @@ pub(super) fn server(api: &Api) -> Reply {
 }
 
 /// The bodies satisfy clients that read `live`, `ready` or only the status.
-pub(super) fn live() -> Reply {
-    Reply::value(&json!({"live": true}))
+pub(super) fn live(api: &Api) -> Reply {
+    let live = api.gateway.is_live();
+    let body = json!({"live": live}).to_string();
+    Reply::json(if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, body)
 }
 
 pub(super) fn ready(api: &Api) -> Reply {
