@@ -50,6 +50,7 @@ mod repository;
 mod shared;
 
 pub mod compress;
+mod pieces;
 mod reply;
 
 /// Longest wait for a thread to decode or encode a large body on.

@@ -6,8 +6,18 @@ use std::marker::PhantomData;
 
 use bytes::{Buf, Bytes};
 use tonic::Status;
-use tonic::codec::{DecodeBuf, Decoder};
-use tonic_prost::ProstEncoder;
+use tonic::codec::{BufferSettings, DecodeBuf, Decoder};
+use tonic_prost::{ProstCodec, ProstEncoder};
+
+/// What a call's buffers hold before they grow: the usual small prediction. The default of 8 KiB is
+/// taken and cleared away for every call, and a request's tensors would keep it for as long as they live.
+const BUFFER_BYTES: usize = 512;
+/// As the library's default; only streams of answers look at it.
+const YIELD_BYTES: usize = 32 << 10;
+
+fn buffers() -> BufferSettings {
+    BufferSettings::new(BUFFER_BYTES, YIELD_BYTES)
+}
 
 /// Takes bytes, answers with messages of type `T`.
 pub(super) struct Unread<T>(PhantomData<T>);
@@ -25,7 +35,7 @@ impl<T: prost::Message + Send + 'static> tonic::codec::Codec for Unread<T> {
     type Decoder = Whole;
 
     fn encoder(&mut self) -> Self::Encoder {
-        ProstEncoder::default()
+        ProstCodec::<T, ()>::raw_encoder(buffers())
     }
 
     fn decoder(&mut self) -> Self::Decoder {
@@ -39,6 +49,10 @@ pub(super) struct Whole;
 impl Decoder for Whole {
     type Item = Bytes;
     type Error = Status;
+
+    fn buffer_settings(&self) -> BufferSettings {
+        buffers()
+    }
 
     fn decode(&mut self, message: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
         Ok(Some(message.copy_to_bytes(message.remaining())))

@@ -199,7 +199,7 @@ pub(super) async fn answer(mut reply: Reply, accepted: Option<Encoding>, api: &A
     let Some(encoding) = accepted.filter(|_| reply.body.len() >= least) else {
         return reply;
     };
-    let body = reply.body.clone();
+    let body = reply.body.joined();
     let deflated = if body.len() <= INLINE_MAX_BYTES {
         deflate(encoding, &body)
     } else {
@@ -211,7 +211,7 @@ pub(super) async fn answer(mut reply: Reply, accepted: Option<Encoding>, api: &A
     };
     match deflated {
         Ok(body) => {
-            reply.body = body;
+            reply.body = body.into();
             reply.headers.insert(CONTENT_ENCODING, HeaderValue::from_static(encoding.name()));
             reply.headers.insert(VARY, HeaderValue::from_static("accept-encoding"));
         }

@@ -1,10 +1,9 @@
 //! Answers before they become HTTP messages.
 
-use bytes::Bytes;
 use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
-use http_body_util::Full;
 
+use super::pieces::Pieces;
 use crate::domain::{AnswerHead, Failure};
 use crate::transport::{Body, meta, status};
 
@@ -17,16 +16,16 @@ pub(super) const JSON_LENGTH: HeaderName =
 pub(super) struct Reply {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
-    pub(super) body: Bytes,
+    pub(super) body: Pieces,
 }
 
 impl Reply {
     pub(super) fn empty(status: StatusCode) -> Self {
-        Self { status, headers: HeaderMap::new(), body: Bytes::new() }
+        Self { status, headers: HeaderMap::new(), body: Pieces::default() }
     }
 
     /// JSON; the content type without a charset, which some clients compare exactly.
-    pub(super) fn json(status: StatusCode, body: impl Into<Bytes>) -> Self {
+    pub(super) fn json(status: StatusCode, body: impl Into<Pieces>) -> Self {
         let mut reply = Self::empty(status);
         reply.body = body.into();
         reply.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -38,9 +37,9 @@ impl Reply {
     }
 
     /// JSON of `json_len` bytes and raw tensors behind.
-    pub(super) fn binary(json_len: usize, body: Vec<u8>) -> Self {
+    pub(super) fn binary(json_len: usize, body: Pieces) -> Self {
         let mut reply = Self::empty(StatusCode::OK);
-        reply.body = body.into();
+        reply.body = body;
         reply.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         reply.headers.insert(JSON_LENGTH, HeaderValue::from(json_len));
         reply
@@ -71,7 +70,7 @@ impl Reply {
     }
 
     pub(super) fn into_response(self) -> Response<Body> {
-        let mut response = Response::new(Body::new(Full::new(self.body)));
+        let mut response = Response::new(Body::new(self.body));
         *response.status_mut() = self.status;
         *response.headers_mut() = self.headers;
         response

@@ -2,8 +2,15 @@
 
 use super::binary::{Form, SharedSlice};
 use super::elements::{self, ElementError, json};
+use super::pieces::Pieces;
 use super::reply::Reply;
 use crate::domain::{Answer, ErrorKind, Failure, NamedTensor};
+
+/// Room for the JSON around outputs that are few.
+const HEAD_USUAL_BYTES: usize = 512;
+/// Raw outputs that are smaller together are sent in one piece with the JSON before them: a copy
+/// costs less than another piece.
+const COPY_MAX_BYTES: usize = 16 << 10;
 
 /// Puts an output into shared memory on behalf of a request.
 pub(super) type WriteShared<'a> = &'a dyn Fn(&SharedSlice, &[u8]) -> Result<(), Failure>;
@@ -21,9 +28,9 @@ pub(super) fn write(
     shared: WriteShared<'_>,
     json_max: usize,
 ) -> Result<Reply, Failure> {
-    let size: usize = answer.outputs.iter().map(|output| output.tensor.data().len()).sum();
     // JSON digits take about three times the bytes of a float.
-    let mut out = Vec::with_capacity(512 + (size * 3).min(json_max.max(size)));
+    let digits = written(answer, forms, form).saturating_mul(3).min(json_max);
+    let mut out = Vec::with_capacity(HEAD_USUAL_BYTES + digits);
     out.extend_from_slice(b"{\"model_name\":");
     json(answer.model.as_str(), &mut out);
     if let Some(version) = answer.head.version {
@@ -47,16 +54,25 @@ pub(super) fn write(
         }
     }
     out.extend_from_slice(b"]}");
-    let json_len = out.len();
-    for data in &raw {
-        out.extend_from_slice(data);
-    }
     // Some readers take the mere presence of the header as a sign of raw tensors.
     if raw.is_empty() {
-        Ok(Reply::json(http::StatusCode::OK, out))
-    } else {
-        Ok(Reply::binary(json_len, out))
+        return Ok(Reply::json(http::StatusCode::OK, out));
     }
+    let json_len = out.len();
+    if raw.iter().map(|data| data.len()).sum::<usize>() <= COPY_MAX_BYTES {
+        raw.iter().for_each(|data| out.extend_from_slice(data));
+        return Ok(Reply::binary(json_len, out.into()));
+    }
+    let mut pieces = Pieces::from(out);
+    raw.into_iter().for_each(|data| pieces.push(data.clone()));
+    Ok(Reply::binary(json_len, pieces))
+}
+
+/// Bytes of the outputs that are written as JSON.
+fn written(answer: &Answer, forms: &[Form], form: &Form) -> usize {
+    let outputs = answer.outputs.iter().enumerate();
+    let json = outputs.filter(|(at, _)| *forms.get(*at).unwrap_or(form) == Form::Json);
+    json.map(|(_, output)| output.tensor.data().len()).sum()
 }
 
 fn write_output(
