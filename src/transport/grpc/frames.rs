@@ -294,3 +294,6 @@ where
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

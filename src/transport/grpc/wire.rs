@@ -351,3 +351,6 @@ fn parameter_value(message: Bytes) -> Result<Option<ParameterValue>, WireError> 
     }
     Ok(choice)
 }
+
+#[cfg(test)]
+mod tests;
