@@ -409,7 +409,10 @@ impl Session for OrtSession {
             Some(options) => self.session.run_with_options(&values[..], options),
         };
         let outputs = ran.map_err(|error| {
-            arena::took(None);
+            // Other errors must not: who sends bad input would make everyone's next run slower.
+            if error.message().contains(ARENA_FULL) {
+                arena::took(None);
+            }
             failed(specs, &error)
         })?;
         let outputs: Vec<Tensor> = outputs
@@ -440,9 +443,12 @@ fn failed(specs: &[TensorSpec], error: &ort::Error) -> EngineError {
     EngineError::Input { name: names.join("', '"), reason }
 }
 
+/// How the runtime begins to say that a tensor does not fit its arena.
+const ARENA_FULL: &str = "Available memory of ";
+
 /// What the runtime says of a run, for the caller: without places in its source code.
 fn told(message: &str) -> String {
-    if let Some((_, rest)) = message.split_once("Available memory of ")
+    if let Some((_, rest)) = message.split_once(ARENA_FULL)
         && let Some((left, needed)) = rest.split_once(" is smaller than requested bytes of ")
     {
         let needed = needed.trim();
