@@ -12,7 +12,7 @@ use crate::alone;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_tidegate");
 /// A busy machine starts programs slowly.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The gateway as a child process, ended with the test.
 struct Gateway {
