@@ -22,6 +22,8 @@ const DISPATCH_NS: f64 = 5_000.0;
 /// A larger batch is worth it if an element in it costs less than this share of what it costs in
 /// a smaller one; else the smaller is taken, whose first answers leave sooner.
 const GAIN_MIN: f64 = 0.97;
+/// The same where joining is not free.
+const JOIN_GAIN_MIN: f64 = 0.9;
 const EXPLORE_SHARE: u64 = 128;
 /// `best` before the first run.
 const UNKNOWN: usize = usize::MAX;
@@ -154,10 +156,16 @@ impl Cost {
         most * 2
     }
 
-    /// Whether a batch of two runs of `size` is worth it, or not known not to be.
+    /// Whether an element costs less in a larger run than in one of `size`, or that is not known,
+    /// or is to be found out again. For runs without a dispatch: joining them saves no more than
+    /// the runs themselves do, and costs a little.
     pub(super) fn joining_pays(&self, size: usize) -> bool {
-        let best = self.best.load(Ordering::Relaxed);
-        best != UNKNOWN && (at(size) < best || self.known(at(size) + 1).is_none())
+        let Some(one) = self.known(at(size)) else { return false };
+        let per_element = |known: Known| known.ns / known.size;
+        let mut larger = (at(size) + 1..POINTS).filter_map(|at| self.known(at)).peekable();
+        let Some(next) = larger.peek().copied() else { return true };
+        let most = per_element(one) * JOIN_GAIN_MIN;
+        larger.any(|known| per_element(known) < most) || self.spend(next.ns)
     }
 
     /// Whether so much may be lost now.

@@ -56,6 +56,18 @@ async fn order_and_priorities_are_left_to_the_queue() {
 }
 
 #[tokio::test]
+async fn what_is_not_cheaper_together_runs_alone() {
+    let model = FakeModel::new(2, 1.0);
+    let lane = lane(&model, 1, BatchSettings::default());
+    for rows in [1_u8, 1, 8, 8] {
+        let inputs = vec![row(&vec![0.0; 2 * usize::from(rows)])];
+        lane.seed(inputs, Duration::from_micros(10) * u32::from(rows));
+    }
+    assert_eq!(together(&Arc::new(lane), 8).await, 1);
+    assert_eq!(model.runs.load(Ordering::Relaxed), 8);
+}
+
+#[tokio::test]
 async fn without_an_idle_session_they_wait_in_the_queue() {
     let (model, lane) = cheap(1, BatchSettings::default());
     let session = lane.shared.take_idle().unwrap();
