@@ -31,7 +31,7 @@ use tokio::sync::{Semaphore, watch as signal};
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use self::bodies::{AnswerBody, Pace, Paced};
-use self::peers::Peers;
+use self::peers::{Counted, Peers};
 use self::socket::{First, Socket};
 use self::watch::{Limits, Open, Seen, Watch};
 use super::grpc::Grpc;
@@ -129,6 +129,16 @@ impl Front {
         if open <= HTTP2_WIDE_CONNECTIONS_MAX { &self.http2 } else { &self.http2_small }
     }
 
+    /// `None` when the client has as many connections as it may.
+    pub(super) fn admit(&self, peer: SocketAddr) -> Option<Counted> {
+        let counted = self.peers.admit(peer.ip());
+        if counted.is_none() {
+            tracing::debug!(%peer, "refused, the client has all the connections that it may have");
+            self.closed(CloseReason::PerIp);
+        }
+        counted
+    }
+
     fn closed(&self, reason: CloseReason) {
         self.api.gateway.observer().connection_closed(reason);
     }
@@ -205,11 +215,6 @@ pub(super) async fn connection(
     peer: SocketAddr,
     watcher: Watcher,
 ) {
-    let Some(_counted) = front.peers.admit(peer.ip()) else {
-        tracing::debug!(%peer, "refused, the client has all the connections that it may have");
-        front.closed(CloseReason::PerIp);
-        return;
-    };
     if let Err(error) = set_options(&stream) {
         tracing::debug!(%peer, %error, "socket options were not set");
     }

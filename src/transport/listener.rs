@@ -92,6 +92,8 @@ async fn accept_loop(
         match accepted {
             Ok((stream, peer)) => {
                 refusals.accepted();
+                // Here, where connections come one after the other: the first ones keep their places.
+                let Some(place) = front.admit(peer) else { continue };
                 let counted = front.api.gateway.observer().connection();
                 let (front, watcher) = (Arc::clone(&front), graceful.watcher());
                 // Registered anew with the event queue of the thread that serves it.
@@ -101,7 +103,7 @@ async fn accept_loop(
                         Ok(stream) => connection(front, stream, peer, watcher).await,
                         Err(error) => tracing::warn!(%peer, %error, "connection lost on hand-over"),
                     }
-                    drop((slot, counted));
+                    drop((slot, place, counted));
                 });
             }
             Err(error) => {

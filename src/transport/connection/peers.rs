@@ -13,7 +13,7 @@ pub(super) struct Peers {
 }
 
 /// A connection that is counted for its client until this goes.
-pub(super) struct Counted {
+pub(in crate::transport) struct Counted {
     peers: Arc<Peers>,
     client: IpAddr,
 }
