@@ -31,6 +31,7 @@ mod trace;
 mod triton;
 
 pub use access::AccessLog;
+pub use process::resident_bytes;
 pub use histogram::{BATCH_BOUNDS, LATENCY_BOUNDS_NS};
 pub use stats::{
     ARM_OTHER, BATCH_SIZES_MAX, BatchStat, DurationStat, RULES_MAX, StatsSnapshot, VersionStats,
