@@ -20,6 +20,9 @@ use crate::domain::{
 use crate::engine::release_memory;
 use crate::observe::resident_bytes;
 
+/// Newest versions that are loaded from a source that is no folder, where nobody says how many.
+const REMOTE_VERSIONS_LATEST: usize = 3;
+
 /// Which bytes are taken for a version that was seen before.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Accept {
@@ -159,9 +162,10 @@ impl Shared {
     }
 
     pub(super) fn retention(&self) -> Option<VersionPolicy> {
-        match self.preparer.settings().versions_latest {
-            0 => None,
-            count => Some(VersionPolicy::Latest(count)),
+        match (self.preparer.settings().versions_latest, self.source.local()) {
+            (0, Some(_)) => None,
+            (0, None) => Some(VersionPolicy::Latest(REMOTE_VERSIONS_LATEST)),
+            (count, _) => Some(VersionPolicy::Latest(count)),
         }
     }
 
