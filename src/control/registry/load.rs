@@ -45,6 +45,16 @@ pub(super) struct How<'a> {
     call: &'a Call,
 }
 
+impl How<'_> {
+    /// Notes which files were tried. What was not found by looking at the source (a client's own
+    /// files, say) leaves what is known of the source as it is.
+    fn tried(&self, record: &mut super::Record) {
+        if let Some(fingerprint) = self.fingerprint {
+            record.fingerprint = Some(fingerprint.to_owned());
+        }
+    }
+}
+
 impl Shared {
     /// A client's load of a whole model: what is there now, or what it brought.
     pub(super) fn load(
@@ -332,7 +342,7 @@ impl Shared {
         match result {
             Ok(Prepared::Same) => {
                 self.with_record(model, version, |record| {
-                    record.fingerprint = how.fingerprint.map(str::to_owned);
+                    how.tried(record);
                     if record.serves() {
                         let state = record.state;
                         record.enter(state, "");
@@ -341,9 +351,7 @@ impl Shared {
                 Ok(())
             }
             Ok(Prepared::New(served)) => {
-                self.with_record(model, version, |record| {
-                    record.fingerprint = how.fingerprint.map(str::to_owned);
-                });
+                self.with_record(model, version, |record| how.tried(record));
                 let may = self.overseer().may_serve(model, version, served.digest);
                 let state = self.put(Arc::new(*served), may, started);
                 self.overseer().entered(model, version, state, "", how.call);
@@ -383,8 +391,11 @@ impl Shared {
         tracing::error!(%model, %version, reason, "version not loaded");
         self.observer.load_failed();
         self.with_record(model, version, |record| {
+            how.tried(record);
             // What may be otherwise next time is tried again.
-            record.fingerprint = how.fingerprint.filter(|_| problem.lasting).map(str::to_owned);
+            if how.fingerprint.is_some() && !problem.lasting {
+                record.fingerprint = None;
+            }
             match serves {
                 true => {
                     let state = record.state;
