@@ -1,0 +1,1 @@
+//! The way back, without a socket in between: it is in force before anything is written.
