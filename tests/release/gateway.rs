@@ -153,10 +153,6 @@ impl Gateway {
         };
         ids.filter(ours).collect()
     }
-
-    pub(crate) fn log(&self) -> Vec<String> {
-        self.lines.lock().clone()
-    }
 }
 
 impl Drop for Gateway {

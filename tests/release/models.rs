@@ -4,6 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
+use tidegate::domain::{DataType, Shape, Tensor};
+use tidegate::engine::ort::OrtBackend;
+use tidegate::engine::{Artifact, Backend as _, LoadOptions};
 
 use crate::wire::{FLOAT, INT64, bytes, info, model, node, number};
 
@@ -230,4 +233,36 @@ pub(crate) fn samples(version: u32, x: u32) -> String {
     let (input, output) = (tensor("x", x as f32), tensor("y", (x + version) as f32));
     let sample = serde_json::json!({"request": {"inputs": input}, "response": {"outputs": output}});
     serde_json::json!({"samples": [sample]}).to_string()
+}
+
+/// What one row gives.
+fn run(content: &[u8], x: u32) -> Result<f32, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.onnx");
+    std::fs::write(&path, content).unwrap();
+    let options = LoadOptions { intra_threads: 1, sessions: 1, providers: Vec::new() };
+    let artifact = Artifact { path, derived: None };
+    let loaded = OrtBackend::open(None).and_then(|ort| ort.load(&artifact, &options));
+    let mut session = loaded.map_err(|error| error.to_string())?.session().unwrap();
+    #[expect(clippy::cast_precision_loss, reason = "small numbers")]
+    let data = (x as f32).to_le_bytes().to_vec();
+    let input = Tensor::new(DataType::Fp32, Shape::from_slice(&[1, 1]), data.into()).unwrap();
+    let outputs = session.run(&[input]).map_err(|error| error.to_string())?;
+    Ok(f32::from_le_bytes(*outputs[0].data().last_chunk().unwrap()))
+}
+
+#[test]
+fn versions_do_what_the_tests_count_on() {
+    assert_eq!(run(&add(3), 4), Ok(7.0));
+    assert_eq!(run(&slow(3, 2), 4), Ok(7.0));
+    assert_eq!(run(&heavy(3, 1), 4), Ok(7.0));
+    assert!(run(&nan(3), 4).unwrap().is_nan());
+    for fails in [Fails::Always, Fails::OneInTwenty] {
+        let model = failing(3, fails);
+        for (x, y) in [(0, 3.0), (1, 4.0), (2, 5.0), (6, 9.0), (7, 10.0), (27, 30.0)] {
+            let got = run(&model, x);
+            assert_eq!(got.is_err(), fails.at(x), "{fails:?} at {x}: {got:?}");
+            assert!(got.is_err() || got == Ok(y), "{fails:?} at {x}: {got:?}");
+        }
+    }
 }
