@@ -18,12 +18,15 @@ use std::time::Duration;
 use crate::domain::{EngineChoice, Failure, ModelName};
 use manifest::Manifest;
 
+pub mod bootstrap;
 pub mod call;
 mod confined;
 pub mod desk;
 pub mod director;
 mod fetch;
+pub mod hooks;
 mod inspect;
+pub mod keys;
 pub mod lineage;
 pub mod manifest;
 pub mod probe;
