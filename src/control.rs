@@ -35,6 +35,7 @@ pub mod rollout;
 mod samples;
 mod scan;
 pub mod secret;
+mod signature;
 pub mod source;
 pub mod store;
 mod sweep;
