@@ -24,6 +24,14 @@ impl Desk for Director {
         self.inner.model(model)
     }
 
+    fn version(
+        &self,
+        model: &ModelName,
+        version: Version,
+    ) -> Result<Versioned<VersionView>, Refusal> {
+        self.inner.version(model, version)
+    }
+
     fn load<'a>(
         &'a self,
         model: &'a ModelName,

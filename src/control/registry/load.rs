@@ -617,7 +617,8 @@ fn checks_of(checked: &Checked) -> Vec<Check> {
         pass("digest", checked.digest.to_string()),
         pass("loads", format!("on {} in a child process", checked.engine)),
     ];
-    checks.extend(checked.signed_by.iter().map(|key| pass("signature", format!("by {key}"))));
+    let signed = checked.signed.iter();
+    checks.extend(signed.map(|by| pass("signature", format!("by {}: {}", by.key, by.comment))));
     match checked.samples {
         0 => checks.push(Check {
             name: "samples".to_owned(),
