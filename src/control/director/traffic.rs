@@ -130,7 +130,7 @@ impl Inner {
     /// What a caller gets who names no version, by label or as the latest.
     pub(super) fn default_version(&self, model: &ModelName) -> Option<Version> {
         let table = self.board.table();
-        table.pick_default(model).map(|served| served.version)
+        table.pick(model, None).ok().map(|pick| pick.served.version)
     }
 
     fn is_loaded(&self, model: &ModelName, traffic: &Traffic) -> bool {

@@ -514,7 +514,8 @@ impl Shared {
             detail,
         };
         let table = self.board.table();
-        let now = table.pick_default(model).filter(|now| now.version != version);
+        let now = table.pick(model, None).ok().map(|pick| pick.served);
+        let now = now.filter(|now| now.version != version);
         let Some(now) = now else { return Ok(check(CheckOutcome::Pass, String::new())) };
         let Some(difference) = now.signature.difference(signature) else {
             let detail = format!("as version {}", now.version);
