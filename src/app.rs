@@ -11,7 +11,8 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::control::Registry;
+use crate::control::store::{SqliteStore, Store};
+use crate::control::{Director, Registry, Switchboard, source};
 use crate::domain::ModelControl;
 use crate::engine::Engines;
 use crate::gateway::Gateway;
@@ -55,12 +56,26 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         tracing::info!(engine = name, version, "engine ready");
     }
     let table = Arc::new(Published::new(RouteTable::default()));
+    let store = SqliteStore::open(&config.control.state_dir).context("open the state")?;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let source = source::open(&config.control).context("open the source of models")?;
+    tracing::info!(source = source.describe(), "models come from");
+    let default_model = config.control.default_model.clone();
+    let board = Arc::new(Switchboard::new(Arc::clone(&table), default_model));
     let registry = Registry::new(
         config.control.clone(),
         Arc::new(engines),
-        Arc::clone(&table),
+        source,
+        Arc::clone(&board),
         Arc::clone(&observer),
     );
+    let director = Director::open(
+        Arc::clone(&store),
+        Arc::clone(&registry),
+        board,
+        config.release.clone(),
+    );
+    let director = Arc::new(director.context("read the state")?);
     let control: Arc<dyn ModelControl> = Arc::clone(&registry) as Arc<dyn ModelControl>;
     let gateway = Gateway::new(table, Arc::clone(&observer), control, config.gateway.clone());
     let api = Arc::new(Api {
@@ -100,8 +115,9 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 
     tokio::select! {
-        loaded = registry.load_all() => {
+        loaded = director.start() => {
             loaded.context("read the model repository")?;
+            tokio::spawn(panics::fatal_async("watcher", watch(Arc::clone(&director), &config)));
             if has_something_to_serve(&api, &*registry) {
                 api.health.set_ready();
             } else {
@@ -118,6 +134,11 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         tracing::warn!("the collector did not take the last spans in time");
     }
     Ok(())
+}
+
+fn watch(director: Arc<Director>, config: &Config) -> impl Future<Output = ()> + use<> {
+    let every = config.control.source.poll;
+    async move { director.watch(every).await }
 }
 
 async fn export_traces(observer: Arc<Observer>, stop: CancellationToken) {
