@@ -23,6 +23,7 @@ pub mod probe;
 mod registry;
 mod samples;
 mod scan;
+pub mod store;
 mod sweep;
 mod trial;
 mod version;
