@@ -15,9 +15,11 @@ use std::time::Duration;
 use crate::domain::{EngineChoice, Failure, ModelName};
 use manifest::Manifest;
 
+pub mod bootstrap;
 mod confined;
 mod fetch;
 mod inspect;
+pub mod keys;
 pub mod manifest;
 pub mod probe;
 mod registry;
