@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 mod check_config;
 mod health;
 mod infer;
+mod keys;
 mod models;
 mod serve;
 
@@ -29,6 +30,8 @@ enum Command {
     Infer(infer::Args),
     /// Ask a running gateway whether it is ready; 0 if it is, 1 if not
     Health(health::Args),
+    /// Make, list and revoke API keys
+    Keys(keys::Args),
     /// Try a model under limits, as told on stdin
     #[command(hide = true)]
     Probe,
@@ -42,6 +45,7 @@ pub fn run() -> ExitCode {
         Command::Models(args) => models::run(&args),
         Command::Infer(args) => infer::run(&args),
         Command::Health(args) => health::run(&args),
+        Command::Keys(args) => keys::run(&args),
         Command::Probe => crate::control::probe::child_main(),
     }
 }
