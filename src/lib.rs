@@ -3,6 +3,7 @@
 //! Modules in reading order; `docs/architecture.md` has the picture and the import arrows that
 //! `tests/tidy.rs` checks.
 
+pub mod admin;
 pub mod app;
 pub mod batch;
 pub mod cache;

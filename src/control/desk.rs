@@ -35,6 +35,14 @@ pub trait Desk: Send + Sync {
 
     fn model(&self, model: &ModelName) -> Option<ModelView>;
 
+    /// # Errors
+    /// `NotFound`.
+    fn version(
+        &self,
+        model: &ModelName,
+        version: Version,
+    ) -> Result<Versioned<VersionView>, Refusal>;
+
     /// Answers when the version is ready (or held for approval), or is known not to become so.
     /// `accept_digest`: the bytes that a quarantined version has now, and that are right.
     fn load<'a>(
