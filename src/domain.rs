@@ -12,6 +12,7 @@ mod request;
 mod settings;
 mod signature;
 mod tensor;
+mod traffic;
 
 pub use completion::{Arm, Completion, Outcome, Protocol, RouteReason, Timings, TraceContext};
 pub use datatype::DataType;
@@ -28,3 +29,7 @@ pub use settings::{
 };
 pub use signature::{Dim, Signature, TensorSpec};
 pub use tensor::{BytesElements, RANK_MAX, Shape, Tensor, TensorError};
+pub use traffic::{
+    BUCKETS, HEADER_LEN_MAX, PARAMETER_LEN_MAX, RULES_MAX, Rule, SHADOWS_MAX, Shadow, Sticky,
+    Traffic, VALUE_LEN_MAX, WEIGHTS_MAX,
+};

@@ -20,8 +20,9 @@ use crate::domain::{
     Arm, Completion, Digest, ErrorKind, Label, ModelName, Outcome, Protocol, Timings, Version,
 };
 
-/// Routing rules with series of their own; requests of further ones count as [`ARM_OTHER`].
-pub const RULES_MAX: usize = 32;
+/// Routing rules with series of their own, which is as many as a traffic table may hold; those of
+/// tables before it count too, and what is beyond as [`ARM_OTHER`].
+pub const RULES_MAX: usize = crate::domain::RULES_MAX;
 /// Arm of requests beyond [`RULES_MAX`].
 pub const ARM_OTHER: &str = "other";
 /// Different batch sizes that the statistics list; executions of further ones are only counted.
