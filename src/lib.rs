@@ -4,6 +4,7 @@
 //! `tests/tidy.rs` checks.
 
 pub mod admin;
+pub mod admit;
 pub mod app;
 pub mod batch;
 pub mod cache;
@@ -17,4 +18,5 @@ pub mod observe;
 pub mod panics;
 pub mod proto;
 pub mod route;
+pub mod shadow;
 pub mod transport;

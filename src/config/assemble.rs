@@ -33,6 +33,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
                 .map(|bytes| usize::try_from(bytes / 4 * 3).unwrap_or(usize::MAX)),
             mb => Some(mb << 20),
         },
+        release: release_policy(from),
         system_shared_memory: from.flag("server.system_shared_memory"),
         observe: observe_settings(from),
         log_format: log_format(from),
@@ -98,10 +99,22 @@ fn control_settings(from: &mut Layers) -> control::Settings {
         wall_max: from.millis("probe.wall_max_ms"),
     };
     settings.copies_max = from.size("repository.copies_max");
+    settings.versions_latest = from.size("repository.versions_latest");
+    settings.pin_digests = from.flag("repository.pin_digests");
+    settings.memory_max = memory_limit();
     settings.model_size_max = from.number("repository.model_size_max_mb") << 20;
     settings.model_name = model_name(from, "repository.model_name");
     settings.default_model = model_name(from, "models.default");
     settings
+}
+
+fn release_policy(from: &mut Layers) -> control::director::Policy {
+    let days = from.number("release.approval_age_max_days");
+    control::director::Policy {
+        reason_required: from.flag("release.reason_required"),
+        approvals_required: from.size("release.approvals_required"),
+        approval_age_max: Duration::from_secs(days * 24 * 3600),
+    }
 }
 
 /// A trial shares the memory of the gateway's container: what is more than there is would only end both.

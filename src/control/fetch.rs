@@ -156,6 +156,29 @@ impl Cache {
         self.keep(sources, &staging)
     }
 
+    /// The copy with this digest, if it is there and still holds what it is named by.
+    pub(super) fn recall(&self, digest: &Digest) -> Result<Option<Fetched>, FetchError> {
+        let home = self.root.join("models").join(digest.hex());
+        if !home.join(MODEL_FILE).exists() {
+            return Ok(None);
+        }
+        let mut names = files_beneath(&home)?;
+        // As they were listed when the digest was made: the model first, then the others by name.
+        names.retain(|name| name != MODEL_FILE);
+        names.sort();
+        names.insert(0, MODEL_FILE.to_owned());
+        let open = |name: String| Source::open(name.clone(), File::open(home.join(&name))?, u64::MAX);
+        let sources: Vec<Source> = names.into_iter().map(open).collect::<Result<_, _>>()?;
+        if digest_of(&sources) != *digest.as_bytes() {
+            return Ok(None);
+        }
+        let mut verified = self.verified.lock();
+        verified.insert(*digest.as_bytes());
+        touch(&home);
+        let size = sources.iter().map(|source| source.size).sum();
+        Ok(Some(Fetched { digest: *digest, model: home.join(MODEL_FILE), size }))
+    }
+
     fn external_names(
         &self,
         model: &mut Source,
@@ -401,6 +424,24 @@ pub(super) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     file.write_all(content)?;
     file.sync_all()?;
     fs::rename(aside, path)
+}
+
+/// Paths of all files in a folder of ours, relative to it.
+fn files_beneath(root: &Path) -> io::Result<Vec<String>> {
+    let (mut folders, mut files) = (vec![root.to_owned()], Vec::new());
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if let Ok(relative) = path.strip_prefix(root)
+                && let Some(name) = relative.to_str()
+            {
+                files.push(name.to_owned());
+            }
+        }
+    }
+    Ok(files)
 }
 
 fn sync_folder(path: &Path) -> io::Result<()> {

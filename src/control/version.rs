@@ -14,6 +14,7 @@ use super::fetch::{
 use super::manifest::{Declared, DeclaredTensor, Manifest};
 use super::probe::{self, Job, ProbeError, Report, TrialJob};
 use super::scan::Repository;
+use super::view::Life;
 use super::{Settings, sweep, trial};
 use crate::batch::{Lane, LaneParts, Padding, ThreadBudget};
 use crate::domain::{Digest, ModelName, ModelSettings, Signature, TensorSpec, Version};
@@ -49,6 +50,20 @@ pub enum PrepareError {
     Warmup(String),
     #[error("could not start its workers: {0}")]
     Workers(io::Error),
+    #[error("the copy with {0} is not there any more")]
+    NoCopy(Digest),
+}
+
+impl PrepareError {
+    /// Whether the same bytes may fare better another time.
+    pub(super) fn is_passing(&self) -> bool {
+        match self {
+            Self::State(_) | Self::Workers(_) | Self::NoCopy(_) => true,
+            Self::Fetch(FetchError::Io(_) | FetchError::Changed { .. }) | Self::Samples(_) => true,
+            Self::Probe(ProbeError::TimedOut(_) | ProbeError::Start(_)) => true,
+            _ => false,
+        }
+    }
 }
 
 /// A version that passed its trial.
@@ -67,6 +82,27 @@ pub struct Checked {
     pub memory_bytes: u64,
     report: Report,
     model: PathBuf,
+}
+
+impl Checked {
+    fn new(fetched: Fetched, report: Report) -> Self {
+        Self {
+            digest: fetched.digest,
+            signature: report.signature.clone(),
+            engine: report.engine.clone(),
+            notes: report.findings.notes.clone(),
+            samples: report.samples,
+            size: fetched.size,
+            memory_bytes: report.memory_bytes,
+            report,
+            model: fetched.model,
+        }
+    }
+
+    /// What the trial found, to be remembered.
+    pub(super) fn into_report(self) -> Report {
+        self.report
+    }
 }
 
 /// Takes versions through their steps.
@@ -108,13 +144,15 @@ impl Preparer {
         self.cache()?.staging().map_err(|error| PrepareError::State(error.to_string()))
     }
 
-    /// Fetches a version and tries it; a verdict that is known is not sought again.
+    /// Fetches a version and tries it; a verdict that is known is not sought again. `progress` is told
+    /// what it is at.
     pub(super) fn check(
         &self,
         repository: &Repository,
         model: &ModelName,
         version: Version,
         manifest: &Manifest,
+        progress: &dyn Fn(Life),
     ) -> Result<Checked, PrepareError> {
         let settings = &manifest.settings;
         let folder = open_version(repository, model, version)?;
@@ -124,6 +162,7 @@ impl Preparer {
             self.external_data(path).map_err(|error| error.to_string())
         })?;
         let samples = read_samples(&folder).map_err(PrepareError::Samples)?;
+        progress(Life::Probing);
         let report = self.report(cache, &fetched, settings, samples)?;
         if let Some(declared) = &manifest.declared {
             agree(declared, &report.signature).map_err(PrepareError::Contradiction)?;
@@ -136,17 +175,13 @@ impl Preparer {
                 _ => error,
             }
         })?;
-        Ok(Checked {
-            digest: fetched.digest,
-            signature: report.signature.clone(),
-            engine: report.engine.clone(),
-            notes: report.findings.notes.clone(),
-            samples: report.samples,
-            size: fetched.size,
-            memory_bytes: report.memory_bytes,
-            report,
-            model: fetched.model,
-        })
+        Ok(Checked::new(fetched, report))
+    }
+
+    /// A version that passed before, from the copy that was made of it then.
+    pub(super) fn recall(&self, digest: Digest, report: Report) -> Result<Checked, PrepareError> {
+        let fetched = self.cache()?.recall(&digest)?.ok_or(PrepareError::NoCopy(digest))?;
+        Ok(Checked::new(fetched, report))
     }
 
     fn external_data(&self, model: &Path) -> Result<BTreeSet<String>, PrepareError> {

@@ -153,3 +153,23 @@ pub struct ApprovalRequest {
     #[serde(default)]
     pub digest: Option<String>,
 }
+
+/// How a model's requests are divided now.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct TrafficView {
+    pub follow: Follow,
+    /// What a request gets that names no version, has no key and meets no rule, most of the time.
+    pub version: Option<Version>,
+    /// `None` while `follow` is not `traffic`.
+    pub traffic: Option<Traffic>,
+    /// What `:rollback` goes back to.
+    pub last_good: Option<Traffic>,
+    pub changed: Option<Change>,
+}
+
+/// What a look at the source found.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ReloadView {
+    pub models: usize,
+    pub versions: usize,
+}

@@ -7,6 +7,8 @@
 //! Invariants:
 //! - Recording takes no lock, waits for nobody and allocates only for a series' first request.
 //! - The set of series is bounded: four fixed arms, [`RULES_MAX`] rules, three protocols.
+//!
+//! What a rollout reads and watches is in [`arms`].
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -14,6 +16,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
+
+mod arms;
+
+pub use arms::{ArmTotals, Watched, is_server_fault};
 
 use super::histogram::{BatchSizes, Latency, LatencyShard, nanos};
 use crate::domain::{
@@ -108,6 +114,7 @@ pub struct VersionStats {
     cache_miss: DurationCount,
     gauges: OnceLock<Gauges>,
     loaded_in: OnceLock<Duration>,
+    watch: arms::Watch,
 }
 
 /// The series of one arm, by protocol.
@@ -265,6 +272,7 @@ impl VersionStats {
             cache_miss: DurationCount::default(),
             gauges: OnceLock::new(),
             loaded_in: OnceLock::new(),
+            watch: arms::Watch::new(observer.alarm()),
         });
         observer.register(&stats);
         stats
@@ -285,6 +293,7 @@ impl VersionStats {
     pub fn completed(&self, completion: &Completion) {
         let series = self.arms(completion.arm.as_ref()).series(completion.protocol);
         series.0[shard_index()].record(completion);
+        self.watch.completed(completion);
     }
 
     /// One execution of a batch of `rows`.
