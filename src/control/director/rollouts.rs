@@ -9,14 +9,14 @@ use super::traffic::settled;
 use super::{Director, Inner, check_match, committed, json, labels_of};
 use crate::control::call::{Call, Refusal, Versioned};
 use crate::control::desk::Pending;
-use crate::control::rollout::controller::{Change, Controller, Desk, Handle};
+use crate::control::rollout::controller::{Callout, Change, Controller, Desk, Handle};
 use crate::control::rollout::{
     Action, Command, Observation, Plan, Rollout, ShadowTally, ShadowTotals, Start,
 };
 use crate::control::store::{EventOutcome, Kind, NewEvent};
 use crate::control::switchboard::InForce;
-use crate::control::rollout::controller::Callout;
 use crate::domain::{ModelName, Traffic, Version, VersionRef};
+use crate::observe::ShadowOutcome;
 use crate::shadow::Snapshot;
 
 /// Rollouts of one model that are shown; the journal has all.
@@ -234,9 +234,16 @@ impl Inner {
     fn shadow_totals(&self, model: &ModelName, candidate: Version, stable: Version) -> ShadowTotals {
         let pair = self.shadows.get().and_then(|shadows| shadows.pair(model, candidate, stable));
         let Some(pair) = pair else { return ShadowTotals::default() };
+        let served = self.board.served(model, candidate);
+        let outcomes = served.map(|served| served.stats.shadow_outcomes()).unwrap_or_default();
+        let tally = ShadowTally {
+            compared: pair.compared,
+            disagreed: pair.compared.saturating_sub(pair.agreed),
+            failed: outcomes[ShadowOutcome::Failed as usize],
+            non_finite: pair.outputs.iter().map(|output| output.non_finite).sum(),
+        };
         let instance = u64::try_from(pair.since.as_nanosecond()).unwrap_or(0);
-        let disagreed = pair.compared.saturating_sub(pair.agreed);
-        ShadowTotals { instance, tally: ShadowTally { compared: pair.compared, disagreed } }
+        ShadowTotals { instance, tally }
     }
 
     /// Puts a rollback's table in force, if the one in force is the rollout's own.

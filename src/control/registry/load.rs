@@ -448,7 +448,7 @@ impl Shared {
         let mut checks = checks_of(&checked);
         checks.push(self.siblings(model, version, &checked.signature, settings, how.strict)?);
         self.room_for(&checked)?;
-        let lineage = self.lineage(model, version, place)?;
+        let lineage = self.lineage(model, version, place, checked.lineage.clone());
         self.with_record(model, version, |record| {
             note(record, &checked);
             record.lineage = lineage.clone();
@@ -477,24 +477,17 @@ impl Shared {
         Ok(Prepared::New(Box::new(served)))
     }
 
-    /// Where the version comes from. What a client brought along says nothing of that.
-    fn lineage(
-        &self,
-        model: &ModelName,
-        version: Version,
-        place: &Place,
-    ) -> Result<Lineage, Problem> {
-        if place.brought {
-            return Ok(Lineage::default());
+    /// Where the version comes from, by its own files and by what a registry says of it.
+    fn lineage(&self, model: &ModelName, version: Version, place: &Place, own: Lineage) -> Lineage {
+        if place.brought || self.source.local().is_some() {
+            return own.bounded();
         }
         match self.wait(self.source.lineage(model, version)) {
-            Ok(lineage) => Ok(lineage.bounded()),
-            // A wrong file of the version's own is its fault; a registry that is away is not.
-            Err(failure) if self.source.local().is_some() => Err(Problem::lasting(failure.message)),
+            Ok(said) => own.merged(said).bounded(),
             Err(failure) => {
                 let reason = failure.message;
                 tracing::warn!(%model, %version, reason, "the source did not tell its lineage");
-                Ok(Lineage::default())
+                own.bounded()
             }
         }
     }
