@@ -277,12 +277,7 @@ impl Shared {
     }
 
     /// A version that served before the restart, from the copy that is here.
-    pub(super) fn restore(
-        &self,
-        model: &ModelName,
-        version: Version,
-        call: &Call,
-    ) -> Result<(), Failure> {
+    pub(super) fn restore(&self, model: &ModelName, version: Version) -> Result<(), Failure> {
         self.under_busy(model, || {
             let what = self.overseer().remembered(model, version);
             let what = what.ok_or_else(|| Failure::not_found("nothing is remembered of it"))?;
