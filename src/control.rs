@@ -15,12 +15,15 @@ use std::time::Duration;
 use crate::domain::{EngineChoice, Failure, ModelName};
 use manifest::Manifest;
 
+pub mod call;
 mod confined;
 mod fetch;
+pub mod hooks;
 mod inspect;
 pub mod manifest;
 pub mod probe;
 mod registry;
+pub mod rollout;
 mod samples;
 mod scan;
 mod sweep;
