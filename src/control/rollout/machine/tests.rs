@@ -586,7 +586,7 @@ fn checked(
     let before = sim.rollout.clone();
     let decision = decide(&mut sim.rollout);
     let wrong = broken(&before, &sim.rollout, &decision);
-    prop_assert!(wrong.is_empty(), "{wrong:?}: {before:?} to {:?} by {decision:?}", sim.rollout);
+    prop_assert!(wrong.is_empty(), "{wrong:?}: {:?} to {:?}", before.state, sim.rollout.state);
     if !carried_out && decision.action != Action::RollBack {
         sim.rollout = before;
         return Ok(());
