@@ -65,7 +65,7 @@ pub const KEYS: &[Key] = &[
     key("server.system_shared_memory", Kind::Bool, "false"),
     key("server.drain_notice_ms", Kind::Int(0, HOUR_MS), "1000"),
     key("server.drain_grace_ms", Kind::Int(0, HOUR_MS), "30000"),
-    key("auth.data", Kind::OneOf(&["open"]), "open"),
+    key("auth.data", Kind::OneOf(&["open", "required"]), "open"),
     key("repository.path", Kind::Text, "models"),
     key("repository.model_name", Kind::Text, ""),
     key("repository.model_control", Kind::Bool, "false"),
