@@ -11,7 +11,8 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::control::Registry;
+use crate::control::store::{SqliteStore, Store};
+use crate::control::{Director, Registry, Switchboard, source};
 use crate::domain::ModelControl;
 use crate::engine::Engines;
 use crate::gateway::Gateway;
@@ -30,6 +31,8 @@ use crate::transport::{Api, Health, metrics};
 const LISTEN_BACKLOG: i32 = 1024;
 /// How often metrics do what has to be done off the request path.
 const UPKEEP_EVERY: Duration = Duration::from_secs(1);
+/// Part of the bytes that requests may hold which copies of them for shadows may.
+const SHADOW_BYTES_SHARE: usize = 4;
 /// How long the last spans may take to leave.
 const TRACES_FLUSH_MAX: Duration = Duration::from_secs(3);
 
@@ -55,26 +58,47 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         tracing::info!(engine = name, version, "engine ready");
     }
     let table = Arc::new(Published::new(RouteTable::default()));
+    let store = SqliteStore::open(&config.control.state_dir).context("open the state")?;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let source = source::open(&config.control).context("open the source of models")?;
+    tracing::info!(source = source.describe(), "models come from");
+    let default_model = config.control.default_model.clone();
+    let board = Arc::new(Switchboard::new(Arc::clone(&table), default_model));
     let registry = Registry::new(
         config.control.clone(),
         Arc::new(engines),
-        Arc::clone(&table),
+        source,
+        Arc::clone(&board),
         Arc::clone(&observer),
     );
+    let director = Director::open(
+        Arc::clone(&store),
+        Arc::clone(&registry),
+        board,
+        config.release.clone(),
+    );
+    let director = Arc::new(director.context("read the state")?);
     let control: Arc<dyn ModelControl> = Arc::clone(&registry) as Arc<dyn ModelControl>;
-    let gateway = Gateway::new(table, Arc::clone(&observer), control, config.gateway.clone());
+    let intake = Intake::new(&config.transport);
+    let mut settings = config.gateway.clone();
+    // Copies for shadows hold the bytes of requests: they must never be what keeps others out.
+    let copies = intake.budget().max() / SHADOW_BYTES_SHARE;
+    settings.shadow.queue_bytes_max = settings.shadow.queue_bytes_max.min(copies);
+    let gateway = Gateway::new(table, Arc::clone(&observer), control, settings);
     let api = Arc::new(Api {
         gateway: Arc::new(gateway),
         health: Arc::new(Health::default()),
         shm: SharedMemory::new(config.system_shared_memory),
         toggles: Toggles::default(),
-        intake: Intake::new(&config.transport),
+        intake,
         settings: config.transport.clone(),
     });
 
     let budget = Arc::clone(api.intake.budget());
     tracing::info!(bytes = budget.max(), "requests in progress may hold");
-    observer.set_intake(Box::new(move || (budget.held(), budget.refused())));
+    let held = Arc::clone(&budget);
+    observer.set_intake(Box::new(move || (held.held(), held.refused())));
+    api.gateway.shadows().shed_when(Box::new(move || budget.held() > budget.max() / 2));
     let level = config.log_level.clone();
     api.toggles.on_log(Box::new(move |wanted| {
         if let Err(error) = log.set_level(&wanted.filter(&level)) {
@@ -100,8 +124,9 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 
     tokio::select! {
-        loaded = registry.load_all() => {
+        loaded = director.start() => {
             loaded.context("read the model repository")?;
+            tokio::spawn(panics::fatal_async("watcher", watch(Arc::clone(&director), &config)));
             if has_something_to_serve(&api, &*registry) {
                 api.health.set_ready();
             } else {
@@ -120,6 +145,11 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn watch(director: Arc<Director>, config: &Config) -> impl Future<Output = ()> + use<> {
+    let every = config.control.source.poll;
+    async move { director.watch(every).await }
+}
+
 async fn export_traces(observer: Arc<Observer>, stop: CancellationToken) {
     observer.export_traces(stop.cancelled()).await;
 }
@@ -133,6 +163,7 @@ fn has_something_to_serve(api: &Api, control: &impl ModelControl) -> bool {
 async fn shut_down(config: &Config, api: &Api, listeners: Listeners, mut stop: Stop) {
     tracing::info!("draining");
     api.health.set_draining();
+    api.gateway.shadows().drain();
     tokio::select! {
         () = sleep(config.drain_notice) => {}
         () = stop.wait() => return tracing::warn!("second signal, stopping now"),

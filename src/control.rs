@@ -18,12 +18,15 @@ use std::time::Duration;
 use crate::domain::{EngineChoice, Failure, ModelName};
 use manifest::Manifest;
 
+pub mod bootstrap;
 pub mod call;
 mod confined;
 pub mod desk;
 pub mod director;
 mod fetch;
+pub mod hooks;
 mod inspect;
+pub mod keys;
 pub mod lineage;
 pub mod manifest;
 pub mod probe;
@@ -32,6 +35,7 @@ pub mod rollout;
 mod samples;
 mod scan;
 pub mod secret;
+mod signature;
 pub mod source;
 pub mod store;
 mod sweep;
@@ -46,6 +50,7 @@ pub use inspect::{EngineTrial, Inspection, Verdict, inspect, validate};
 pub use probe::ProbeError;
 pub use director::Director;
 pub use registry::Registry;
+pub use signature::{SignatureError, Signed, TrustedKeys};
 pub use switchboard::Switchboard;
 pub use version::{Checked, PrepareError, Preparer};
 
@@ -83,6 +88,10 @@ pub struct Settings {
     pub default_model: Option<ModelName>,
     /// Longest wait for a retired version's requests.
     pub drain_max: Duration,
+    /// Where models come from, when that is no folder, and how it is looked at.
+    pub source: source::Settings,
+    /// Keys that versions must be signed with; none: signatures are not asked for.
+    pub trusted_keys: TrustedKeys,
 }
 
 impl Settings {
@@ -105,6 +114,8 @@ impl Settings {
             probe_program: None,
             default_model: None,
             drain_max: Duration::from_secs(60),
+            source: source::Settings::default(),
+            trusted_keys: TrustedKeys::default(),
         }
     }
 }

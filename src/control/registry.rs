@@ -222,12 +222,10 @@ impl Registry {
     /// Puts versions that are remembered back in service, from the copies that are here, without the
     /// source.
     pub async fn restore(&self, remembered: Vec<(ModelName, Vec<Version>)>) {
-        let call = Call::own("start", "served before the restart");
         let work = remembered.into_iter().map(|(model, versions)| {
-            let call = call.clone();
             move |shared: Arc<Shared>| {
                 for version in versions.into_iter().rev() {
-                    if let Err(error) = shared.restore(&model, version, &call) {
+                    if let Err(error) = shared.restore(&model, version) {
                         let reason = error.message;
                         tracing::warn!(%model, %version, reason, "version not restored");
                     }
