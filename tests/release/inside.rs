@@ -35,7 +35,7 @@ fn version(number: u32) -> Version {
 
 /// Which version answers most of those who name none.
 fn answers(table: &Published<RouteTable>) -> Option<u64> {
-    table.snapshot().pick_default(&model()).map(|served| served.version.get())
+    table.snapshot().pick(&model(), None).ok().map(|pick| pick.served.version.get())
 }
 
 /// A store that notes which version answered when a table was written, and may refuse to write.
@@ -123,8 +123,8 @@ impl Inside {
     }
 
     fn put(&self, runtime: &Runtime, number: u32) {
-        let traffic = Traffic::all_to(version(number));
-        let put = self.director.put_traffic(&model(), traffic, call(Some("a test")));
+        let (model, traffic) = (model(), Traffic::all_to(version(number)));
+        let put = async { self.director.put_traffic(&model, traffic, call(Some("a test"))).await };
         runtime.block_on(put).unwrap();
     }
 }
@@ -140,7 +140,7 @@ fn the_way_back_does_not_wait_for_the_disk() {
     let times = count("RELEASE_ROLLBACKS", 200);
     alone(|runtime| {
         let inside = Inside::start(runtime, Policy::default());
-        let mut took = Vec::new();
+        let (model, mut took) = (model(), Vec::new());
         for _ in 0..times {
             inside.put(runtime, 1);
             inside.put(runtime, 2);
@@ -157,7 +157,7 @@ fn the_way_back_does_not_wait_for_the_disk() {
             let called = Instant::now();
             let rolled = {
                 let _runtime = runtime.enter();
-                inside.director.rollback(&model(), call(Some("back")))
+                inside.director.rollback(&model, call(Some("back")))
             };
             let back = watching.join().unwrap();
             runtime.block_on(rolled).unwrap();
