@@ -172,7 +172,11 @@ impl Api {
             let found = Caller::identify(&self.admin.known, peer, request.headers(), id);
             match found {
                 Ok(caller) => drop(request.extensions_mut().insert(caller)),
-                Err(problem) => return Err(self.stranger(peer, id, &request, problem).await),
+                Err(problem) => {
+                    let shown: String = uri.path().chars().take(limits::PATH_TEXT_MAX).collect();
+                    let subject = format!("{} {shown}", request.method());
+                    return Err(self.stranger(peer, id, &subject, problem).await);
+                }
             }
         }
         let room = if open { &self.open_calls } else { &self.calls };
@@ -197,13 +201,11 @@ impl Api {
         &self,
         peer: &Peer,
         id: &str,
-        request: &Request<axum::body::Body>,
+        subject: &str,
         mut problem: Problem,
     ) -> Problem {
         problem.journalled = true;
         if let Some(others) = self.admin.strangers.count(Instant::now()) {
-            let (method, path) = (request.method(), request.uri().path());
-            let shown: String = path.chars().take(limits::PATH_TEXT_MAX).collect();
             let mut detail = format!("{} from {}", problem.detail, peer.address.ip());
             if others > 0 {
                 detail = format!("{detail}; {others} before it were only counted");
@@ -214,8 +216,7 @@ impl Api {
                 request_id: Some(id.to_owned()),
                 ..Call::default()
             };
-            let subject = format!("{method} {shown}");
-            self.admin.desk.refused("admin.call", None, &subject, &call, &detail).await;
+            self.admin.desk.refused("admin.call", None, subject, &call, &detail).await;
         }
         problem
     }

@@ -75,6 +75,7 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         Arc::clone(&store),
         Arc::clone(&registry),
         board,
+        Arc::clone(&observer),
         config.release.clone(),
     );
     let director = Arc::new(director.context("read the state")?);

@@ -196,7 +196,7 @@ pub(super) struct Change<T> {
 /// What a change says in its body when its path says all.
 #[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Nothing {}
+pub(super) struct Nothing {}
 
 /// Body of such a change: only a reason may stand in it, and it may be empty.
 pub(super) type Reason = Change<Nothing>;

@@ -130,14 +130,9 @@ fn read_tags(text: &str, into: &mut Vec<Tag>) -> Option<()> {
 
 /// The tag of a view that has no revision of its own: of its bytes.
 pub(super) fn of_bytes(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    let mut tag = "\"".to_owned();
-    for byte in &Sha256::digest(bytes)[..12] {
-        // Writing to a string cannot fail.
-        drop(write!(tag, "{byte:02x}"));
-    }
-    tag.push('"');
-    tag
+    let digits: String =
+        Sha256::digest(bytes)[..12].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("\"{digits}\"")
 }
 
 #[cfg(test)]

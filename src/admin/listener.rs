@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use http::{Request, Response};
+use http::Request;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -93,7 +93,7 @@ impl Connection {
         drop(slot);
     }
 
-    async fn speak(&self, io: impl AsyncRead + AsyncWrite + Unpin + 'static, peer: Peer) {
+    async fn speak(&self, io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, peer: Peer) {
         let activity = Arc::new(Activity::new());
         let service = service_fn(|request: Request<Incoming>| {
             let (api, peer, under_way) = (Arc::clone(&self.api), peer.clone(), activity.begin());
