@@ -43,6 +43,17 @@ impl Gateway {
     /// Serves `root/models` with the state in `root/state`, and is ready.
     pub(crate) fn start(root: &Path, settings: &[(&str, &str)]) -> Self {
         let started = Instant::now();
+        let mut gateway = Self::listen(root, settings);
+        gateway.until(|line| (line["message"] == "ready").then_some(()));
+        gateway.ready_after = started.elapsed();
+        gateway.admin = gateway.address("admin");
+        let token = root.join("state").join("admin-token");
+        gateway.token = std::fs::read_to_string(token).unwrap().trim().to_owned();
+        gateway
+    }
+
+    /// Takes predictions, and is not ready yet.
+    pub(crate) fn listen(root: &Path, settings: &[(&str, &str)]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
         command.arg("serve");
         for variable in ["HTTP", "GRPC", "METRICS", "ADMIN"] {
@@ -72,13 +83,8 @@ impl Gateway {
         let (token, ready_after) = (String::new(), Duration::ZERO);
         let (http, grpc, admin) = (nowhere, nowhere, nowhere);
         let mut gateway = Self { child, lines, http, grpc, admin, token, ready_after };
-        gateway.until(|line| (line["message"] == "ready").then_some(()));
-        gateway.ready_after = started.elapsed();
         gateway.http = gateway.address("http");
         gateway.grpc = gateway.address("grpc");
-        gateway.admin = gateway.address("admin");
-        let token = root.join("state").join("admin-token");
-        gateway.token = std::fs::read_to_string(token).unwrap().trim().to_owned();
         gateway
     }
 
@@ -102,6 +108,11 @@ impl Gateway {
             let said = line["protocol"] == protocol;
             said.then(|| line["address"].as_str()?.parse().ok())?
         })
+    }
+
+    /// Whether it said that it is ready.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.lines.lock().iter().any(|line| line.contains("\"message\":\"ready\""))
     }
 
     pub(crate) fn alive(&mut self) -> bool {

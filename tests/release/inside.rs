@@ -201,10 +201,9 @@ fn a_rollback_that_is_refused_changes_nothing() {
     });
 }
 
-/// A table that cannot be written is not in force, and one that was gone back to is said to be when
-/// it is.
+/// What cannot be written is not in force: a restart would forget it.
 #[test]
-fn a_disk_that_is_full_is_no_half_of_a_change() {
+fn a_change_that_cannot_be_written_is_not_in_force() {
     alone(|runtime| {
         let inside = Inside::start(runtime, Policy::default());
         inside.put(runtime, 1);
@@ -216,6 +215,9 @@ fn a_disk_that_is_full_is_no_half_of_a_change() {
         });
         assert_eq!(put.unwrap_err().status(), 503);
         assert_eq!(answers(&inside.table), Some(2));
+        let back = async { inside.director.rollback(&model(), call(Some("back"))).await };
+        assert_eq!(runtime.block_on(back).unwrap_err().status(), 503);
+        assert_eq!(answers(&inside.table), Some(2), "it would be this one after a restart, too");
         *inside.store.broken.lock() = false;
         inside.put(runtime, 1);
         assert_eq!(answers(&inside.table), Some(1));

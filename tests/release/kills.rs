@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::admin::{Admin, number, weights};
 use crate::gateway::Gateway;
-use crate::load::{Ask, Client, Wire, quantile};
+use crate::load::{Ask, Client, Stop, Wire, closed_loop, quantile};
 use crate::{alone, count, models};
 
 const MODEL: &str = "sum";
@@ -154,6 +154,49 @@ fn what_was_answered_survives_kill_9() {
             quantile(&ready, 0.99),
         );
     });
+}
+
+/// Who asks while a gateway starts is answered as before it ended, or not at all. Version 1 has
+/// everything and takes longest to load.
+#[test]
+fn nobody_is_answered_otherwise_during_a_restart() {
+    let tables: [(&str, &dyn Fn(&mut Admin)); 2] = [
+        ("a table", &|admin| drop(admin.all_to(MODEL, 1).done())),
+        ("the label stable", &|admin| drop(admin.label(MODEL, "stable", 1).done())),
+    ];
+    for (name, decide) in tables {
+        let root = tempfile::tempdir().unwrap();
+        models::put(root.path(), MODEL, 1, &models::heavy(1, 32));
+        models::put(root.path(), MODEL, 2, &models::add(2));
+        alone(|runtime| {
+            let mut gateway = Gateway::start(root.path(), &[]);
+            decide(&mut gateway.admin());
+            gateway.kill();
+            let gateway = Gateway::listen(root.path(), &[]);
+            let client = {
+                let _inside = runtime.enter();
+                Client::new(MODEL, gateway.http, gateway.grpc)
+            };
+            let stop = Stop::default();
+            let load = runtime.spawn(closed_loop(client, 3, stop.clone(), Ask::plain));
+            while !gateway.is_ready() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+            stop.stop();
+            let answers = runtime.block_on(load).unwrap();
+            let ran = answers.iter().filter_map(|answer| answer.ran.as_ref().ok());
+            let by: Vec<u32> = ran.map(|ran| ran.proven).collect();
+            eprintln!(
+                "C4: {} requests during a restart with {name}: {} answered by what had everything, {} \
+                 otherwise",
+                answers.len(),
+                by.iter().filter(|version| **version == 1).count(),
+                by.iter().filter(|version| **version != 1).count(),
+            );
+            assert!(by.contains(&1) && by.iter().all(|version| *version == 1), "{name}");
+        });
+    }
 }
 
 /// Starts with the repository where it is, or moved away.

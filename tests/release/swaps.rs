@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::checker::{self, History};
 use crate::gateway::{Gateway, Usage};
-use crate::load::{Answer, Client, Stop, open_loop, precise, quantile, times};
+use crate::load::{Answer, Client, Stop, Wire, open_loop, precise, quantile, times};
 use crate::{alone, count, models};
 
 const MODEL: &str = "sum";
@@ -80,10 +80,13 @@ fn swaps_under_load_fail_nobody() {
         let verdict = checker::check(&answers, &history);
         let beside = quantile(&times(between(&answers, swapping, ended)), 0.99);
         let alone = quantile(&times(between(&answers, quiet, swapping)), 0.99);
+        let over = [Wire::Http1, Wire::Http2, Wire::Grpc]
+            .map(|wire| answers.iter().filter(|answer| answer.wire == wire).count());
         let took = (ended - swapping) / u32::try_from(swaps).unwrap();
         eprintln!(
-            "C1: {} requests over {} swaps, each with a load and an unload ({took:?}): {} failed, {} by a \
-             version that was not allowed, {} mislabelled; one table possible for {}",
+            "C1: {} requests ({over:?} over HTTP/1.1, HTTP/2 and gRPC) over {} swaps, each with a load \
+             and an unload ({took:?}): {} failed, {} by a version that was not allowed, {} mislabelled; \
+             one table possible for {}",
             verdict.requests,
             history.changes(),
             verdict.failed.len(),
