@@ -343,18 +343,6 @@ impl Registry {
         let state = if held { Life::Held } else { Life::Ready };
         self.shared.enter_if(model, version, state, reason, Record::serves);
     }
-
-    /// Retires what nothing names and the retention does not keep.
-    pub(super) async fn retire_unwanted(&self, model: &ModelName) {
-        let (shared, model) = (Arc::clone(&self.shared), model.clone());
-        let done = on_loader(None, move || {
-            shared.retire_unwanted(&model);
-            Ok(())
-        });
-        if let Err(failure) = done.await {
-            tracing::warn!(reason = failure.message, "versions were not retired");
-        }
-    }
 }
 
 /// Runs `work` on a thread of its own, one of `slots` at a time.
