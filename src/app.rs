@@ -11,8 +11,6 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::control::store::{SqliteStore, Store};
-use crate::control::{Director, Registry, Switchboard, source};
 use crate::domain::ModelControl;
 use crate::engine::Engines;
 use crate::gateway::Gateway;
@@ -27,12 +25,18 @@ use crate::transport::shm::SharedMemory;
 use crate::transport::toggles::Toggles;
 use crate::transport::{Api, Health, metrics};
 
+mod release;
+
+use release::Release;
+
 /// Connections that the kernel holds until we accept them.
 const LISTEN_BACKLOG: i32 = 1024;
 /// How often metrics do what has to be done off the request path.
 const UPKEEP_EVERY: Duration = Duration::from_secs(1);
 /// Part of the bytes that requests may hold which copies of them for shadows may.
 const SHADOW_BYTES_SHARE: usize = 4;
+/// How often it is asked whether there is something to serve by now.
+const READY_POLL: Duration = Duration::from_millis(100);
 /// How long the last spans may take to leave.
 const TRACES_FLUSH_MAX: Duration = Duration::from_secs(3);
 
@@ -58,28 +62,8 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         tracing::info!(engine = name, version, "engine ready");
     }
     let table = Arc::new(Published::new(RouteTable::default()));
-    let store = SqliteStore::open(&config.control.state_dir).context("open the state")?;
-    let store: Arc<dyn Store> = Arc::new(store);
-    let source = source::open(&config.control).context("open the source of models")?;
-    tracing::info!(source = source.describe(), "models come from");
-    let default_model = config.control.default_model.clone();
-    let board = Arc::new(Switchboard::new(Arc::clone(&table), default_model));
-    let registry = Registry::new(
-        config.control.clone(),
-        Arc::new(engines),
-        source,
-        Arc::clone(&board),
-        Arc::clone(&observer),
-    );
-    let director = Director::open(
-        Arc::clone(&store),
-        Arc::clone(&registry),
-        board,
-        Arc::clone(&observer),
-        config.release.clone(),
-    );
-    let director = Arc::new(director.context("read the state")?);
-    let control: Arc<dyn ModelControl> = Arc::clone(&registry) as Arc<dyn ModelControl>;
+    let release = Release::open(&config, Arc::new(engines), Arc::clone(&table), &observer)?;
+    let control: Arc<dyn ModelControl> = Arc::clone(&release.registry) as Arc<dyn ModelControl>;
     let intake = Intake::new(&config.transport);
     let mut settings = config.gateway.clone();
     // Copies for shadows hold the bytes of requests: they must never be what keeps others out.
@@ -124,20 +108,24 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let traced = CancellationToken::new();
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 
+    release.serve(&config, Arc::clone(api.gateway.shadows()), &observer, stop.asked.clone())?;
     tokio::select! {
-        loaded = director.start() => {
+        loaded = release.director.start() => {
             loaded.context("read the model repository")?;
-            tokio::spawn(panics::fatal_async("watcher", watch(Arc::clone(&director), &config)));
-            if has_something_to_serve(&api, &*registry) {
-                api.health.set_ready();
-            } else {
+            let (director, every) = (Arc::clone(&release.director), config.control.source.poll);
+            let watch = async move { director.watch(every).await };
+            tokio::spawn(panics::fatal_async("watcher", watch));
+            if !has_something_to_serve(&api, &*release.registry) {
                 tracing::error!("no model could be loaded, not ready");
             }
+            let (waiting, registry) = (Arc::clone(&api), Arc::clone(&release.registry));
+            tokio::spawn(async move { ready_when_serving(&waiting, &*registry).await });
             stop.wait().await;
         }
         () = stop.wait() => {}
     }
     shut_down(&config, &api, listeners, stop).await;
+    release.stop().await;
     // The last requests have ended: what is left to send is sent, for as long as that is worth.
     traced.cancel();
     if timeout(TRACES_FLUSH_MAX, traces).await.is_err() {
@@ -146,9 +134,13 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn watch(director: Arc<Director>, config: &Config) -> impl Future<Output = ()> + use<> {
-    let every = config.control.source.poll;
-    async move { director.watch(every).await }
+/// What was broken may be mended, and a source that was away come back.
+async fn ready_when_serving(api: &Api, control: &impl ModelControl) {
+    let mut tick = interval(READY_POLL);
+    while !has_something_to_serve(api, control) {
+        tick.tick().await;
+    }
+    api.health.set_ready();
 }
 
 async fn export_traces(observer: Arc<Observer>, stop: CancellationToken) {
@@ -178,21 +170,27 @@ async fn shut_down(config: &Config, api: &Api, listeners: Listeners, mut stop: S
     }
 }
 
-/// SIGTERM and SIGINT.
+/// SIGTERM and SIGINT, and an operator's word.
 struct Stop {
     term: tokio::signal::unix::Signal,
     int: tokio::signal::unix::Signal,
+    asked: CancellationToken,
+    /// The operator's word counts once; signals every time.
+    heard: bool,
 }
 
 impl Stop {
     fn listen() -> std::io::Result<Self> {
-        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+        let (term, int) = (SignalKind::terminate(), SignalKind::interrupt());
+        let asked = CancellationToken::new();
+        Ok(Self { term: signal(term)?, int: signal(int)?, asked, heard: false })
     }
 
     async fn wait(&mut self) {
         tokio::select! {
             _ = self.term.recv() => {}
             _ = self.int.recv() => {}
+            () = self.asked.cancelled(), if !self.heard => self.heard = true,
         }
     }
 }

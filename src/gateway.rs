@@ -70,7 +70,7 @@ pub struct Gateway {
     settings: Settings,
     /// Made for the first request that may be answered from it.
     cache: OnceLock<Cache>,
-    shadows: Shadows,
+    shadows: Arc<Shadows>,
 }
 
 impl Gateway {
@@ -80,7 +80,7 @@ impl Gateway {
         control: Arc<dyn ModelControl>,
         settings: Settings,
     ) -> Self {
-        let shadows = Shadows::new(settings.shadow.clone(), Arc::clone(&observer));
+        let shadows = Arc::new(Shadows::new(settings.shadow.clone(), Arc::clone(&observer)));
         Self { table, observer, control, settings, cache: OnceLock::new(), shadows }
     }
 
@@ -95,7 +95,7 @@ impl Gateway {
     }
 
     /// What runs on copies of requests.
-    pub fn shadows(&self) -> &Shadows {
+    pub fn shadows(&self) -> &Arc<Shadows> {
         &self.shadows
     }
 

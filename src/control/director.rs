@@ -147,6 +147,24 @@ impl Director {
         drop(self.inner.shadows.set(shadows));
     }
 
+    /// Journals a call that something else carries out.
+    ///
+    /// # Errors
+    /// When it cannot be made durable, or lacks a reason.
+    pub async fn journal_call(
+        &self,
+        action: &'static str,
+        subject: &'static str,
+        call: Call,
+    ) -> Result<(), Refusal> {
+        let noted = self.inner.run(move |inner| {
+            inner.alone(action, None, subject, &call, || {
+                inner.append(&[inner.event(action, None, subject, &call)])
+            })
+        });
+        noted.await
+    }
+
     /// Journals something of the gateway itself: its start, its end.
     pub async fn note(&self, action: &'static str, reason: String) {
         let noted = self.inner.run(move |inner| {

@@ -48,6 +48,11 @@ pub use life::Record;
 use life::Known;
 use load::Accept;
 
+/// Looks at the source at the start, while versions are still being written.
+const START_LOOKS_MAX: usize = 3;
+/// Longest wait between two of them.
+const START_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(3);
+
 type Done<'a> = Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>>;
 
 /// What the gateway remembers of a version, so that it can serve it again without its source.
@@ -209,12 +214,20 @@ impl Registry {
     /// When the source itself cannot be read.
     pub async fn load_all(&self) -> std::io::Result<()> {
         let source = Arc::clone(&self.shared.source);
-        let listing = source.list().await.map_err(|error| {
-            let source = source.describe();
-            tracing::error!(source, %error, "the model repository cannot be read");
-            std::io::Error::other(error.to_string())
-        })?;
-        self.reconcile(&listing, &Call::own("start", "found in the repository")).await;
+        let call = Call::own("start", "found in the repository");
+        for look in 0..START_LOOKS_MAX {
+            let listing = source.list().await.map_err(|error| {
+                let source = source.describe();
+                tracing::error!(source, %error, "the model repository cannot be read");
+                std::io::Error::other(error.to_string())
+            })?;
+            self.reconcile(&listing, &call).await;
+            match listing.recheck.filter(|_| look + 1 < START_LOOKS_MAX) {
+                // What was written just now is as good as there.
+                Some(soon) => tokio::time::sleep(soon.min(START_WAIT_MAX)).await,
+                None => break,
+            }
+        }
         self.settle().await;
         Ok(())
     }
@@ -342,18 +355,6 @@ impl Registry {
         self.shared.board.set_held(model, version, held);
         let state = if held { Life::Held } else { Life::Ready };
         self.shared.enter_if(model, version, state, reason, Record::serves);
-    }
-
-    /// Retires what nothing names and the retention does not keep.
-    pub(super) async fn retire_unwanted(&self, model: &ModelName) {
-        let (shared, model) = (Arc::clone(&self.shared), model.clone());
-        let done = on_loader(None, move || {
-            shared.retire_unwanted(&model);
-            Ok(())
-        });
-        if let Err(failure) = done.await {
-            tracing::warn!(reason = failure.message, "versions were not retired");
-        }
     }
 }
 

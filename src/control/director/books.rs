@@ -147,7 +147,7 @@ impl Books {
 /// Reads everything that the store holds.
 pub(super) fn read_all(store: &dyn Store) -> Result<BTreeMap<ModelName, Books>, Refusal> {
     let mut all: BTreeMap<ModelName, Books> = BTreeMap::new();
-    let mut of = |name: &str| -> Option<ModelName> { name.parse().ok() };
+    let of = |name: &str| -> Option<ModelName> { name.parse().ok() };
     for document in store.documents(Kind::Traffic).map_err(internal)? {
         if let Some(model) = of(&document.name) {
             all.entry(model).or_default().traffic = Doc::read(&document)?;

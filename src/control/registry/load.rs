@@ -1,6 +1,6 @@
 //! Takes versions from where they lie to where they serve.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -150,25 +150,26 @@ impl Shared {
                     drop(shelf.load(*version, how));
                 }
             }
-            if self.board.loaded(model).iter().any(|served| kept.contains(&served.version)) {
-                self.retire_others(model, &kept, call);
-            }
             release_memory();
         }
         self.overseer().aliases(model, &listed.labels, call);
-        Ok(())
+        self.retire_surplus(model, listed, call)
     }
 
-    /// Retires what neither the retention keeps nor anything names.
-    pub(super) fn retire_unwanted(&self, model: &ModelName) {
-        self.under_busy(model, || {
-            let Some(policy) = Shelf::new(self, model).policy(None).ok().flatten() else { return };
-            let there: Vec<Version> =
-                self.board.loaded(model).iter().map(|served| served.version).collect();
-            let chosen = scan::chosen(&there, Some(&policy)).into_iter().collect();
-            let call = Call::own("registry-watcher", "not kept any more");
-            self.retire_others(model, &chosen, &call);
-        });
+    /// Retires what neither the retention keeps nor anything names any more.
+    fn retire_surplus(
+        &self,
+        model: &ModelName,
+        listed: &ModelListing,
+        call: &Call,
+    ) -> Result<(), Failure> {
+        let loaded: Vec<Version> =
+            self.board.loaded(model).iter().map(|served| served.version).collect();
+        let Some(policy) = Shelf::new(self, model).policy(None)? else { return Ok(()) };
+        let mut kept: BTreeSet<Version> = scan::chosen(&loaded, Some(&policy)).into_iter().collect();
+        kept.extend(listed.labels.values());
+        self.retire_others(model, &kept, call);
+        Ok(())
     }
 
     pub(super) fn retention(&self) -> Option<VersionPolicy> {

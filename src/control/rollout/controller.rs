@@ -255,8 +255,9 @@ impl<D: Desk> Controller<D> {
             self.look_at_all().await;
             quiet_until = Instant::now() + ALARM_GAP;
         }
-        for running in self.running.values() {
-            self.save(&running.rollout).await;
+        let saves: Vec<_> = self.running.values().map(|at| self.save(&at.rollout)).collect();
+        for save in saves {
+            save.await;
         }
     }
 
@@ -289,9 +290,14 @@ impl<D: Desk> Controller<D> {
         self.decided(model, next, decision).await;
     }
 
-    async fn save(&self, rollout: &Rollout) {
-        if let Err(refusal) = self.desk.save(rollout).await {
-            tracing::warn!(model = %rollout.model, rollout = rollout.id, %refusal, "progress not saved");
+    /// Holds nothing of `self` while it waits: the answers under way cannot be shared by threads.
+    fn save(&self, rollout: &Arc<Rollout>) -> impl Future<Output = ()> + Send + use<D> {
+        let (desk, rollout) = (Arc::clone(&self.desk), Arc::clone(rollout));
+        async move {
+            if let Err(refusal) = desk.save(&rollout).await {
+                let (model, id) = (&rollout.model, &rollout.id);
+                tracing::warn!(%model, rollout = id, %refusal, "progress not saved");
+            }
         }
     }
 
