@@ -23,6 +23,7 @@ fn a_large_model_comes_and_goes_beside() {
     alone(|runtime| {
         let gateway = Gateway::start(root.path(), &[]);
         let mut admin = gateway.admin();
+        admin.all_to("large", 1).done();
         let client = {
             let _inside = runtime.enter();
             Client::new("sum", gateway.http, gateway.grpc)

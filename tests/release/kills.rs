@@ -157,10 +157,12 @@ fn what_was_answered_survives_kill_9() {
 }
 
 /// Who asks while a gateway starts is answered as before it ended, or not at all. Version 1 has
-/// everything and takes longest to load.
+/// everything, or nearly, and takes longest to load.
 #[test]
 fn nobody_is_answered_otherwise_during_a_restart() {
-    let tables: [(&str, &dyn Fn(&mut Admin)); 2] = [
+    let canary = json!({"weights": {"1": 99.99, "2": 0.01}});
+    let tables: [(&str, &dyn Fn(&mut Admin)); 3] = [
+        ("a canary of 0.01 %", &|admin| drop(admin.traffic(MODEL, &canary).done())),
         ("a table", &|admin| drop(admin.all_to(MODEL, 1).done())),
         ("the label stable", &|admin| drop(admin.label(MODEL, "stable", 1).done())),
     ];
@@ -194,7 +196,9 @@ fn nobody_is_answered_otherwise_during_a_restart() {
                 by.iter().filter(|version| **version == 1).count(),
                 by.iter().filter(|version| **version != 1).count(),
             );
-            assert!(by.contains(&1) && by.iter().all(|version| *version == 1), "{name}");
+            let others = by.iter().filter(|version| **version != 1).count();
+            // One in ten thousand may be the canary's.
+            assert!(by.contains(&1) && others <= usize::from(name.contains("canary")), "{name}");
         });
     }
 }

@@ -95,7 +95,7 @@ enum Kind {
 fn kind(at: usize) -> Kind {
     match at % 8 {
         0..=3 => Kind::Plain,
-        4 | 5 => Kind::Sticky(at / 4 % KEYS),
+        4 | 5 => Kind::Sticky(at / 8 % KEYS),
         6 => Kind::Beta,
         _ if at % 16 == 7 => Kind::Label,
         _ => Kind::Number(u32::try_from(at / 16 % 3).unwrap() + 1),
