@@ -57,7 +57,8 @@ impl Director {
             }
             match source.list().await {
                 Ok(listing) => {
-                    pause = every;
+                    // What was still being written may be there before the next look is due.
+                    pause = listing.recheck.map_or(every, |soon| soon.min(every));
                     inner.take(&listing, &Call::own("registry-watcher", "found in the source")).await;
                 }
                 Err(error) => {
