@@ -267,7 +267,11 @@ impl Inner {
         let table = decision.traffic.clone().filter(|_| !decision.dry_run);
         let in_force = books.traffic.body.traffic.clone();
         if let Some(table) = &table {
-            if !before.unwrap_or(rollout).owns(in_force.as_ref()) {
+            let owned = match before {
+                Some(before) => before.owns(in_force.as_ref()),
+                None => in_force.as_ref().is_none_or(|table| *table == rollout.before),
+            };
+            if !owned {
                 let (expected, current) = (rollout.id.clone(), "a table set by hand".to_owned());
                 return Err(Refusal::Stale { expected, current });
             }
