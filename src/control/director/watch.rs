@@ -59,7 +59,9 @@ impl Director {
                 Ok(listing) => {
                     // What was still being written may be there before the next look is due.
                     pause = listing.recheck.map_or(every, |soon| soon.min(every));
-                    inner.take(&listing, &Call::own("registry-watcher", "found in the source")).await;
+                    inner
+                        .take(&listing, &Call::own("registry-watcher", "found in the source"))
+                        .await;
                 }
                 Err(error) => {
                     pause = (pause * 2).min(BACKOFF_MAX).max(every);
