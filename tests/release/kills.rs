@@ -120,7 +120,12 @@ fn what_was_answered_survives_kill_9() {
             let state = match (&last, &on_its_way) {
                 (Some(last), Some(lost)) => {
                     let state = State::read(&mut admin);
-                    assert!(state == *last || state == *lost, "{state:?} of {last:?}, {lost:?}");
+                    if state != *last && state != *lost {
+                        let view = admin.version(MODEL, GUEST);
+                        let journal = admin.journal();
+                        let tail = &journal[journal.len().saturating_sub(12)..];
+                        panic!("life {life}: {state:?} of {last:?}, {lost:?}: {view:#?} {tail:#?}");
+                    }
                     lost_kept += u32::from(state != *last);
                     serves(runtime, &gateway, &state);
                     state

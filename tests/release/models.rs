@@ -200,11 +200,13 @@ pub(crate) fn folder(root: &Path, model: &str, version: u32) -> PathBuf {
     root.join("models").join(model).join(version.to_string())
 }
 
-/// Puts a version into the repository under `root`.
+/// Puts a version into the repository under `root`; says that it is whole, so that nobody waits for
+/// more.
 pub(crate) fn put(root: &Path, model: &str, version: u32, content: &[u8]) {
     let folder = folder(root, model, version);
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("model.onnx"), content).unwrap();
+    std::fs::write(folder.join("SHA256SUMS"), sums(content)).unwrap();
 }
 
 /// Puts a file beside a version's model.

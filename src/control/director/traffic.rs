@@ -208,6 +208,10 @@ impl Inner {
     ) -> Result<Arc<Served>, Refusal> {
         let served = self.board.served(model, version);
         match served {
+            Some(_) if self.hands.lock().is_leaving(model, version) => {
+                let message = format!("version {version} of '{model}' is being unloaded");
+                Err(Refusal::Conflict(message))
+            }
             Some(_) if self.board.is_held(model, version) => {
                 Err(self.needs_approval(model, version))
             }
