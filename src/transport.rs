@@ -25,6 +25,7 @@ pub mod metrics;
 pub mod model_config;
 pub mod shm;
 pub mod status;
+pub mod tls;
 pub mod toggles;
 
 /// Body of every answer.
