@@ -2,7 +2,7 @@
 //!
 //! Invariants:
 //! - Every call ends in exactly one [`Completion`], whatever becomes of it, cancellation included.
-//! - One snapshot of the route table is taken per request.
+//! - One look at the route table decides where a request goes.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -17,7 +17,7 @@ use crate::domain::{
     Timings, VersionRef,
 };
 use crate::observe::Observer;
-use crate::route::{Pick, Published, RouteTable, Served};
+use crate::route::{Keys, Pick, Published, RouteTable, Served};
 
 mod classify;
 mod outputs;
@@ -82,6 +82,11 @@ impl Gateway {
         self.table.snapshot()
     }
 
+    /// Looks at the route table of this moment, for no longer than an expression takes.
+    pub fn look_at_table<R>(&self, at: impl FnOnce(&RouteTable) -> R) -> R {
+        self.table.look(at)
+    }
+
     pub fn control(&self) -> &dyn ModelControl {
         &*self.control
     }
@@ -113,7 +118,7 @@ impl Gateway {
         model: &ModelName,
         version: Option<&VersionRef>,
     ) -> Result<Arc<Served>, Failure> {
-        Ok(self.table.snapshot().pick(model, version)?.served)
+        self.table.look(|table| Ok(table.pick(model, version)?.served))
     }
 
     /// Makes one prediction.
@@ -154,7 +159,8 @@ impl Gateway {
         failure: &Failure,
     ) -> AnswerHead {
         let mut record = Record::new(&self.observer, meta, model.clone(), String::new());
-        if let Ok(pick) = self.table.snapshot().pick(&model, version) {
+        let keys = Keys { call: meta, parameters: &[], prediction_id: record.id() };
+        if let Ok(pick) = self.table.look(|table| table.pick_for(&model, version, &keys)) {
             record.picked(pick);
         }
         let head = record.head();
@@ -172,7 +178,9 @@ impl Gateway {
         requested: &[RequestedOutput],
         parameters: &[(String, ParameterValue)],
     ) -> Result<Vec<NamedTensor>, Failure> {
-        let pick = self.table.snapshot().pick(record.model(), version.as_ref())?;
+        let keys = Keys { call: meta, parameters, prediction_id: record.id() };
+        let asked = (record.model(), version.as_ref());
+        let pick = self.table.look(|table| table.pick_for(asked.0, asked.1, &keys))?;
         let served = Arc::clone(&pick.served);
         record.picked(pick);
         reserved::check(parameters)?;
@@ -331,6 +339,7 @@ impl<'a> Record<'a> {
             rows: 1,
             batch_size: 0,
             cached: false,
+            shadow_of: None,
             inputs: Vec::new(),
             outputs: Vec::new(),
         };
@@ -343,6 +352,10 @@ impl<'a> Record<'a> {
 
     fn model(&self) -> &ModelName {
         &self.completion.as_ref().expect("as in open").model
+    }
+
+    fn id(&self) -> Uuid {
+        self.completion.as_ref().expect("as in open").prediction_id
     }
 
     fn names(&self) -> (ModelName, String) {

@@ -339,6 +339,7 @@ impl Shared {
                 self.publish(|table| {
                     let routes = table.models.entry(model.clone()).or_default();
                     routes.versions.insert(version, Arc::new(served));
+                    routes.refresh();
                 });
                 self.mark(model, version, VersionState::Ready, "");
                 tracing::info!(%model, %version, engine, %digest, batched, ?took, "version ready");
@@ -422,6 +423,7 @@ impl Shared {
             if let Some(routes) = table.models.get_mut(model) {
                 routes.versions.retain(|version, _| !versions.contains(version));
                 routes.labels.retain(|_, version| !versions.contains(version));
+                routes.refresh();
             }
         });
     }

@@ -163,12 +163,10 @@ impl Call {
 
     /// Reads the headers; a bad one is the prediction's failure.
     fn meta(&mut self) -> Result<CallMeta, Box<Reply>> {
-        let settings = &self.api.settings;
-        meta::call_meta(&self.headers, Protocol::Http, self.arrived, settings).map_err(|failure| {
+        meta::call_meta(&self.headers, Protocol::Http, self.arrived, &self.api).map_err(|failure| {
             // Only the deadline can be wrong; without it there is enough to record the refusal.
             self.headers.remove("tidegate-timeout-ms");
-            let without =
-                meta::call_meta(&self.headers, Protocol::Http, self.arrived, &self.api.settings);
+            let without = meta::call_meta(&self.headers, Protocol::Http, self.arrived, &self.api);
             Box::new(match without {
                 Ok(meta) => self.refuse(&meta, &failure),
                 Err(_) => Reply::failure(&failure),
