@@ -163,7 +163,9 @@ impl Api {
     ) -> Result<Response<axum::body::Body>, Problem> {
         let uri = request.uri();
         if uri.path_and_query().map_or(0, |text| text.as_str().len()) > limits::URI_BYTES_MAX {
-            return Err(URI_TOO_LONG.because(format!("the limit is {} bytes", limits::URI_BYTES_MAX)));
+            return Err(
+                URI_TOO_LONG.because(format!("the limit is {} bytes", limits::URI_BYTES_MAX))
+            );
         }
         self.hosts.check(uri, request.headers())?;
         let inner = doors::inner_path(uri.path());
@@ -172,7 +174,11 @@ impl Api {
             let found = Caller::identify(&self.admin.known, peer, request.headers(), id);
             match found {
                 Ok(caller) => drop(request.extensions_mut().insert(caller)),
-                Err(problem) => return Err(self.stranger(peer, id, &request, problem).await),
+                Err(problem) => {
+                    let shown: String = uri.path().chars().take(limits::PATH_TEXT_MAX).collect();
+                    let subject = format!("{} {shown}", request.method());
+                    return Err(self.stranger(peer, id, &subject, problem).await);
+                }
             }
         }
         let room = if open { &self.open_calls } else { &self.calls };
@@ -197,13 +203,11 @@ impl Api {
         &self,
         peer: &Peer,
         id: &str,
-        request: &Request<axum::body::Body>,
+        subject: &str,
         mut problem: Problem,
     ) -> Problem {
         problem.journalled = true;
         if let Some(others) = self.admin.strangers.count(Instant::now()) {
-            let (method, path) = (request.method(), request.uri().path());
-            let shown: String = path.chars().take(limits::PATH_TEXT_MAX).collect();
             let mut detail = format!("{} from {}", problem.detail, peer.address.ip());
             if others > 0 {
                 detail = format!("{detail}; {others} before it were only counted");
@@ -214,8 +218,7 @@ impl Api {
                 request_id: Some(id.to_owned()),
                 ..Call::default()
             };
-            let subject = format!("{method} {shown}");
-            self.admin.desk.refused("admin.call", None, &subject, &call, &detail).await;
+            self.admin.desk.refused("admin.call", None, subject, &call, &detail).await;
         }
         problem
     }
@@ -225,7 +228,8 @@ impl Api {
 fn request_id(headers: &HeaderMap) -> String {
     let sent = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
     let right = |id: &&str| {
-        (1..=limits::REQUEST_ID_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
+        (1..=limits::REQUEST_ID_MAX).contains(&id.len())
+            && id.bytes().all(|byte| byte.is_ascii_graphic())
     };
     sent.filter(right).map_or_else(|| Uuid::now_v7().to_string(), ToOwned::to_owned)
 }

@@ -186,7 +186,8 @@ fn refusals(door: &Door) -> Vec<u16> {
 
 fn refusal(status: u16) -> Response {
     let of_status = KINDS.iter().filter(|kind| kind.status.as_u16() == status);
-    let codes: Vec<String> = of_status.map(|kind| format!("`{}`: {}", kind.code, kind.title)).collect();
+    let codes: Vec<String> =
+        of_status.map(|kind| format!("`{}`: {}", kind.code, kind.title)).collect();
     let body = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
     let mut answer = ResponseBuilder::new()
         .description(codes.join("; "))

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use http::{Request, Response};
+use http::Request;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -27,14 +27,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_rustls::server::TlsStream;
 
+use super::Api;
 use super::gate::Peer;
 use super::limits::{
     AGE_MAX, CONNECTION_WINDOW, CONNECTIONS_MAX, CONNECTIONS_SCARCE, HANDSHAKE_MAX,
     HEADER_BYTES_MAX, HEADER_WAIT_MAX, HEADERS_MAX, IDLE_MAX, IDLE_SCARCE_MAX, LAST_ANSWER_MAX,
-    PING_EVERY, PONG_MAX, RESETS_MAX, SEND_BUFFER_MAX, STALL_MAX, STREAM_WINDOW,
-    STREAMS_MAX,
+    PING_EVERY, PONG_MAX, RESETS_MAX, SEND_BUFFER_MAX, STALL_MAX, STREAM_WINDOW, STREAMS_MAX,
 };
-use super::Api;
 use crate::admit::PeerName;
 
 /// Pause after the operating system had nothing for a connection.
@@ -93,13 +92,15 @@ impl Connection {
         drop(slot);
     }
 
-    async fn speak(&self, io: impl AsyncRead + AsyncWrite + Unpin + 'static, peer: Peer) {
+    async fn speak(&self, io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, peer: Peer) {
         let activity = Arc::new(Activity::new());
         let service = service_fn(|request: Request<Incoming>| {
             let (api, peer, under_way) = (Arc::clone(&self.api), peer.clone(), activity.begin());
             async move {
                 let answer = api.answer(&peer, request).await;
-                Ok::<_, Infallible>(answer.map(|body| Body::new(Tracked { body, _under_way: under_way })))
+                Ok::<_, Infallible>(
+                    answer.map(|body| Body::new(Tracked { body, _under_way: under_way })),
+                )
             }
         });
         let builder = builder();

@@ -18,7 +18,7 @@ use crate::control::view::ReloadView;
 
 /// That the admin API answers.
 #[derive(Serialize, ToSchema)]
-pub struct HealthView {
+pub(super) struct HealthView {
     /// `ok`
     status: &'static str,
     /// Of this program.
@@ -27,13 +27,13 @@ pub struct HealthView {
 
 /// That the gateway is on its way out.
 #[derive(Serialize, ToSchema)]
-pub struct DrainView {
+pub(super) struct DrainView {
     draining: bool,
 }
 
 /// That a webhook was taken as a hint.
 #[derive(Serialize, ToSchema)]
-pub struct HintView {
+pub(super) struct HintView {
     accepted: bool,
 }
 

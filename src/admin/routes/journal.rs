@@ -54,7 +54,7 @@ pub(super) struct JournalQuery {
 
 /// A page of the journal.
 #[derive(Serialize, ToSchema)]
-pub struct JournalView {
+pub(super) struct JournalView {
     events: Vec<Event>,
     /// Cursor for the next page, in the same direction; none when this was the last.
     #[schema(minimum = 0)]

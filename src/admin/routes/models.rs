@@ -1,5 +1,6 @@
 //! Models, their versions and labels.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::extract::State;
@@ -16,18 +17,18 @@ use crate::admit::Action;
 use crate::control::call::Versioned;
 use crate::control::desk::Labels;
 use crate::control::view::{ModelView, VersionView};
-use crate::domain::{Digest, Version};
+use crate::domain::{Digest, Label, Version};
 
 /// What runs where, and why.
 #[derive(Serialize, ToSchema)]
-pub struct ModelsView {
+pub(super) struct ModelsView {
     models: Vec<ModelView>,
 }
 
 /// `POST …:load`
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct LoadRequest {
+pub(super) struct LoadRequest {
     /// Digest of the bytes that a quarantined version has now, and that are right.
     #[serde(default)]
     #[schema(pattern = "^sha256:[0-9a-f]{64}$")]
@@ -37,7 +38,7 @@ pub struct LoadRequest {
 /// `PUT …/labels/{label}`
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct LabelRequest {
+pub(super) struct LabelRequest {
     /// Number of a version that is ready.
     version: Version,
 }
@@ -47,9 +48,9 @@ type LabelChange = Change<LabelRequest>;
 
 /// The labels of one model.
 #[derive(Serialize, ToSchema)]
-pub struct LabelsView {
+pub(super) struct LabelsView {
     /// Each label's version.
-    labels: Labels,
+    labels: BTreeMap<Label, Version>,
 }
 
 impl LabelsView {

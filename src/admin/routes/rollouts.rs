@@ -18,7 +18,7 @@ type PlanChange = Change<Plan>;
 
 /// The rollouts of one model.
 #[derive(Serialize, ToSchema)]
-pub struct RolloutsView {
+pub(super) struct RolloutsView {
     /// The newest first.
     rollouts: Vec<Rollout>,
 }
