@@ -9,6 +9,7 @@ mod approvals;
 mod check_config;
 mod health;
 mod infer;
+mod keys;
 mod journal;
 mod labels;
 mod models;
@@ -36,6 +37,8 @@ enum Command {
     Infer(infer::Args),
     /// Ask a running gateway whether it is ready; 0 if it is, 1 if not
     Health(health::Args),
+    /// Make, list and revoke API keys
+    Keys(keys::Args),
     /// Show and change what decides which version a request gets
     Traffic(traffic::Args),
     /// List, show, load and unload versions
@@ -61,6 +64,7 @@ pub fn run() -> ExitCode {
         Command::Models(args) => models::run(&args),
         Command::Infer(args) => infer::run(&args),
         Command::Health(args) => health::run(&args),
+        Command::Keys(args) => keys::run(&args),
         Command::Traffic(args) => traffic::run(&args),
         Command::Versions(args) => versions::run(&args),
         Command::Labels(args) => labels::run(&args),

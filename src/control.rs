@@ -50,6 +50,7 @@ pub use inspect::{EngineTrial, Inspection, Verdict, inspect, validate};
 pub use probe::ProbeError;
 pub use director::Director;
 pub use registry::Registry;
+pub use signature::{SignatureError, Signed, TrustedKeys};
 pub use switchboard::Switchboard;
 pub use version::{Checked, PrepareError, Preparer};
 
@@ -87,6 +88,10 @@ pub struct Settings {
     pub default_model: Option<ModelName>,
     /// Longest wait for a retired version's requests.
     pub drain_max: Duration,
+    /// Where models come from, when that is no folder, and how it is looked at.
+    pub source: source::Settings,
+    /// Keys that versions must be signed with; none: signatures are not asked for.
+    pub trusted_keys: TrustedKeys,
 }
 
 impl Settings {
@@ -109,6 +114,8 @@ impl Settings {
             probe_program: None,
             default_model: None,
             drain_max: Duration::from_secs(60),
+            source: source::Settings::default(),
+            trusted_keys: TrustedKeys::default(),
         }
     }
 }

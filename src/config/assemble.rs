@@ -8,16 +8,15 @@ use super::Config;
 use super::layers::{Layers, Problems};
 use crate::domain::{EngineChoice, ModelName};
 use crate::observe::{AccessLog, Otlp, log};
+use crate::transport::auth::Auth;
 use crate::transport::intake::memory_limit;
-use crate::{cache, control, gateway, observe, transport};
+use crate::{cache, control, gateway, observe, shadow, transport};
 
 /// Address space that a trial may have however small the container is.
 const PROBE_MEMORY_FLOOR: u64 = 1 << 30;
 
 pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
     let from = &mut layers;
-    // `open` is all there is; anything else is a problem by the schema.
-    let _open = from.text("auth.data");
     let mut config = Config {
         http: from.address("server.http_address"),
         grpc: from.address("server.grpc_address"),
@@ -71,6 +70,12 @@ fn gateway_settings(from: &mut Layers) -> gateway::Settings {
         watchdog: (!watchdog.is_zero()).then_some(watchdog),
         output_bytes_max: from.size("server.output_bytes_max"),
         cache,
+        shadow: shadow::Settings {
+            queue_max: from.size("shadow.queue_max"),
+            queue_bytes_max: from.size("shadow.queue_bytes_max"),
+            running_max: from.size("shadow.running_max"),
+            timeout: from.millis("shadow.timeout_ms"),
+        },
     }
 }
 
@@ -136,6 +141,10 @@ fn transport_settings(from: &mut Layers) -> transport::Settings {
         from.problems.add("server.sticky_header", format!("'{name}' is no header name"));
     }
     transport::Settings {
+        auth: Auth {
+            required: from.text("auth.data").as_deref() == Some("required"),
+            ..Auth::default()
+        },
         body_max_bytes: from.size("server.body_max_bytes"),
         in_flight_bytes_max: from.size("server.in_flight_bytes_max"),
         decode_queue_max: from.size("server.decode_queue_max"),
@@ -218,13 +227,15 @@ fn listeners(config: &Config) -> [(&'static str, SocketAddr); 4] {
 
 fn check_listeners(config: &Config, problems: &mut Problems) {
     let listeners = listeners(config);
+    let consent = config.transport.auth.required || config.allow_unauthenticated;
     for (path, address) in &listeners[..2] {
-        if !address.ip().is_loopback() && !config.allow_unauthenticated {
+        if !address.ip().is_loopback() && !consent {
             problems.add(
                 *path,
                 format!(
-                    "{address} can be reached by others and there is no authentication; \
-                     use a loopback address or set server.allow_unauthenticated"
+                    "{address} can be reached by others and there is no authentication; set \
+                     auth.data to \"required\", use a loopback address, or set \
+                     server.allow_unauthenticated"
                 ),
             );
         }

@@ -13,7 +13,7 @@
 //! - The request path never waits for anything here: it reads the table.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -25,9 +25,12 @@ use tokio::sync::{Notify, broadcast};
 use super::call::{Call, REASON_LEN_MAX, Refusal};
 use super::desk::Pending;
 use super::registry::Registry;
+use super::rollout::controller::Handle;
 use super::store::{Document, Event, EventOutcome, Kind, NewEvent, Put, Store};
 use super::switchboard::{InForce, Switchboard};
 use crate::domain::{Label, ModelName, Version};
+use crate::observe::Observer;
+use crate::shadow::Shadows;
 
 mod approvals;
 mod books;
@@ -83,8 +86,11 @@ struct Inner {
     events: broadcast::Sender<Arc<Event>>,
     /// Somebody says that the source has something new.
     hint: Notify,
-    /// Guards the rollouts' loop: woken when a rollout starts or is told something.
-    rollouts: Notify,
+    observer: Arc<Observer>,
+    /// The loop that looks at rollouts, once it is there.
+    rollouts: OnceLock<Handle>,
+    /// What runs on copies of requests, once it is there.
+    shadows: OnceLock<Arc<Shadows>>,
 }
 
 /// A change that was decided and not yet made.
@@ -106,6 +112,7 @@ impl Director {
         store: Arc<dyn Store>,
         registry: Arc<Registry>,
         board: Arc<Switchboard>,
+        observer: Arc<Observer>,
         policy: Policy,
     ) -> Result<Self, Refusal> {
         let books = books::read_all(&*store)?;
@@ -126,11 +133,36 @@ impl Director {
             books: RwLock::new(books),
             events,
             hint: Notify::new(),
-            rollouts: Notify::new(),
+            observer,
+            rollouts: OnceLock::new(),
+            shadows: OnceLock::new(),
         });
         let overseer: Arc<Inner> = Arc::clone(&inner);
         registry.set_overseer(overseer);
         Ok(Self { inner })
+    }
+
+    /// Says what runs on copies of requests. Later calls have no effect.
+    pub fn set_shadows(&self, shadows: Arc<Shadows>) {
+        drop(self.inner.shadows.set(shadows));
+    }
+
+    /// Journals a call that something else carries out.
+    ///
+    /// # Errors
+    /// When it cannot be made durable, or lacks a reason.
+    pub async fn journal_call(
+        &self,
+        action: &'static str,
+        subject: &'static str,
+        call: Call,
+    ) -> Result<(), Refusal> {
+        let noted = self.inner.run(move |inner| {
+            inner.alone(action, None, subject, &call, || {
+                inner.append(&[inner.event(action, None, subject, &call)])
+            })
+        });
+        noted.await
     }
 
     /// Journals something of the gateway itself: its start, its end.

@@ -222,12 +222,10 @@ impl Registry {
     /// Puts versions that are remembered back in service, from the copies that are here, without the
     /// source.
     pub async fn restore(&self, remembered: Vec<(ModelName, Vec<Version>)>) {
-        let call = Call::own("start", "served before the restart");
         let work = remembered.into_iter().map(|(model, versions)| {
-            let call = call.clone();
             move |shared: Arc<Shared>| {
                 for version in versions.into_iter().rev() {
-                    if let Err(error) = shared.restore(&model, version, &call) {
+                    if let Err(error) = shared.restore(&model, version) {
                         let reason = error.message;
                         tracing::warn!(%model, %version, reason, "version not restored");
                     }
@@ -344,18 +342,6 @@ impl Registry {
         self.shared.board.set_held(model, version, held);
         let state = if held { Life::Held } else { Life::Ready };
         self.shared.enter_if(model, version, state, reason, Record::serves);
-    }
-
-    /// Retires what nothing names and the retention does not keep.
-    pub(super) async fn retire_unwanted(&self, model: &ModelName) {
-        let (shared, model) = (Arc::clone(&self.shared), model.clone());
-        let done = on_loader(None, move || {
-            shared.retire_unwanted(&model);
-            Ok(())
-        });
-        if let Err(failure) = done.await {
-            tracing::warn!(reason = failure.message, "versions were not retired");
-        }
     }
 }
 

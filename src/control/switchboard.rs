@@ -17,7 +17,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::domain::{Label, ModelName, Traffic, Version};
-use crate::route::{ModelRoutes, Published, RouteTable, Served, Split};
+use crate::route::{ModelRoutes, Published, RouteTable, Served};
 
 /// Builds and publishes route tables.
 pub struct Switchboard {
@@ -142,16 +142,13 @@ impl Lines {
         if versions.is_empty() {
             return None;
         }
-        // A label whose version is gone answers nobody; it comes back with its version.
-        let labels: HashMap<Label, Version> = self
-            .labels
-            .iter()
-            .filter(|(_, version)| versions.contains_key(version))
-            .map(|(label, version)| (label.clone(), *version))
-            .collect();
-        let split = self.traffic.as_ref().map(|in_force| {
-            Arc::new(Split::compile(&in_force.traffic, &labels, in_force.salt, &versions))
-        });
-        Some(ModelRoutes { versions, labels, split })
+        let mut routes =
+            ModelRoutes { versions, labels: self.labels.clone(), ..ModelRoutes::default() };
+        let (traffic, salt) = match &self.traffic {
+            Some(in_force) => (Some(&in_force.traffic), in_force.salt),
+            None => (None, 0),
+        };
+        routes.set_traffic(traffic, salt);
+        Some(routes)
     }
 }

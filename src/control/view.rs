@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use super::call::Check;
 use super::lineage::Lineage;
 use crate::domain::{Label, ModelName, Traffic, Version};
+pub use crate::shadow::Snapshot as ShadowView;
 
 /// Where a version is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]

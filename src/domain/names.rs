@@ -13,8 +13,10 @@ use utoipa::{PartialSchema, ToSchema};
 
 /// Longest model name or label, in bytes.
 const NAME_LEN_MAX: usize = 128;
-/// Longest version that every reader of the schema's pattern can hold.
+/// Longest version that the pattern takes: all of that length can be held.
 const VERSION_LEN_MAX: usize = 19;
+/// Of versions, in schemas.
+pub(super) const VERSION_PATTERN: &str = "^[1-9][0-9]{0,18}$";
 
 /// Name of a served model, as it stands in URLs, metric labels and folder names.
 ///
@@ -158,7 +160,7 @@ impl<'de> Deserialize<'de> for Version {
 
 impl PartialSchema for Version {
     fn schema() -> RefOr<Schema> {
-        or_number(text_schema("^[1-9][0-9]{0,18}$", VERSION_LEN_MAX))
+        or_number(text_schema(VERSION_PATTERN, VERSION_LEN_MAX))
     }
 }
 
@@ -317,9 +319,8 @@ impl Serialize for Digest {
 impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        Self::parse(&text).ok_or_else(|| {
-            de::Error::custom("expected 'sha256:' and 64 hexadecimal digits")
-        })
+        Self::parse(&text)
+            .ok_or_else(|| de::Error::custom("expected 'sha256:' and 64 hexadecimal digits"))
     }
 }
 
@@ -389,6 +390,9 @@ mod tests {
         let table = std::collections::BTreeMap::from([(Version::new(3).unwrap(), 1.5)]);
         let text = serde_json::to_string(&table).unwrap();
         assert_eq!(text, r#"{"3":1.5}"#);
-        assert_eq!(serde_json::from_str::<std::collections::BTreeMap<Version, f64>>(&text).unwrap(), table);
+        assert_eq!(
+            serde_json::from_str::<std::collections::BTreeMap<Version, f64>>(&text).unwrap(),
+            table
+        );
     }
 }

@@ -15,7 +15,9 @@ use std::fmt;
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use utoipa::openapi::schema::{Object, ObjectBuilder, Type};
 
+use super::names::VERSION_PATTERN;
 use super::{Label, Version, VersionRef};
 
 /// Parts that traffic is divided into: a share is so many of them, each 0.01 %.
@@ -51,7 +53,7 @@ pub struct Traffic {
     /// Non-negative numbers, at least one of them positive: a version's share is its part of their
     /// sum, to 0.01 %. At most 64 versions.
     #[serde(deserialize_with = "weights")]
-    #[schema(min_properties = 1, max_properties = 64)]
+    #[schema(schema_with = weights_schema)]
     pub weights: BTreeMap<Version, f64>,
     /// Where a request's sticky key is, beside the header `tidegate-sticky-key`, which wins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -71,10 +73,8 @@ pub struct Traffic {
 #[serde(rename_all = "lowercase")]
 pub enum Sticky {
     /// A request header (gRPC: metadata).
-    #[schema(min_length = 1, max_length = 64)]
     Header(String),
     /// A parameter of the request.
-    #[schema(min_length = 1, max_length = 128)]
     Parameter(String),
 }
 
@@ -350,6 +350,18 @@ fn value_problem(value: &str) -> Option<String> {
         return Some(format!("expected at most {VALUE_LEN_MAX} bytes, got {len}"));
     }
     value.chars().any(char::is_control).then(|| "a header holds no control characters".to_owned())
+}
+
+fn weights_schema() -> Object {
+    let weight = ObjectBuilder::new().schema_type(Type::Number).minimum(Some(0));
+    let names = ObjectBuilder::new().schema_type(Type::String);
+    ObjectBuilder::new()
+        .schema_type(Type::Object)
+        .property_names(Some(names.pattern(Some(VERSION_PATTERN)).build()))
+        .additional_properties(Some(weight))
+        .min_properties(Some(1))
+        .max_properties(Some(WEIGHTS_MAX))
+        .build()
 }
 
 /// Refuses a version that is there twice, of which a map would keep the last.

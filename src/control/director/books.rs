@@ -132,7 +132,7 @@ impl Books {
             self.labels.body.labels.values().map(|entry| entry.version).collect();
         let tables = [&self.traffic.body.traffic, &self.traffic.body.good];
         named.extend(tables.into_iter().flatten().flat_map(Traffic::versions));
-        let rollouts = self.rollouts.values().filter(|doc| !doc.body.is_over());
+        let rollouts = self.rollouts.values().filter(|doc| !doc.body.state.ended());
         named.extend(rollouts.flat_map(|doc| [doc.body.stable, doc.body.candidate]));
         named.extend(self.versions.iter().filter(|(_, doc)| doc.body.asked).map(|(v, _)| *v));
         named
@@ -140,14 +140,14 @@ impl Books {
 
     /// The rollout under way.
     pub(super) fn running(&self) -> Option<&Doc<Rollout>> {
-        self.rollouts.values().find(|doc| !doc.body.is_over())
+        self.rollouts.values().find(|doc| !doc.body.state.ended())
     }
 }
 
 /// Reads everything that the store holds.
 pub(super) fn read_all(store: &dyn Store) -> Result<BTreeMap<ModelName, Books>, Refusal> {
     let mut all: BTreeMap<ModelName, Books> = BTreeMap::new();
-    let mut of = |name: &str| -> Option<ModelName> { name.parse().ok() };
+    let of = |name: &str| -> Option<ModelName> { name.parse().ok() };
     for document in store.documents(Kind::Traffic).map_err(internal)? {
         if let Some(model) = of(&document.name) {
             all.entry(model).or_default().traffic = Doc::read(&document)?;

@@ -24,6 +24,14 @@ impl Desk for Director {
         self.inner.model(model)
     }
 
+    fn version(
+        &self,
+        model: &ModelName,
+        version: Version,
+    ) -> Result<Versioned<VersionView>, Refusal> {
+        self.inner.version(model, version)
+    }
+
     fn load<'a>(
         &'a self,
         model: &'a ModelName,
@@ -108,8 +116,7 @@ impl Desk for Director {
         plan: Plan,
         call: Call,
     ) -> Pending<'a, Versioned<Rollout>> {
-        let model = model.clone();
-        self.inner.run(move |inner| inner.start_rollout(&model, plan, &call))
+        self.inner.start_rollout(model.clone(), plan, call)
     }
 
     fn rollouts(&self, model: &ModelName) -> Result<Vec<Rollout>, Refusal> {
@@ -127,8 +134,7 @@ impl Desk for Director {
         command: Command,
         call: Call,
     ) -> Pending<'a, Versioned<Rollout>> {
-        let (model, id) = (model.clone(), id.to_owned());
-        self.inner.run(move |inner| inner.command_rollout(&model, &id, command, &call))
+        self.inner.command_rollout(model.clone(), id.to_owned(), command, call)
     }
 
     fn approvals(

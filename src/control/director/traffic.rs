@@ -22,7 +22,6 @@ impl Inner {
             let books = self.known(model)?;
             check_match(call, &books.traffic)?;
             self.check_table(model, &books, &traffic)?;
-            self.end_rollout_by_hand(model, &books, "a traffic table was set by hand", call)?;
             let salt = match &books.traffic.body.salt {
                 0 => fresh_salt()?,
                 salt => *salt,
@@ -44,7 +43,6 @@ impl Inner {
                     "model '{model}' has no traffic table: it follows a label or the latest version"
                 )));
             }
-            self.end_rollout_by_hand(model, &books, "the traffic table was taken back", call)?;
             let salt = books.traffic.body.salt;
             self.set_table(model, &books, "traffic.delete", None, salt, call)
         })
@@ -77,7 +75,6 @@ impl Inner {
                      and set the table yourself"
                 )));
             }
-            self.end_rollout_by_hand(model, &books, "rolled back by hand", call)?;
             let salt = books.traffic.body.salt;
             self.set_table(model, &books, "traffic.rollback", Some(good), salt, call)
         })
@@ -116,6 +113,10 @@ impl Inner {
         self.with_books(model, |books| books.traffic = made);
         self.board.set_traffic(model, traffic.map(|traffic| InForce { traffic, salt }));
         self.note_follows(model);
+        if let Some(rollouts) = self.rollouts.get() {
+            // A rollout whose table this was not ends.
+            rollouts.look_soon();
+        }
         self.traffic(model)
     }
 
@@ -130,7 +131,7 @@ impl Inner {
     /// What a caller gets who names no version, by label or as the latest.
     pub(super) fn default_version(&self, model: &ModelName) -> Option<Version> {
         let table = self.board.table();
-        table.pick_default(model).map(|served| served.version)
+        table.pick(model, None).ok().map(|pick| pick.served.version)
     }
 
     fn is_loaded(&self, model: &ModelName, traffic: &Traffic) -> bool {
@@ -172,7 +173,7 @@ impl Inner {
         Ok(())
     }
 
-    fn labelled(&self, books: &Books, label: &Label) -> Result<Version, Refusal> {
+    pub(super) fn labelled(&self, books: &Books, label: &Label) -> Result<Version, Refusal> {
         let entry = books.labels.body.labels.get(label);
         entry.map(|entry| entry.version).ok_or_else(|| {
             Refusal::Conflict(format!("no version has the label '{label}'"))
@@ -228,7 +229,7 @@ impl Inner {
 }
 
 /// Whether one version gets everything.
-fn settled(traffic: &Traffic) -> bool {
+pub(super) fn settled(traffic: &Traffic) -> bool {
     traffic.weights.values().filter(|weight| **weight > 0.0).count() == 1
 }
 

@@ -135,7 +135,7 @@ impl Inner {
         Ok(())
     }
 
-    async fn refuse_later<T: Send + 'static>(
+    pub(super) async fn refuse_later<T: Send + 'static>(
         self: &Arc<Self>,
         action: &'static str,
         model: ModelName,

@@ -32,7 +32,8 @@ impl Director {
         inner.forget_moves();
         match inner.registry.load_all().await {
             Ok(()) => {}
-            Err(error) if restored => {
+            // Another folder does not come by itself; a server that is away does come back.
+            Err(error) if restored || inner.registry.source().local().is_none() => {
                 tracing::warn!(%error, "the source cannot be read, serving what is remembered");
                 inner.registry.settle().await;
             }

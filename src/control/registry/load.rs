@@ -1,6 +1,6 @@
 //! Takes versions from where they lie to where they serve.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -150,25 +150,26 @@ impl Shared {
                     drop(shelf.load(*version, how));
                 }
             }
-            if self.board.loaded(model).iter().any(|served| kept.contains(&served.version)) {
-                self.retire_others(model, &kept, call);
-            }
             release_memory();
         }
         self.overseer().aliases(model, &listed.labels, call);
-        Ok(())
+        self.retire_surplus(model, listed, call)
     }
 
-    /// Retires what neither the retention keeps nor anything names.
-    pub(super) fn retire_unwanted(&self, model: &ModelName) {
-        self.under_busy(model, || {
-            let Some(policy) = Shelf::new(self, model).policy(None).ok().flatten() else { return };
-            let there: Vec<Version> =
-                self.board.loaded(model).iter().map(|served| served.version).collect();
-            let chosen = scan::chosen(&there, Some(&policy)).into_iter().collect();
-            let call = Call::own("registry-watcher", "not kept any more");
-            self.retire_others(model, &chosen, &call);
-        });
+    /// Retires what neither the retention keeps nor anything names any more.
+    fn retire_surplus(
+        &self,
+        model: &ModelName,
+        listed: &ModelListing,
+        call: &Call,
+    ) -> Result<(), Failure> {
+        let loaded: Vec<Version> =
+            self.board.loaded(model).iter().map(|served| served.version).collect();
+        let Some(policy) = Shelf::new(self, model).policy(None)? else { return Ok(()) };
+        let mut kept: BTreeSet<Version> = scan::chosen(&loaded, Some(&policy)).into_iter().collect();
+        kept.extend(listed.labels.values());
+        self.retire_others(model, &kept, call);
+        Ok(())
     }
 
     pub(super) fn retention(&self) -> Option<VersionPolicy> {
@@ -277,12 +278,7 @@ impl Shared {
     }
 
     /// A version that served before the restart, from the copy that is here.
-    pub(super) fn restore(
-        &self,
-        model: &ModelName,
-        version: Version,
-        call: &Call,
-    ) -> Result<(), Failure> {
+    pub(super) fn restore(&self, model: &ModelName, version: Version) -> Result<(), Failure> {
         self.under_busy(model, || {
             let what = self.overseer().remembered(model, version);
             let what = what.ok_or_else(|| Failure::not_found("nothing is remembered of it"))?;
@@ -448,7 +444,7 @@ impl Shared {
         let mut checks = checks_of(&checked);
         checks.push(self.siblings(model, version, &checked.signature, settings, how.strict)?);
         self.room_for(&checked)?;
-        let lineage = self.lineage(model, version, place)?;
+        let lineage = self.lineage(model, version, place, checked.lineage.clone());
         self.with_record(model, version, |record| {
             note(record, &checked);
             record.lineage = lineage.clone();
@@ -477,24 +473,17 @@ impl Shared {
         Ok(Prepared::New(Box::new(served)))
     }
 
-    /// Where the version comes from. What a client brought along says nothing of that.
-    fn lineage(
-        &self,
-        model: &ModelName,
-        version: Version,
-        place: &Place,
-    ) -> Result<Lineage, Problem> {
-        if place.brought {
-            return Ok(Lineage::default());
+    /// Where the version comes from, by its own files and by what a registry says of it.
+    fn lineage(&self, model: &ModelName, version: Version, place: &Place, own: Lineage) -> Lineage {
+        if place.brought || self.source.local().is_some() {
+            return own.bounded();
         }
         match self.wait(self.source.lineage(model, version)) {
-            Ok(lineage) => Ok(lineage.bounded()),
-            // A wrong file of the version's own is its fault; a registry that is away is not.
-            Err(failure) if self.source.local().is_some() => Err(Problem::lasting(failure.message)),
+            Ok(said) => own.merged(said).bounded(),
             Err(failure) => {
                 let reason = failure.message;
                 tracing::warn!(%model, %version, reason, "the source did not tell its lineage");
-                Ok(Lineage::default())
+                own.bounded()
             }
         }
     }
@@ -514,7 +503,8 @@ impl Shared {
             detail,
         };
         let table = self.board.table();
-        let now = table.pick_default(model).filter(|now| now.version != version);
+        let now = table.pick(model, None).ok().map(|pick| pick.served);
+        let now = now.filter(|now| now.version != version);
         let Some(now) = now else { return Ok(check(CheckOutcome::Pass, String::new())) };
         let Some(difference) = now.signature.difference(signature) else {
             let detail = format!("as version {}", now.version);
@@ -617,7 +607,8 @@ fn checks_of(checked: &Checked) -> Vec<Check> {
         pass("digest", checked.digest.to_string()),
         pass("loads", format!("on {} in a child process", checked.engine)),
     ];
-    checks.extend(checked.signed_by.iter().map(|key| pass("signature", format!("by {key}"))));
+    let signed = checked.signed.iter();
+    checks.extend(signed.map(|by| pass("signature", format!("by {}: {}", by.key, by.comment))));
     match checked.samples {
         0 => checks.push(Check {
             name: "samples".to_owned(),

@@ -22,12 +22,14 @@
 //!   [`LEVELS_MAX`].
 //! - What cannot be attributed exactly makes the evidence weaker, never stronger.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::plan::STEPS_MAX;
-use crate::domain::Traffic;
-use crate::observe::{ArmTotals, LATENCY_BOUNDS_NS, LATENCY_BUCKETS};
+use crate::domain::{Traffic, Version};
+use crate::observe::{ArmTotals, LATENCY_BOUNDS_NS, LATENCY_BUCKETS, VersionStats, Watched};
 
 /// How many times as frequent the candidate's events may be, all equally likely beforehand.
 pub const FACTORS: [f64; 8] = [1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0];
@@ -221,17 +223,40 @@ pub struct ShadowTotals {
 }
 
 /// What is to be seen of a rollout at one moment.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Observation {
     /// The candidate's share of the split in force, in basis points.
     pub share: u16,
-    /// The traffic table in force; `None` when there is none, or it is not known.
+    /// The traffic table in force; `None` when there is none.
     pub traffic: Option<Traffic>,
     /// What the split sent to each version ([`crate::observe::VersionStats::split_totals`]);
     /// `None` for one that is not loaded.
     pub stable: Option<ArmTotals>,
     pub candidate: Option<ArmTotals>,
     pub shadow: ShadowTotals,
+    /// Keeps the versions under watch until the next observation.
+    pub watched: Vec<Watched>,
+}
+
+impl Observation {
+    /// Of loaded versions' counters (`None` for one that is not loaded) and the table in force.
+    pub fn of(
+        candidate: (Version, Option<&Arc<VersionStats>>),
+        stable: Option<&Arc<VersionStats>>,
+        traffic: Option<Traffic>,
+        shadow: ShadowTotals,
+    ) -> Self {
+        let shares = traffic.as_ref().map(Traffic::shares).unwrap_or_default();
+        let totals = |stats: &Arc<VersionStats>| stats.split_totals();
+        Self {
+            share: shares.get(&candidate.0).copied().unwrap_or(0),
+            traffic,
+            stable: stable.map(totals),
+            candidate: candidate.1.map(totals),
+            shadow,
+            watched: candidate.1.into_iter().chain(stable).map(VersionStats::watch).collect(),
+        }
+    }
 }
 
 /// Bounds of the latency histograms beyond which a request counts, as places in

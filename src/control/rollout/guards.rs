@@ -357,7 +357,9 @@ mod tests {
             candidate: tally(*candidate),
             stable: tally(*stable),
         });
-        Evidence { levels: levels.collect(), ..Evidence::default() }
+        let mut evidence = Evidence::default();
+        evidence.levels = levels.collect();
+        evidence
     }
 
     fn all() -> Guards {
