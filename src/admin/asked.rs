@@ -223,7 +223,7 @@ impl<T: ToSchema> PartialSchema for Change<T> {
 impl<T: ToSchema> ToSchema for Change<T> {
     fn name() -> Cow<'static, str> {
         match T::name() {
-            nothing if nothing == "Nothing" => Cow::Borrowed("Reason"),
+            nothing if nothing == "Nothing" => Cow::Borrowed("ChangeReason"),
             of => Cow::Owned(format!("{of}Change")),
         }
     }

@@ -113,8 +113,13 @@ impl Doors {
             }
         }
         if documented {
-            let components = self.api.components.get_or_insert_with(Components::new);
-            components.schemas.extend(schemas);
+            let known = &mut self.api.components.get_or_insert_with(Components::new).schemas;
+            for (name, schema) in schemas {
+                let other = known.get(&name).is_some_and(|known| *known != schema);
+                // The document would show one of them for both.
+                debug_assert!(!other, "two types are called '{name}' in the document");
+                known.insert(name, schema);
+            }
         }
         self
     }

@@ -71,7 +71,7 @@ impl Bench {
             clients: Clients::default(),
             hosts: Hosts::new(["gate.example".to_owned()]),
             drain: Box::new(move |call| {
-                drained.write_down("gateway.drain", None, &call);
+                drained.write_down("drain", None, &call);
                 Box::pin(async { Ok(()) })
             }),
             mlflow: Some(Box::new(|headers, _| match headers.get("x-mlflow-signature") {
@@ -206,7 +206,7 @@ async fn every_route_and_every_role() {
         let open = door.needs == Needs::Nothing;
         let nobody = call("").await;
         match door.name.as_str() {
-            "gateway.health" => assert_eq!(nobody.status, 200),
+            "health" => assert_eq!(nobody.status, 200),
             // By its own signature.
             "webhook.mlflow" => assert_eq!(nobody.code(), "forbidden"),
             _ => assert_eq!(
@@ -358,7 +358,7 @@ async fn lists_show_what_their_reader_may_see() {
         events.iter().map(|event| event["action"].as_str().unwrap().to_owned()).collect()
     };
     let all = bench.get("auditor", "/journal").await;
-    assert_eq!(actions(&all), ["gateway.reload", "traffic.put", "label.put"], "the newest first");
+    assert_eq!(actions(&all), ["reload", "traffic.put", "label.put"], "the newest first");
     assert_eq!(actions(&bench.get("team", "/journal").await), ["label.put"]);
     let filtered =
         bench.get("auditor", "/journal?action=traffic.&actor=ci&outcome=done&limit=5").await;
@@ -770,14 +770,4 @@ async fn clients_with_a_certificate_are_whom_the_configuration_names() {
     };
     let answer = bench.api.answer(&Bench::peer(), request()).await;
     assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
-}
-
-/// A rollout as the state store keeps it.
-fn rollout_json() -> Value {
-    json!({
-        "id": "r-1", "model": "iris", "candidate": "2", "stable": "1",
-        "plan": {"candidate": "2", "steps": [{"weight": 5}]}, "state": "step", "step": 0,
-        "reason": null, "weight": 5.0, "waiting_for": [], "started_at": "2026-11-25T10:00:00Z",
-        "started_by": "ci", "started_for": null, "before": {"weights": {"1": 100}},
-    })
 }
