@@ -37,8 +37,6 @@ pub use secret::{SecretError, SecretRef};
 
 /// Type of an event: this and the hook's word.
 pub const TYPE_PREFIX: &str = "dev.tidegate.rollout.";
-/// First wait before another try; each further one is twice as long.
-const BACKOFF_MIN: Duration = Duration::from_secs(1);
 /// Longest wait between two tries, whatever the receiver asks for.
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// Bytes of an answer that are read for what it says.
@@ -55,6 +53,8 @@ pub struct Settings {
     pub timeout: Duration,
     /// Tries of one delivery, the first included.
     pub attempts_max: u32,
+    /// First wait before another try; each further one is twice as long, up to a minute.
+    pub backoff: Duration,
     /// Deliveries that wait for the ones before them.
     pub queue_max: usize,
 }
@@ -228,7 +228,7 @@ impl Sender {
 
     /// Tries until it is answered or has been tried often enough.
     async fn deliver(&self, delivery: &Delivery) -> HookAnswer {
-        let mut wait = BACKOFF_MIN;
+        let mut wait = self.settings.backoff;
         let mut attempt = 1;
         loop {
             let (why, asked) = match self.attempt(delivery).await {

@@ -127,7 +127,7 @@ mod tests {
     fn a_secret_is_named_and_never_shown() {
         for wrong in ["", "hunter2hunter2hunter2", "env:", "file:", "vault:x"] {
             let error = wrong.parse::<SecretRef>().unwrap_err().to_string();
-            assert!(wrong.is_empty() || !error.contains(wrong), "{error}");
+            assert!(!error.contains("hunter2"), "{error}");
         }
         let (file, secret) = file(b"0123456789abcdef\n");
         assert_eq!(format!("{:?}", secret.read().unwrap()), "Secret");

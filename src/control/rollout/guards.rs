@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 use super::evidence::{
     Count, Event, Evidence, Level, Mixture, ShadowTally, Tally, Thresholds, share_bounds,
 };
-use super::plan::{Floor, Guards, LatencyRatio, NonFinite, SampleRatio, ShadowDisagreement};
+use super::plan::{DEFAULT_ALPHA, Floor, Guards, LatencyRatio, NonFinite, SampleRatio, ShadowDisagreement};
 use crate::observe::LATENCY_BOUNDS_NS;
 
 /// Largest e-value that is shown; JSON has no infinity.
@@ -193,13 +193,13 @@ impl Sight<'_> {
         (candidate.count(what), stable.count(what))
     }
 
-    fn compare(&self, guard: Guard, what: Event, alpha: f64) -> GuardReport {
+    fn compare(&self, guard: Guard, what: Event, alpha: Option<f64>) -> GuardReport {
         let mixture = self.evidence.compared(what, |level| self.by_requests(level));
         let (candidate, stable) = self.arms(what);
         by_evidence(guard, &mixture, alpha, candidate).with_arms(candidate, Some(stable))
     }
 
-    fn ceiling(&self, share: f64, alpha: f64) -> GuardReport {
+    fn ceiling(&self, share: f64, alpha: Option<f64>) -> GuardReport {
         let mixture = self.evidence.exceeding(Event::Failure, share);
         let (candidate, _) = self.arms(Event::Failure);
         by_evidence(Guard::ErrorCeiling, &mixture, alpha, candidate).with_arms(candidate, None)
@@ -257,7 +257,7 @@ impl Sight<'_> {
             GuardReport::new(Guard::NonFinite, GuardOutcome::Fail, why)
         } else {
             let mixture = self.evidence.compared(Event::NonFinite, |level| self.by_requests(level));
-            by_evidence(Guard::NonFinite, &mixture, guard.alpha, candidate)
+            by_evidence(Guard::NonFinite, &mixture, Some(guard.alpha), candidate)
         };
         report.with_arms(candidate, Some(stable))
     }
@@ -290,8 +290,13 @@ impl Sight<'_> {
 }
 
 /// What an e-value says. Half of what it takes to fail is enough not to give the candidate more.
-fn by_evidence(guard: Guard, mixture: &Mixture, alpha: f64, candidate: Count) -> GuardReport {
-    let (ln, limit) = (mixture.ln(), 1.0 / alpha);
+fn by_evidence(
+    guard: Guard,
+    mixture: &Mixture,
+    alpha: Option<f64>,
+    candidate: Count,
+) -> GuardReport {
+    let (ln, limit) = (mixture.ln(), 1.0 / alpha.unwrap_or(DEFAULT_ALPHA));
     let evidence = ln.min(EVIDENCE_MAX_LN).exp();
     let outcome = if ln >= limit.ln() {
         GuardOutcome::Fail
@@ -314,7 +319,7 @@ fn by_evidence(guard: Guard, mixture: &Mixture, alpha: f64, candidate: Count) ->
 
 fn disagreement(shadow: &ShadowTally, guard: &ShadowDisagreement) -> GuardReport {
     let count = shadow.disagreements();
-    let (low, high) = share_bounds(count, guard.alpha);
+    let (low, high) = share_bounds(count, guard.alpha.unwrap_or(DEFAULT_ALPHA));
     let outcome = if low > guard.max {
         GuardOutcome::Fail
     } else if high <= guard.max {
@@ -357,15 +362,17 @@ mod tests {
             candidate: tally(*candidate),
             stable: tally(*stable),
         });
-        Evidence { levels: levels.collect(), ..Evidence::default() }
+        let mut evidence = Evidence::default();
+        evidence.levels = levels.collect();
+        evidence
     }
 
     fn all() -> Guards {
         Guards {
-            error_ceiling: Some(ErrorCeiling { share_max: 0.05, alpha: 0.05 }),
-            slow_share: Some(SlowShare { threshold_ms: 100.0, alpha: 0.05 }),
-            latency_ratio: Some(LatencyRatio { quantile: 0.95, ratio_max: 1.5, alpha: 0.05 }),
-            shadow_disagreement: Some(ShadowDisagreement { max: 0.02, alpha: 0.05 }),
+            error_ceiling: Some(ErrorCeiling { share_max: 0.05, alpha: None }),
+            slow_share: Some(SlowShare { threshold_ms: 100.0, alpha: None }),
+            latency_ratio: Some(LatencyRatio { quantile: 0.95, ratio_max: 1.5, alpha: None }),
+            shadow_disagreement: Some(ShadowDisagreement { max: 0.02, alpha: None }),
             ..Guards::default()
         }
     }

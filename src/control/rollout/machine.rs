@@ -112,7 +112,7 @@ impl Rollout {
             weight: 0.0,
             waiting_for: Vec::new(),
             guards: Vec::new(),
-            evidence: super::Evidence::default(),
+            evidence: super::Evidence::starting(),
             started_at: now.at,
             started_by: call.actor.clone(),
             started_for: call.reason.clone(),
@@ -252,7 +252,8 @@ impl Rollout {
         let decision = decide(self);
         if let Some(before) = before {
             let broken = invariants::broken(&before, self, &decision);
-            debug_assert!(broken.is_empty(), "{broken:?}: {before:?} to {self:?} by {decision:?}");
+            let (from, to) = (before.state, self.state);
+            debug_assert!(broken.is_empty(), "{broken:?}: {from:?} to {to:?} by {decision:?}");
         }
         decision
     }
@@ -272,11 +273,11 @@ impl Rollout {
             return self.leaving_table(&by, message);
         }
         self.look(seen);
-        if let Some(decision) = self.gone(seen, passed, &by) {
-            return decision;
-        }
         let paused = matches!(self.state, State::Paused { .. });
         let armed = !paused || self.plan.roll_back_when_paused;
+        if let Some(decision) = self.gone(seen, passed, armed, &by) {
+            return decision;
+        }
         let failed = self.guards.iter().find(|report| report.outcome == GuardOutcome::Fail);
         if let Some(report) = failed.filter(|_| armed) {
             let message = format!("{}: {}", report.guard, report.why);
@@ -344,13 +345,22 @@ impl Rollout {
     }
 
     /// Acts when one of the versions has not been there for long. (A reload takes moments.)
-    fn gone(&mut self, seen: &Observation, passed: Duration, by: &By<'_>) -> Option<Decision> {
+    fn gone(
+        &mut self,
+        seen: &Observation,
+        passed: Duration,
+        armed: bool,
+        by: &By<'_>,
+    ) -> Option<Decision> {
         let count = |absent: &mut Duration, present: bool| {
             *absent = if present { Duration::ZERO } else { *absent + passed };
             *absent >= ABSENT_MAX
         };
         let candidate_gone = count(&mut self.present.candidate_absent, seen.candidate.is_some());
         let stable_gone = count(&mut self.present.stable_absent, seen.stable.is_some());
+        if !armed {
+            return None;
+        }
         if stable_gone {
             let message = format!("version {} is not loaded: nothing to go back to", self.stable);
             return Some(self.failing(by, Reason::new(Cause::StableGone, message)));
@@ -640,4 +650,4 @@ impl By<'_> {
 const _: () = assert!(BUCKETS == super::evidence::SHARE_WHOLE, "shares have one unit");
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(in crate::control) mod tests;
