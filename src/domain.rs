@@ -21,7 +21,7 @@ pub use index::{IndexEntry, ModelControl, ModelFile, VersionState};
 pub use names::{Digest, Label, ModelName, NameError, Version, VersionRef};
 pub use request::{
     Answer, AnswerHead, CallMeta, Deadline, InferRequest, Inputs, NamedTensor, ParameterValue,
-    Parameters, RequestedOutput, TypeInputs, TypedInputs,
+    Parameters, RequestedOutput, RouteHeaders, STICKY_KEY_LEN_MAX, TypeInputs, TypedInputs,
 };
 pub use settings::{
     BatchSettings, EngineChoice, ModelSettings, PAD_BUCKETS_MAX, PAD_LENGTH_MAX, PadValue,

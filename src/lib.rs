@@ -3,6 +3,8 @@
 //! Modules in reading order; `docs/architecture.md` has the picture and the import arrows that
 //! `tests/tidy.rs` checks.
 
+pub mod admin;
+pub mod admit;
 pub mod app;
 pub mod batch;
 pub mod cache;
@@ -16,4 +18,5 @@ pub mod observe;
 pub mod panics;
 pub mod proto;
 pub mod route;
+pub mod shadow;
 pub mod transport;

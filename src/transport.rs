@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use crate::gateway::Gateway;
 
 pub mod accept;
+pub mod auth;
 mod connection;
 pub mod grpc;
 pub mod http;
@@ -70,9 +71,11 @@ impl Api {
     }
 }
 
-/// Limits of the data plane.
+/// Limits of the data plane, and its door.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// Who may call.
+    pub auth: auth::Auth,
     /// Largest request body, decoded, in bytes; over it: 413 / RESOURCE_EXHAUSTED.
     pub body_max_bytes: usize,
     /// Most bytes that all requests in progress hold, decoded ones too; 0: by the memory there is.
@@ -125,6 +128,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
+            auth: auth::Auth::default(),
             body_max_bytes: 64 << 20,
             in_flight_bytes_max: 0,
             decode_queue_max: 256,

@@ -13,18 +13,20 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("domain", &[]),
     ("panics", &[]),
     ("proto", &[]),
+    ("admit", &["domain"]),
     ("engine", &["domain", "proto"]),
     ("observe", &["domain"]),
     ("batch", &["domain", "engine", "observe", "panics"]),
     ("cache", &["domain"]),
     ("route", &["domain", "batch", "observe"]),
     ("gateway", &["domain", "route", "batch", "cache", "observe"]),
-    ("control", &["domain", "engine", "batch", "route", "observe", "proto"]),
-    ("transport", &["domain", "gateway", "route", "batch", "observe", "panics", "proto"]),
+    ("control", &["domain", "admit", "engine", "batch", "route", "observe", "proto"]),
+    ("transport", &["domain", "admit", "gateway", "route", "batch", "observe", "panics", "proto"]),
     (
         "config",
         &[
             "domain",
+            "admit",
             "engine",
             "batch",
             "cache",
@@ -39,6 +41,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         "app",
         &[
             "domain",
+            "admit",
             "engine",
             "batch",
             "route",
@@ -54,6 +57,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         "cli",
         &[
             "domain",
+            "admit",
             "engine",
             "batch",
             "route",

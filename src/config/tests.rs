@@ -64,7 +64,7 @@ fn every_problem_is_named_at_once() {
         [engine]
         engine = 'torch'
         [auth]
-        data = 'required'
+        data = 'sometimes'
         [telemetry]
         sample_ratio = 2.0
     ";
@@ -92,7 +92,10 @@ fn an_open_listener_needs_consent() {
         ..ServeArgs::default()
     };
     assert_eq!(paths(from_file("", &[], open(false))), ["server.http_address"]);
+    let config = from_file("[auth]\ndata = 'required'", &[], open(false)).unwrap();
+    assert!(config.transport.auth.required);
     let config = from_file("", &[], open(true)).unwrap();
+    assert!(!config.transport.auth.required);
     assert!(config.unsafe_notes.iter().any(|note| note.contains("0.0.0.0:8000")));
 }
 

@@ -9,9 +9,12 @@ use utoipa::ToSchema;
 use super::call::Check;
 use super::lineage::Lineage;
 use crate::domain::{Label, ModelName, Traffic, Version};
+pub use crate::shadow::Snapshot as ShadowView;
 
 /// Where a version is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Life {
     Discovered,
@@ -152,4 +155,24 @@ pub struct ApprovalRequest {
     /// Digest that was looked at; refused when the version has another by now.
     #[serde(default)]
     pub digest: Option<String>,
+}
+
+/// How a model's requests are divided now.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct TrafficView {
+    pub follow: Follow,
+    /// What a request gets that names no version, has no key and meets no rule, most of the time.
+    pub version: Option<Version>,
+    /// `None` while `follow` is not `traffic`.
+    pub traffic: Option<Traffic>,
+    /// What `:rollback` goes back to.
+    pub last_good: Option<Traffic>,
+    pub changed: Option<Change>,
+}
+
+/// What a look at the source found.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ReloadView {
+    pub models: usize,
+    pub versions: usize,
 }

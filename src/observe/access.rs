@@ -43,6 +43,7 @@ pub(super) fn log(mode: AccessLog, completion: &Completion) {
         queue_ms = ms(timings.queue + timings.batch_wait),
         compute_ms = ms(timings.compute_infer),
         batch_size = completion.batch_size,
+        principal = completion.principal.as_deref().and_then(shown).as_deref(),
         cached = completion.cached.then_some(true),
         prediction_id = %completion.prediction_id,
         request_id = shown(&completion.request_id).as_deref(),
@@ -122,7 +123,7 @@ mod tests {
             arm: Some(Arm::Pinned),
             reason: None,
             protocol: Protocol::GrpcStream,
-            principal: None,
+            principal: Some("ci@home".to_owned()),
             trace: Some(trace),
             outcome: Outcome::Ok,
             timings: Timings {
@@ -135,6 +136,7 @@ mod tests {
             rows: 1,
             batch_size: 4,
             cached: false,
+            shadow_of: None,
             inputs: Vec::new(),
             outputs: Vec::new(),
         };
@@ -171,7 +173,7 @@ mod tests {
             "level": "INFO", "target": "access", "model": "iris", "version": "2",
             "arm": "pinned", "protocol": "grpc_stream", "status": "ok", "total_ms": 2.0,
             "queue_ms": 0.25, "compute_ms": 1.5, "batch_size": 4,
-            "prediction_id": "00000000-0000-0000-0000-000000000000",
+            "principal": "ci@home", "prediction_id": "00000000-0000-0000-0000-000000000000",
             "request_id": r"r\u{20}1", "trace_id": "00000000000000000000000000000abc",
         });
         let mut got = all[0].clone();

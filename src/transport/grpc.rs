@@ -1,10 +1,10 @@
 //! gRPC: the Open Inference Protocol with Triton's extensions, health and reflection.
 //!
 //! ```text
-//! call ──path──▶ service (one call)  ──decode──▶ gateway ──encode──▶ answer
-//!        │         └▶ stream (many)  ──┘
-//!        ├─────▶ health, reflection
-//!        └─────▶ UNIMPLEMENTED
+//! call ──admit, path──▶ service (one call)  ──decode──▶ gateway ──encode──▶ answer
+//!               │         └▶ stream (many)  ──┘
+//!               ├─────▶ health, reflection
+//!               └─────▶ UNIMPLEMENTED
 //! ```
 
 use std::convert::Infallible;
@@ -20,6 +20,7 @@ use tonic::{Code, Status};
 use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service as _;
 
+use super::auth::Caller;
 use super::intake::Held;
 use super::meta::Arrived;
 use super::{Api, Body, CONTROL_BYTES_MAX};
@@ -102,6 +103,11 @@ impl Grpc {
             request.headers_mut().remove(ACCEPT_ENCODING);
         }
         let arrived = Instant::now();
+        let caller = match self.admit(request.uri().path(), request.headers()) {
+            Ok(caller) => caller,
+            Err(refused) => return *refused,
+        };
+        request.extensions_mut().insert(caller);
         request.extensions_mut().insert(Arrived(arrived));
         let bill = Bill::new(&self.api);
         request.extensions_mut().insert(Arc::clone(&bill));
@@ -136,6 +142,22 @@ impl Grpc {
         };
         too_large(response.headers_mut());
         response
+    }
+
+    /// Lets a call in, before its path means anything.
+    fn admit(
+        &self,
+        path: &str,
+        metadata: &http::HeaderMap,
+    ) -> Result<Caller, Box<http::Response<Body>>> {
+        let protocol = match path {
+            STREAM_INFER => Protocol::GrpcStream,
+            _ => Protocol::Grpc,
+        };
+        self.api.settings.auth.admit(protocol, path, metadata).map_err(|error| {
+            self.api.gateway.observer().refused(protocol, ErrorKind::Unauthenticated);
+            Box::new(encode::status(&error.into(), None).into_http())
+        })
     }
 
     fn limits(&self, path: &str) -> Limits {
@@ -188,6 +210,11 @@ fn server<T: prost::Message + Send + 'static>(
 fn arrived<T>(request: &tonic::Request<T>) -> Arrived {
     let arrived = request.extensions().get::<Arrived>().copied();
     arrived.unwrap_or_else(|| Arrived(Instant::now()))
+}
+
+/// Whose call it is; nobody's, who may do nothing, if that was lost on the way.
+fn caller<T>(request: &tonic::Request<T>) -> Caller {
+    request.extensions().get::<Caller>().cloned().unwrap_or_else(Caller::nobody)
 }
 
 /// The account of a message that has arrived.

@@ -1,7 +1,7 @@
 //! REST: the Open Inference Protocol, KServe v1, MLflow and SageMaker.
 //!
 //! ```text
-//! handle ──▶ find (route table) ──▶ read_body ──▶ answer ──▶ compress ──▶ response
+//! handle ──▶ admit ──▶ find (route table) ──▶ permit ──▶ read_body ──▶ answer ──▶ compress ──▶ response
 //!                                                  ├─ models · repository · openapi
 //!                                                  └─ infer · v1 · invocations ──▶ gateway
 //! ```
@@ -9,7 +9,9 @@
 //! Invariants:
 //! - Every answer but an empty one is JSON or the binary tensor form; every failure is
 //!   `{"error", "code"}`.
-//! - A body is read only for a route that exists, and never past its limit.
+//! - Who is calling is known before the route is looked for.
+//! - A body is read only for a route that exists and that the caller may use, and never past its
+//!   limit.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,11 +24,13 @@ use percent_encoding::percent_decode_str;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+use super::auth::Caller;
 use super::connection::TooSlow;
 use super::intake::Held;
 use super::meta::Arrived;
 use super::{Api, Body, CONTROL_BYTES_MAX, Settings};
-use crate::domain::{ErrorKind, Failure, ModelName, VersionRef};
+use crate::admit::Action;
+use crate::domain::{ErrorKind, Failure, ModelName, Protocol, VersionRef};
 use infer::Call;
 use reply::Reply;
 use shared::Act;
@@ -72,13 +76,25 @@ where
     let (head, body) = request.into_parts();
     let accepted = compress::accepted(&head.headers);
     let compressing = Arc::clone(&api);
-    let reply = match find(&head.method, head.uri.path()) {
+    let path = head.uri.path();
+    let admitted = api.settings.auth.admit(Protocol::Http, path, &head.headers);
+    let found = match admitted {
+        Ok(caller) => find(&head.method, path).map(|route| (caller, route)),
+        Err(error) => {
+            api.gateway.observer().refused(Protocol::Http, ErrorKind::Unauthenticated);
+            Err(Box::new(Reply::failure(&error.into())))
+        }
+    };
+    let reply = match found {
         Err(reply) => *reply,
-        Ok(route) => {
+        Ok((caller, route)) => {
             let held = api.intake.open();
             let limit = body_limit(&route, &api.settings);
-            let body = read_body(body, &head.headers, &api, limit, &held).await;
-            let arrival = Arrival { at: arrived, held };
+            let body = match permit(&caller, &route, &head.method) {
+                Ok(()) => read_body(body, &head.headers, &api, limit, &held).await,
+                Err(failure) => Err(failure),
+            };
+            let arrival = Arrival { at: arrived, held, caller };
             // Boxed so that a connection's future stays small.
             Box::pin(answer(api, route, head.method, head.headers, body, arrival)).await
         }
@@ -86,10 +102,11 @@ where
     compress::answer(reply, accepted, &compressing).await.into_response()
 }
 
-/// When a request came, and what it holds since.
+/// When a request came, what it holds since, and whose it is.
 struct Arrival {
     at: Arrived,
     held: Arc<Held>,
+    caller: Caller,
 }
 
 /// Everything that can be asked for.
@@ -205,6 +222,40 @@ fn table(segments: &[&str]) -> Result<Option<(&'static str, Route)>, Failure> {
     }))
 }
 
+/// Whether the caller may use the route; lists leave out what it may not see.
+fn permit(caller: &Caller, route: &Route, method: &Method) -> Result<(), Failure> {
+    let changes = method == Method::POST;
+    match route {
+        Route::Live | Route::Ready => Ok(()),
+        Route::Server
+        | Route::Models
+        | Route::V1Models
+        | Route::ModelStats(None)
+        | Route::Index
+        | Route::NamedRepository
+        | Route::Generate
+        | Route::CudaShared => caller.check_some(Action::ReadModels),
+        Route::Model(of)
+        | Route::ModelReady(of)
+        | Route::ModelConfig(of)
+        | Route::ModelStats(Some(of))
+        | Route::OpenApi(of)
+        | Route::V1Model(of) => caller.check(Action::ReadModels, &of.model),
+        Route::Infer(of) | Route::V1Predict(of) => caller.check(Action::Predict, &of.model),
+        // Its model is looked up, once, and asked about there.
+        Route::Invocations => caller.check_some(Action::Predict),
+        // Regions are for inputs and outputs.
+        Route::Shared(_) => caller.check_some(Action::Predict),
+        Route::Load(model) | Route::Unload(model) => caller.check(Action::ChangeVersions, model),
+        Route::Trace(Some(model)) => {
+            caller.check(Action::ReadModels, model)?;
+            if changes { caller.check_gateway(Action::Reload) } else { Ok(()) }
+        }
+        Route::Trace(None) | Route::Logging if changes => caller.check_gateway(Action::Reload),
+        Route::Trace(None) | Route::Logging => caller.check_some(Action::ReadModels),
+    }
+}
+
 fn of_model(of: Of, rest: &[&str]) -> Option<(&'static str, Route)> {
     Some(match rest {
         [] => ("GET", Route::Model(of)),
@@ -247,10 +298,11 @@ async fn answer(
     method: Method,
     headers: HeaderMap,
     body: Result<Bytes, Failure>,
-    Arrival { at: arrived, held }: Arrival,
+    Arrival { at: arrived, held, caller }: Arrival,
 ) -> Reply {
-    let call = |Of { model, version }: Of, api: Arc<Api>, headers, body| Call {
+    let call = |Of { model, version }: Of, api: Arc<Api>, caller, headers, body| Call {
         api,
+        caller,
         model,
         version,
         headers,
@@ -259,43 +311,59 @@ async fn answer(
         held,
     };
     match route {
-        Route::Infer(of) => call(of, api, headers, body).infer().await,
+        Route::Infer(of) => call(of, api, caller, headers, body).infer().await,
         Route::V1Predict(of) => {
-            call(of, api, headers, body).predict(|body, _| Ok(v1::typing(body))).await
+            call(of, api, caller, headers, body).predict(|body, _| Ok(v1::typing(body))).await
         }
-        Route::Invocations => match api.gateway.table().default_model.clone() {
+        Route::Invocations => match default_model(&api, &caller) {
             Some(model) => {
+                let body =
+                    body.and_then(|body| caller.check(Action::Predict, &model).map(|()| body));
                 let of = Of { model, version: None };
-                call(of, api, headers, body).predict(invocations::typing).await
+                call(of, api, caller, headers, body).predict(invocations::typing).await
             }
             None => Reply::failure(&Failure::not_found(
                 "there is no default model for /invocations, use /v2/models/{model}/infer",
             )),
         },
         route => match body {
-            Ok(body) => plain(&api, &route, &method, &body).await.unwrap_or_else(Reply::from),
+            Ok(body) => {
+                let done = plain(&api, &caller, &route, &method, &body).await;
+                done.unwrap_or_else(Reply::from)
+            }
             Err(failure) => Reply::failure(&failure),
         },
     }
 }
 
+/// What `/invocations` means to this caller.
+fn default_model(api: &Api, caller: &Caller) -> Option<ModelName> {
+    api.gateway.table().default_model.clone().filter(|model| caller.sees(model))
+}
+
 /// Answers whatever is no prediction.
-async fn plain(api: &Api, route: &Route, method: &Method, body: &[u8]) -> Result<Reply, Failure> {
+async fn plain(
+    api: &Api,
+    caller: &Caller,
+    route: &Route,
+    method: &Method,
+    body: &[u8],
+) -> Result<Reply, Failure> {
     let get = method != Method::POST;
     match route {
         Route::Server => Ok(models::server(api)),
         Route::Live => Ok(models::live(api)),
         Route::Ready => Ok(models::ready(api)),
-        Route::Models | Route::V1Models => Ok(models::list(api)),
+        Route::Models | Route::V1Models => Ok(models::list(api, caller)),
         Route::Model(of) => models::metadata(api, &of.model, of.version.as_ref()),
         Route::ModelReady(of) | Route::V1Model(of) => {
             models::model_ready(api, &of.model, of.version.as_ref())
         }
         Route::ModelConfig(of) => models::config(api, &of.model, of.version.as_ref()),
-        Route::ModelStats(None) => models::stats(api, None, None),
-        Route::ModelStats(Some(of)) => models::stats(api, Some(&of.model), of.version.as_ref()),
+        Route::ModelStats(None) => Ok(models::stats_of_all(api, caller)),
+        Route::ModelStats(Some(of)) => models::stats(api, &of.model, of.version.as_ref()),
         Route::OpenApi(of) => models::openapi(api, &of.model, of.version.as_ref()),
-        Route::Index => repository::index(api, body),
+        Route::Index => repository::index(api, caller, body),
         Route::Load(model) => repository::load(api, model, body).await,
         Route::Unload(model) => repository::unload(api, model, body).await,
         Route::Trace(model) => {

@@ -31,6 +31,7 @@ pub(super) fn completion(arm: Arm, protocol: Protocol) -> Completion {
         rows: 3,
         batch_size: 8,
         cached: false,
+        shadow_of: None,
         inputs: Vec::new(),
         outputs: Vec::new(),
     }

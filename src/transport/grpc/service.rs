@@ -11,6 +11,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{decode, encode, stream, wire};
+use crate::admit::Action;
 use crate::domain::{
     AnswerHead, CallMeta, Failure, Inputs, ModelFile, ModelName, NamedTensor, Protocol, TensorSpec,
     VersionRef, VersionState,
@@ -20,6 +21,7 @@ use crate::proto::inference as pb;
 use crate::proto::inference::model_metadata_response::TensorMetadata;
 use crate::proto::inference::model_repository_parameter::ParameterChoice as Choice;
 use crate::route::Served;
+use crate::transport::auth::Caller;
 use crate::transport::intake::{Held, INLINE_MAX_BYTES};
 use crate::transport::{Api, Body, SERVER_NAME, meta, model_config};
 
@@ -50,6 +52,7 @@ impl Refusal {
 /// Makes one prediction from a message, which `held` counts.
 pub(super) async fn infer(
     api: &Arc<Api>,
+    caller: &Caller,
     meta: CallMeta,
     message: Bytes,
     held: Arc<Held>,
@@ -68,12 +71,18 @@ pub(super) async fn infer(
     };
     let names = decode::names(&request.model_name, &request.model_version);
     let (model, version) = names.map_err(|failure| unknown(failure, asked.clone()))?;
-    let decoded = decoded(api, &meta, request, &model, version.as_ref(), held).await;
+    let decoded = match caller.check(Action::Predict, &model) {
+        Ok(()) => decoded(api, &meta, request, &model, version.as_ref(), held).await,
+        Err(failure) => Err(failure),
+    };
     let decode::Decoded { request, placed } = match decoded {
         Ok(decoded) => decoded,
         Err(failure) => {
-            let head = Some(api.gateway.refuse(&meta, model, version.as_ref(), &failure));
-            return Err(Box::new(Refusal { failure, head, asked }));
+            let head = match caller.sees(&model) {
+                true => api.gateway.refuse(&meta, model, version.as_ref(), &failure),
+                false => api.gateway.refuse_unseen(&meta, model, &failure),
+            };
+            return Err(Box::new(Refusal { failure, head: Some(head), asked }));
         }
     };
     let answer = match api.gateway.infer(meta, request).await {
@@ -143,14 +152,16 @@ where
 
 async fn answer(api: &Arc<Api>, request: Request<Bytes>) -> Answered<pb::ModelInferResponse> {
     let held = super::held(&request, api);
+    let caller = super::caller(&request);
     let headers = request.metadata().as_ref();
     let arrived = super::arrived(&request);
-    let meta = meta::call_meta(headers, Protocol::Grpc, arrived, &api.settings);
+    let meta = meta::call_meta(headers, Protocol::Grpc, arrived, api);
     let meta = meta.map_err(|failure| {
         api.gateway.observer().refused(Protocol::Grpc, failure.kind);
         encode::status(&failure, None)
     })?;
-    let done = infer(api, meta, request.into_inner(), held).await;
+    let meta = CallMeta { principal: caller.name(), ..meta };
+    let done = infer(api, &caller, meta, request.into_inner(), held).await;
     let (message, head) = done.map_err(|refusal| refusal.status())?;
     let bytes: usize = message.raw_output_contents.iter().map(Bytes::len).sum();
     let mut headers = HeaderMap::new();
@@ -176,13 +187,21 @@ impl Service {
         Self { api }
     }
 
-    fn served(&self, name: &str, version: &str) -> Result<Arc<Served>, Failure> {
+    /// A version that the caller may see.
+    fn served(&self, caller: &Caller, name: &str, version: &str) -> Result<Arc<Served>, Failure> {
         let (model, version) = decode::names(name, version)?;
+        caller.check(Action::ReadModels, &model)?;
         self.api.gateway.served(&model, version.as_ref())
     }
 
-    fn metadata(&self, name: &str, version: &str) -> Result<pb::ModelMetadataResponse, Failure> {
+    fn metadata(
+        &self,
+        caller: &Caller,
+        name: &str,
+        version: &str,
+    ) -> Result<pb::ModelMetadataResponse, Failure> {
         let (model, version) = decode::names(name, version)?;
+        caller.check(Action::ReadModels, &model)?;
         let table = self.api.gateway.table();
         let served = table.pick(&model, version.as_ref())?.served;
         let versions = table.models.get(&model).map(|routes| routes.versions.keys());
@@ -195,13 +214,21 @@ impl Service {
         })
     }
 
-    fn statistics(&self, name: &str, version: &str) -> Result<Vec<pb::ModelStatistics>, Failure> {
+    fn statistics(
+        &self,
+        caller: &Caller,
+        name: &str,
+        version: &str,
+    ) -> Result<Vec<pb::ModelStatistics>, Failure> {
         let table = self.api.gateway.table();
         if name.is_empty() {
-            let all = table.models.values().flat_map(|routes| routes.versions.values());
+            caller.check_some(Action::ReadModels)?;
+            let seen = table.models.iter().filter(|(model, _)| caller.sees(model));
+            let all = seen.flat_map(|(_, routes)| routes.versions.values());
             return Ok(all.map(|served| statistics(served)).collect());
         }
         let (model, version) = decode::names(name, version)?;
+        caller.check(Action::ReadModels, &model)?;
         let picked = table.pick(&model, version.as_ref())?.served;
         match (version, table.models.get(&model)) {
             (None, Some(routes)) => {
@@ -211,12 +238,18 @@ impl Service {
         }
     }
 
-    fn index(&self, request: &pb::RepositoryIndexRequest) -> Result<Vec<Index>, Failure> {
+    fn index(
+        &self,
+        caller: &Caller,
+        request: &pb::RepositoryIndexRequest,
+    ) -> Result<Vec<Index>, Failure> {
+        caller.check_some(Action::ReadModels)?;
         if !request.repository_name.is_empty() {
             return Err(Failure::unsupported("'repository_name' is not supported, leave it empty"));
         }
         let entries = self.api.gateway.control().index().into_iter();
-        let wanted = entries.filter(|entry| !request.ready || entry.state == VersionState::Ready);
+        let seen = entries.filter(|entry| caller.sees(&entry.model));
+        let wanted = seen.filter(|entry| !request.ready || entry.state == VersionState::Ready);
         Ok(wanted
             .map(|entry| Index {
                 name: entry.model.to_string(),
@@ -228,20 +261,34 @@ impl Service {
     }
 
     /// The model to load or unload. Some clients name it in the repository's field.
-    fn controlled(&self, repository: &str, model: &str) -> Result<ModelName, Failure> {
+    fn controlled(
+        &self,
+        caller: &Caller,
+        repository: &str,
+        model: &str,
+    ) -> Result<ModelName, Failure> {
         if !self.api.settings.model_control {
             return Err(Failure::unsupported(
                 "loading and unloading is off, set 'repository.model_control' to turn it on",
             ));
         }
-        match (repository, model) {
-            (model, "") | ("", model) => decode::names(model, "").map(|(model, _)| model),
-            _ => Err(Failure::unsupported("'repository_name' is not supported, leave it empty")),
-        }
+        let (model, _) = match (repository, model) {
+            (model, "") | ("", model) => decode::names(model, "")?,
+            _ => {
+                let message = "'repository_name' is not supported, leave it empty";
+                return Err(Failure::unsupported(message));
+            }
+        };
+        caller.check(Action::ChangeVersions, &model)?;
+        Ok(model)
     }
 
-    async fn load(&self, request: pb::RepositoryModelLoadRequest) -> Result<ModelName, Failure> {
-        let model = self.controlled(&request.repository_name, &request.model_name)?;
+    async fn load(
+        &self,
+        caller: &Caller,
+        request: pb::RepositoryModelLoadRequest,
+    ) -> Result<ModelName, Failure> {
+        let model = self.controlled(caller, &request.repository_name, &request.model_name)?;
         let (config, files) = load_parameters(request.parameters)?;
         self.api.gateway.control().load(&model, config.as_deref(), files).await?;
         Ok(model)
@@ -249,9 +296,10 @@ impl Service {
 
     async fn unload(
         &self,
+        caller: &Caller,
         request: pb::RepositoryModelUnloadRequest,
     ) -> Result<ModelName, Failure> {
-        let model = self.controlled(&request.repository_name, &request.model_name)?;
+        let model = self.controlled(caller, &request.repository_name, &request.model_name)?;
         for (key, value) in request.parameters {
             let is_bool = matches!(value.parameter_choice, Some(Choice::BoolParam(_)));
             if key != "unload_dependents" || !is_bool {
@@ -264,14 +312,16 @@ impl Service {
         Ok(model)
     }
 
-    fn trace(&self, request: pb::TraceSettingRequest) -> Result<Value, Failure> {
+    fn trace(&self, caller: &Caller, request: pb::TraceSettingRequest) -> Result<Value, Failure> {
         let model = Some(request.model_name.as_str()).filter(|name| !name.is_empty());
-        if let Some(name) = model {
-            drop(self.served(name, "")?);
+        match model {
+            Some(name) => drop(self.served(caller, name, "")?),
+            None => caller.check_some(Action::ReadModels)?,
         }
         if request.settings.is_empty() {
             return Ok(self.api.toggles.trace_get(model));
         }
+        caller.check_gateway(Action::Reload)?;
         let settings: Map<String, Value> = request
             .settings
             .into_iter()
@@ -283,11 +333,13 @@ impl Service {
         self.api.toggles.trace_update(model, &Value::Object(settings))
     }
 
-    fn log(&self, request: pb::LogSettingsRequest) -> Result<Value, Failure> {
+    fn log(&self, caller: &Caller, request: pb::LogSettingsRequest) -> Result<Value, Failure> {
         use pb::log_settings_request::setting_value::ParameterChoice as Setting;
+        caller.check_some(Action::ReadModels)?;
         if request.settings.is_empty() {
             return Ok(self.api.toggles.log_get());
         }
+        caller.check_gateway(Action::Reload)?;
         let settings: Map<String, Value> = request
             .settings
             .into_iter()
@@ -306,6 +358,11 @@ impl Service {
 }
 
 type Index = pb::repository_index_response::ModelIndex;
+
+/// Shared memory is for inputs and outputs.
+fn may_use_regions<T>(request: &Request<T>) -> Result<(), Failure> {
+    super::caller(request).check_some(Action::Predict)
+}
 
 /// A result without a prediction behind it.
 fn answered<T>(result: Result<T, Failure>) -> Answered<T> {
@@ -335,15 +392,18 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         &self,
         request: Request<pb::ModelReadyRequest>,
     ) -> Answered<pb::ModelReadyResponse> {
+        let caller = super::caller(&request);
         let pb::ModelReadyRequest { name, version } = request.get_ref();
-        answered(Ok(pb::ModelReadyResponse { ready: self.served(name, version).is_ok() }))
+        let ready = self.served(&caller, name, version).is_ok();
+        answered(Ok(pb::ModelReadyResponse { ready }))
     }
 
     async fn server_metadata(
         &self,
-        _: Request<pb::ServerMetadataRequest>,
+        request: Request<pb::ServerMetadataRequest>,
     ) -> Answered<pb::ServerMetadataResponse> {
-        answered(Ok(pb::ServerMetadataResponse {
+        let seen = super::caller(&request).check_some(Action::ReadModels);
+        answered(seen.map(|()| pb::ServerMetadataResponse {
             name: SERVER_NAME.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             extensions: self.api.extensions().into_iter().map(str::to_owned).collect(),
@@ -354,8 +414,9 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         &self,
         request: Request<pb::ModelMetadataRequest>,
     ) -> Answered<pb::ModelMetadataResponse> {
+        let caller = super::caller(&request);
         let pb::ModelMetadataRequest { name, version } = request.get_ref();
-        answered(self.metadata(name, version))
+        answered(self.metadata(&caller, name, version))
     }
 
     /// Never called: [`unary`] answers before the generated code would read the message.
@@ -378,8 +439,10 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         &self,
         request: Request<pb::ModelConfigRequest>,
     ) -> Answered<pb::ModelConfigResponse> {
+        let caller = super::caller(&request);
         let pb::ModelConfigRequest { name, version } = request.get_ref();
-        let config = self.served(name, version).map(|served| model_config::to_proto(&served));
+        let served = self.served(&caller, name, version);
+        let config = served.map(|served| model_config::to_proto(&served));
         answered(config.map(|config| pb::ModelConfigResponse { config: Some(config) }))
     }
 
@@ -387,8 +450,9 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         &self,
         request: Request<pb::ModelStatisticsRequest>,
     ) -> Answered<pb::ModelStatisticsResponse> {
+        let caller = super::caller(&request);
         let pb::ModelStatisticsRequest { name, version } = request.get_ref();
-        let stats = self.statistics(name, version);
+        let stats = self.statistics(&caller, name, version);
         answered(stats.map(|model_stats| pb::ModelStatisticsResponse { model_stats }))
     }
 
@@ -396,7 +460,7 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         &self,
         request: Request<pb::RepositoryIndexRequest>,
     ) -> Answered<pb::RepositoryIndexResponse> {
-        let models = self.index(request.get_ref());
+        let models = self.index(&super::caller(&request), request.get_ref());
         answered(models.map(|models| pb::RepositoryIndexResponse { models }))
     }
 
@@ -404,7 +468,8 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         &self,
         request: Request<pb::RepositoryModelLoadRequest>,
     ) -> Answered<pb::RepositoryModelLoadResponse> {
-        answered(self.load(request.into_inner()).await.map(|model| {
+        let caller = super::caller(&request);
+        answered(self.load(&caller, request.into_inner()).await.map(|model| {
             pb::RepositoryModelLoadResponse { model_name: model.to_string(), is_loaded: true }
         }))
     }
@@ -413,7 +478,8 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         &self,
         request: Request<pb::RepositoryModelUnloadRequest>,
     ) -> Answered<pb::RepositoryModelUnloadResponse> {
-        answered(self.unload(request.into_inner()).await.map(|model| {
+        let caller = super::caller(&request);
+        answered(self.unload(&caller, request.into_inner()).await.map(|model| {
             pb::RepositoryModelUnloadResponse { model_name: model.to_string(), is_unloaded: true }
         }))
     }
@@ -424,7 +490,8 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
     ) -> Answered<pb::SystemSharedMemoryStatusResponse> {
         use pb::system_shared_memory_status_response::RegionStatus;
         let name = Some(request.get_ref().name.as_str()).filter(|name| !name.is_empty());
-        let regions = self.api.shm.status(name).map(|regions| {
+        let regions = may_use_regions(&request).and_then(|()| self.api.shm.status(name));
+        let regions = regions.map(|regions| {
             let status = |region: crate::transport::shm::Region| RegionStatus {
                 name: region.name,
                 key: region.key,
@@ -444,7 +511,8 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
             request.get_ref();
         // What does not fit a usize fits no memory either.
         let number = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
-        let done = self.api.shm.register(name, key, number(*offset), number(*byte_size));
+        let done = may_use_regions(&request)
+            .and_then(|()| self.api.shm.register(name, key, number(*offset), number(*byte_size)));
         answered(done.map(|()| pb::SystemSharedMemoryRegisterResponse {}))
     }
 
@@ -453,7 +521,7 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         request: Request<pb::SystemSharedMemoryUnregisterRequest>,
     ) -> Answered<pb::SystemSharedMemoryUnregisterResponse> {
         let name = Some(request.get_ref().name.as_str()).filter(|name| !name.is_empty());
-        let done = self.api.shm.unregister(name);
+        let done = may_use_regions(&request).and_then(|()| self.api.shm.unregister(name));
         answered(done.map(|()| pb::SystemSharedMemoryUnregisterResponse {}))
     }
 
@@ -487,7 +555,8 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
         request: Request<pb::TraceSettingRequest>,
     ) -> Answered<pb::TraceSettingResponse> {
         use pb::trace_setting_response::SettingValue;
-        let shown = self.trace(request.into_inner()).map(|shown| {
+        let caller = super::caller(&request);
+        let shown = self.trace(&caller, request.into_inner()).map(|shown| {
             let settings = entries(shown).map(|(key, value)| {
                 let value = match value {
                     Value::Array(values) => values.into_iter().map(text).collect(),
@@ -506,7 +575,8 @@ impl pb::grpc_inference_service_server::GrpcInferenceService for Service {
     ) -> Answered<pb::LogSettingsResponse> {
         use pb::log_settings_response::SettingValue;
         use pb::log_settings_response::setting_value::ParameterChoice as Setting;
-        let shown = self.log(request.into_inner()).map(|shown| {
+        let caller = super::caller(&request);
+        let shown = self.log(&caller, request.into_inner()).map(|shown| {
             let settings = entries(shown).map(|(key, value)| {
                 let value = match value {
                     Value::Bool(value) => Setting::BoolParam(value),

@@ -8,6 +8,7 @@
 //! - At most `stream_concurrency_max` requests are running or waiting to be sent; then the reader
 //!   stops and flow control holds the client back.
 //! - A client that goes away takes its running requests with it.
+//! - The caller's key is looked at again for every request: a stream does not outlive it.
 //! - Models here answer once, so every answer is final and no empty one follows it.
 
 use std::future::Future;
@@ -26,9 +27,10 @@ use tonic::{Request, Response, Status, Streaming};
 use super::encode;
 use super::frames::Bill;
 use super::service::{Asked, Refusal, infer};
-use crate::domain::{AnswerHead, CallMeta, Protocol};
+use crate::domain::{AnswerHead, CallMeta, Failure, Protocol};
 use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::inference::{InferParameter, ModelInferResponse, ModelStreamInferResponse};
+use crate::transport::auth::Caller;
 use crate::transport::intake::Held;
 use crate::transport::{Api, Body, meta};
 
@@ -94,32 +96,41 @@ fn start<T: Send + 'static>(
 ) -> Result<Ordered<T>, Status> {
     let headers = request.metadata().as_ref();
     let arrived = super::arrived(&request);
-    let opened = meta::call_meta(headers, Protocol::GrpcStream, arrived, &api.settings).map_err(
-        |failure| {
+    let opened =
+        meta::call_meta(headers, Protocol::GrpcStream, arrived, api).map_err(|failure| {
             api.gateway.observer().refused(Protocol::GrpcStream, failure.kind);
             encode::status(&failure, None)
-        },
-    )?;
+        })?;
+    let caller = super::caller(&request);
+    let opened = CallMeta { principal: caller.name(), ..opened };
+    let opened = Opened { meta: opened, headers: headers.clone() };
     let bill = request.extensions().get::<Arc<Bill>>().cloned();
     let bill = bill.unwrap_or_else(|| Bill::new(api));
     let at_once = api.settings.stream_concurrency_max.max(1);
     let (sender, running) = mpsc::channel(at_once);
-    let requests = Requests { messages: request.into_inner(), bill };
+    let requests = Requests { messages: request.into_inner(), bill, caller };
     let reader = read(Arc::clone(api), requests, opened, at_once, sender, form);
     let reader = AbortOnDropHandle::new(tokio::spawn(reader));
     Ok(Ordered { running, next: None, ended: false, _reader: reader })
 }
 
-/// Messages as they come, and the bill that counts them.
+/// What a stream was opened with.
+struct Opened {
+    meta: CallMeta,
+    headers: HeaderMap,
+}
+
+/// Messages as they come, the bill that counts them, and who sends them.
 struct Requests {
     messages: Streaming<Bytes>,
     bill: Arc<Bill>,
+    caller: Caller,
 }
 
 async fn read<T: Send + 'static>(
     api: Arc<Api>,
     mut requests: Requests,
-    opened: CallMeta,
+    opened: Opened,
     at_once: usize,
     running: mpsc::Sender<Running<T>>,
     form: fn(Outcome) -> Result<T, Status>,
@@ -135,9 +146,10 @@ async fn read<T: Send + 'static>(
         let (task, last) = match message {
             Ok(None) => return,
             Ok(Some(message)) => {
-                let (api, meta) = (Arc::clone(&api), arrived(&opened));
-                let held = requests.bill.take();
-                let task = async move { (form(one(&api, meta, message, held).await), permit) };
+                let (api, meta) = (Arc::clone(&api), opened.arrived(&api));
+                let (held, caller) = (requests.bill.take(), requests.caller.clone());
+                let task =
+                    async move { (form(one(&api, &caller, meta, message, held).await), permit) };
                 (tokio::spawn(task), false)
             }
             Err(status) => {
@@ -164,12 +176,17 @@ async fn quiet_in_drain(api: &Api) {
     tokio::time::sleep(QUIET_IN_DRAIN).await;
 }
 
-/// The call's metadata for a request that comes now: a deadline of the stream is one for each.
-fn arrived(opened: &CallMeta) -> CallMeta {
-    let mut meta = opened.clone();
-    meta.received = tokio::time::Instant::now();
-    meta.timeout = opened.timeout.map(|wait| wait.saturating_sub(opened.received.elapsed()));
-    meta
+impl Opened {
+    /// The call's metadata for a request that comes now: a deadline of the stream is one for each,
+    /// and traffic tables may ask for other headers than they did before.
+    fn arrived(&self, api: &Api) -> CallMeta {
+        let Self { meta: opened, headers } = self;
+        let mut now = opened.clone();
+        now.received = tokio::time::Instant::now();
+        now.timeout = opened.timeout.map(|wait| wait.saturating_sub(opened.received.elapsed()));
+        now.headers = meta::route_headers(headers, api);
+        now
+    }
 }
 
 /// As in `too_large` of the module above, where a stream's status does not pass.
@@ -180,8 +197,19 @@ fn broken(status: Status) -> Status {
     }
 }
 
-async fn one(api: &Arc<Api>, meta: CallMeta, message: Bytes, held: Arc<Held>) -> Outcome {
-    infer(api, meta, message, held).await.map(|(mut response, head)| {
+async fn one(
+    api: &Arc<Api>,
+    caller: &Caller,
+    meta: CallMeta,
+    message: Bytes,
+    held: Arc<Held>,
+) -> Outcome {
+    let caller = api.settings.auth.renewed(caller).map_err(|error| {
+        let failure = Failure::from(error);
+        api.gateway.observer().refused(meta.protocol, failure.kind);
+        Box::new(Refusal { failure, head: None, asked: Asked::default() })
+    })?;
+    infer(api, &caller, meta, message, held).await.map(|(mut response, head)| {
         describe(&mut response, Some(&head));
         response
     })

@@ -16,6 +16,7 @@ use crate::domain::{
     Answer, CallMeta, Failure, InferRequest, Inputs, ModelName, NamedTensor, Protocol, Signature,
     VersionRef,
 };
+use crate::transport::auth::Caller;
 use crate::transport::intake::{Held, INLINE_MAX_BYTES};
 use crate::transport::meta::Arrived;
 use crate::transport::{Api, meta};
@@ -23,10 +24,12 @@ use crate::transport::{Api, meta};
 /// What is known of a prediction before its body is looked at.
 pub(super) struct Call {
     pub(super) api: Arc<Api>,
+    pub(super) caller: Caller,
     pub(super) model: ModelName,
     pub(super) version: Option<VersionRef>,
     pub(super) headers: HeaderMap,
-    /// As read from the connection, decompressed; a failure to do so is the prediction's.
+    /// As read from the connection, decompressed; a failure to do so, or the caller's not being
+    /// allowed to bring it, is the prediction's.
     pub(super) body: Result<Bytes, Failure>,
     pub(super) arrived: Arrived,
     /// Counts the body, and what it becomes.
@@ -163,17 +166,19 @@ impl Call {
 
     /// Reads the headers; a bad one is the prediction's failure.
     fn meta(&mut self) -> Result<CallMeta, Box<Reply>> {
-        let settings = &self.api.settings;
-        meta::call_meta(&self.headers, Protocol::Http, self.arrived, settings).map_err(|failure| {
+        self.read_meta().map_err(|failure| {
             // Only the deadline can be wrong; without it there is enough to record the refusal.
             self.headers.remove("tidegate-timeout-ms");
-            let without =
-                meta::call_meta(&self.headers, Protocol::Http, self.arrived, &self.api.settings);
-            Box::new(match without {
+            Box::new(match self.read_meta() {
                 Ok(meta) => self.refuse(&meta, &failure),
                 Err(_) => Reply::failure(&failure),
             })
         })
+    }
+
+    fn read_meta(&self) -> Result<CallMeta, Failure> {
+        let meta = meta::call_meta(&self.headers, Protocol::Http, self.arrived, &self.api)?;
+        Ok(CallMeta { principal: self.caller.name(), ..meta })
     }
 
     fn body(&mut self) -> Result<Bytes, Failure> {
@@ -182,7 +187,10 @@ impl Call {
 
     fn refuse(&self, meta: &CallMeta, failure: &Failure) -> Reply {
         let gateway = &self.api.gateway;
-        let head = gateway.refuse(meta, self.model.clone(), self.version.as_ref(), failure);
+        let head = match self.caller.sees(&self.model) {
+            true => gateway.refuse(meta, self.model.clone(), self.version.as_ref(), failure),
+            false => gateway.refuse_unseen(meta, self.model.clone(), failure),
+        };
         Reply::failure(failure).head(&head)
     }
 }

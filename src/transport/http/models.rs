@@ -8,6 +8,7 @@ use super::reply::Reply;
 use crate::domain::{Failure, ModelName, TensorSpec, VersionRef, VersionState};
 use crate::observe::{BatchStat, DurationStat, StatsSnapshot};
 use crate::route::{RouteTable, Served};
+use crate::transport::auth::Caller;
 use crate::transport::{Api, SERVER_NAME, model_config};
 
 pub(super) fn server(api: &Api) -> Reply {
@@ -29,9 +30,10 @@ pub(super) fn ready(api: &Api) -> Reply {
     Reply::json(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, body)
 }
 
-pub(super) fn list(api: &Api) -> Reply {
+pub(super) fn list(api: &Api, caller: &Caller) -> Reply {
     let table = api.gateway.table();
-    let names: Vec<&str> = table.models.keys().map(ModelName::as_str).collect();
+    let seen = table.models.keys().filter(|model| caller.sees(model));
+    let names: Vec<&str> = seen.map(ModelName::as_str).collect();
     Reply::value(&json!({"models": names}))
 }
 
@@ -105,29 +107,29 @@ fn versions(table: &RouteTable, model: &ModelName) -> Vec<String> {
     routes.into_iter().flat_map(|r| r.versions.keys()).map(ToString::to_string).collect()
 }
 
-/// Statistics of one version, one model's versions, or all there are.
+/// Statistics of one version, or of one model's versions.
 pub(super) fn stats(
     api: &Api,
-    model: Option<&ModelName>,
+    model: &ModelName,
     version: Option<&VersionRef>,
 ) -> Result<Reply, Failure> {
     let table = api.gateway.table();
-    let all: Vec<Value> = match model {
-        Some(model) if version.is_some() => {
-            vec![version_stats(&table.pick(model, version)?.served)]
-        }
-        Some(model) => {
-            // Fails for a model that is not served.
-            table.pick(model, None)?;
-            let routes = table.models.get(model);
-            routes.into_iter().flat_map(|r| r.versions.values()).map(|s| version_stats(s)).collect()
-        }
-        None => {
-            let versions = table.models.values().flat_map(|routes| routes.versions.values());
-            versions.map(|served| version_stats(served)).collect()
-        }
+    // Fails for a model that is not served.
+    let picked = table.pick(model, version)?.served;
+    let all: Vec<Value> = match (version, table.models.get(model)) {
+        (None, Some(routes)) => routes.versions.values().map(|s| version_stats(s)).collect(),
+        _ => vec![version_stats(&picked)],
     };
     Ok(Reply::value(&json!({"model_stats": all})))
+}
+
+/// Statistics of all that the caller may see.
+pub(super) fn stats_of_all(api: &Api, caller: &Caller) -> Reply {
+    let table = api.gateway.table();
+    let seen = table.models.iter().filter(|(model, _)| caller.sees(model));
+    let versions = seen.flat_map(|(_, routes)| routes.versions.values());
+    let all: Vec<Value> = versions.map(|served| version_stats(served)).collect();
+    Reply::value(&json!({"model_stats": all}))
 }
 
 /// Every key that clients read is there, zeros included.

@@ -1,10 +1,10 @@
 //! Answers before they become HTTP messages.
 
-use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER};
+use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 
 use super::pieces::Pieces;
-use crate::domain::{AnswerHead, Failure};
+use crate::domain::{AnswerHead, ErrorKind, Failure};
 use crate::transport::{Body, meta, status};
 
 /// Length of the JSON part of a body with raw tensors behind it.
@@ -49,6 +49,9 @@ impl Reply {
         let (status, _) = status::status(failure.kind);
         let body = serde_json::json!({"error": failure.message, "code": failure.kind.code()});
         let mut reply = Self::json(status, body.to_string());
+        if failure.kind == ErrorKind::Unauthenticated {
+            reply.headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let Some(wait) = failure.retry_after {
             // Whole seconds, rounded up: sooner would be too soon.
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);

@@ -11,6 +11,7 @@ use crate::domain::{
     ErrorKind, Failure, IndexEntry, ModelFile, ModelName, ParameterValue, VersionState,
 };
 use crate::transport::Api;
+use crate::transport::auth::Caller;
 
 /// Prefix of a parameter that brings a file.
 const FILE: &str = "file:";
@@ -27,10 +28,11 @@ struct ControlJson {
     parameters: ParametersJson,
 }
 
-pub(super) fn index(api: &Api, body: &[u8]) -> Result<Reply, Failure> {
+pub(super) fn index(api: &Api, caller: &Caller, body: &[u8]) -> Result<Reply, Failure> {
     let IndexJson { ready } = optional(body)?;
     let entries = api.gateway.control().index();
-    let entries = entries.iter().filter(|entry| !ready || entry.state == VersionState::Ready);
+    let entries = entries.iter().filter(|entry| caller.sees(&entry.model));
+    let entries = entries.filter(|entry| !ready || entry.state == VersionState::Ready);
     Ok(Reply::value(&entries.map(entry_json).collect::<Value>()))
 }
 
