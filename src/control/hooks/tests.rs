@@ -154,7 +154,10 @@ async fn what_is_told_is_a_signed_cloudevent() {
     .unwrap();
     let got = receiver.received().remove(0);
     assert!(got.signed && got.age_s.abs() <= 5, "{got:?}");
-    assert_eq!((&got.id, &*got.content_type), (&told.id, "application/cloudevents+json; charset=utf-8"));
+    assert_eq!(
+        (&got.id, &*got.content_type),
+        (&told.id, "application/cloudevents+json; charset=utf-8")
+    );
     let event: Value = serde_json::from_slice(&got.body).unwrap();
     assert_eq!(event["specversion"], "1.0");
     assert_eq!(event["id"], told.id);
@@ -281,10 +284,8 @@ async fn the_secret_is_read_anew_for_each_try() {
     assert_eq!(receiver.received().len(), 2);
     assert!(Hooks::new(receiver.settings(&tempfile::NamedTempFile::new().unwrap())).is_ok());
     let missing = SecretRef::File("/nonexistent/secret".into());
-    let settings = Settings {
-        secret: missing,
-        ..receiver.settings(&tempfile::NamedTempFile::new().unwrap())
-    };
+    let settings =
+        Settings { secret: missing, ..receiver.settings(&tempfile::NamedTempFile::new().unwrap()) };
     assert!(matches!(Hooks::new(settings), Err(HookError::Secret(_))));
 }
 

@@ -432,9 +432,7 @@ impl<D: Desk> Controller<D> {
         let Order { what, call, reply } = order;
         let done = match what {
             What::Start(start) => self.start(*start, &call).await,
-            What::Command { model, id, command } => {
-                self.command(&model, &id, command, &call).await
-            }
+            What::Command { model, id, command } => self.command(&model, &id, command, &call).await,
         };
         // Nobody may be there any more to hear it.
         drop(reply.send(done));

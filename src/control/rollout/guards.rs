@@ -15,7 +15,9 @@ use utoipa::ToSchema;
 use super::evidence::{
     Count, Event, Evidence, Level, Mixture, ShadowTally, Tally, Thresholds, share_bounds,
 };
-use super::plan::{DEFAULT_ALPHA, Floor, Guards, LatencyRatio, NonFinite, SampleRatio, ShadowDisagreement};
+use super::plan::{
+    DEFAULT_ALPHA, Floor, Guards, LatencyRatio, NonFinite, SampleRatio, ShadowDisagreement,
+};
 use crate::observe::LATENCY_BOUNDS_NS;
 
 /// Largest e-value that is shown; JSON has no infinity.
@@ -166,7 +168,9 @@ pub fn evaluate(sight: &Sight<'_>) -> Vec<GuardReport> {
         feedback: _,
     } = sight.guards;
     let reports = [
-        error_rate.as_ref().map(|guard| sight.compare(Guard::ErrorRate, Event::Failure, guard.alpha)),
+        error_rate
+            .as_ref()
+            .map(|guard| sight.compare(Guard::ErrorRate, Event::Failure, guard.alpha)),
         error_ceiling.as_ref().map(|guard| sight.ceiling(guard.share_max, guard.alpha)),
         slow_share.as_ref().map(|guard| {
             let report = sight.compare(Guard::SlowShare, Event::Slow, guard.alpha);
@@ -213,7 +217,9 @@ impl Sight<'_> {
                     "the stable version has had {} of {LEARN_MIN} requests to take its quantile from",
                     self.learnt_from
                 ),
-                false => "the threshold would be beyond the longest time that is told apart".to_owned(),
+                false => {
+                    "the threshold would be beyond the longest time that is told apart".to_owned()
+                }
             };
             return GuardReport::new(Guard::LatencyRatio, GuardOutcome::Inconclusive, why);
         };
@@ -276,9 +282,8 @@ impl Sight<'_> {
         } else {
             let failures = |tally: &Tally| tally.count(Event::Failure);
             let counts = [failures(&candidate), failures(&level), copies];
-            let over = |count: &Count| {
-                count.of >= guard.requests && count.share() >= guard.failure_share
-            };
+            let over =
+                |count: &Count| count.of >= guard.requests && count.share() >= guard.failure_share;
             let found = counts.into_iter().find(over);
             found.map(|count| format!("{} of {} requests failed", count.events, count.of))
         };
@@ -390,7 +395,9 @@ mod tests {
 
     #[test]
     fn each_guard_passes_fails_or_waits_by_its_own_numbers() {
-        use Guard::{ErrorCeiling, ErrorRate, Floor, LatencyRatio, NonFinite, SampleRatio, SlowShare};
+        use Guard::{
+            ErrorCeiling, ErrorRate, Floor, LatencyRatio, NonFinite, SampleRatio, SlowShare,
+        };
         let fine = [1_000, 5, 5, 5, 0];
         let stable = [19_000, 95, 95, 95, 0];
         let with = |at: usize, count| {

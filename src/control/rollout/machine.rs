@@ -459,7 +459,8 @@ impl Rollout {
         let mut decision = if next < self.plan.steps.len() {
             self.enter(Stage::Step { step: next }, by, None)
         } else if self.plan.on_pass == OnPass::Pause {
-            let message = "every step has passed; resume or promote to give the candidate everything";
+            let message =
+                "every step has passed; resume or promote to give the candidate everything";
             self.pausing(by, Reason::new(Cause::Passed, message))
         } else {
             self.pass(by)
@@ -490,8 +491,7 @@ impl Rollout {
         let before = self.state;
         let progress = self.progress;
         self.state = stage.into();
-        self.progress =
-            Progress { samples_before: self.samples(), ..Progress::default() };
+        self.progress = Progress { samples_before: self.samples(), ..Progress::default() };
         let traffic = match stage {
             Stage::PendingHook { .. } => None,
             Stage::Shadow => {

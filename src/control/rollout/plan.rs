@@ -514,7 +514,8 @@ impl Plan {
         if let Some(guard) = &guards.slow_share {
             let (path, ms) = ("guards.slow_share.threshold_ms", guard.threshold_ms);
             if !(ms > 0.0 && ms < THRESHOLD_MAX_MS) {
-                problems.add(path, format!("expected above 0 and below {THRESHOLD_MAX_MS}, got {ms}"));
+                problems
+                    .add(path, format!("expected above 0 and below {THRESHOLD_MAX_MS}, got {ms}"));
             }
             problems.alpha("guards.slow_share.alpha", guard.alpha);
         }
@@ -623,7 +624,10 @@ mod tests {
         assert_eq!(short, Plan::of(VersionRef::parse("2").unwrap().unwrap()));
         assert!(short.check().is_ok());
         let filled = short.filled();
-        assert_eq!(filled.steps.iter().map(|step| step.weight).collect::<Vec<_>>(), DEFAULT_WEIGHTS);
+        assert_eq!(
+            filled.steps.iter().map(|step| step.weight).collect::<Vec<_>>(),
+            DEFAULT_WEIGHTS
+        );
         assert_eq!(filled.shadow, Some(ShadowStep::default()));
         assert_eq!(filled.guards.error_rate, Some(ErrorRate { alpha: Some(0.05) }));
         assert!(filled.check().is_ok());
@@ -755,6 +759,29 @@ mod tests {
             json!({}),
         ] {
             assert!(serde_json::from_value::<Plan>(wrong.clone()).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_documentations_plans_are_right_and_whole() {
+        let page = include_str!("../../../docs/rollouts.md");
+        let blocks = page.split("```json\n").skip(1).filter_map(|rest| rest.split("```").next());
+        let mut plans = 0;
+        for block in blocks {
+            let value: serde_json::Value = serde_json::from_str(block).unwrap();
+            if value.get("candidate").is_some() {
+                assert_eq!(plan(value).check(), Ok(()));
+                plans += 1;
+            }
+        }
+        assert_eq!(plans, 2);
+        let all = serde_json::to_value(Plan::of(VersionRef::parse("2").unwrap().unwrap())).unwrap();
+        let guards = all["guards"].as_object().unwrap();
+        for key in all.as_object().unwrap().keys().chain(guards.keys()) {
+            assert!(page.contains(&format!("`{key}`")), "docs/rollouts.md lacks {key}");
+        }
+        for kind in HookKind::ALL {
+            assert!(page.contains(&format!("`{kind}`")), "docs/rollouts.md lacks {kind}");
         }
     }
 }

@@ -94,7 +94,10 @@ fn figures(what: &str, runs: u64, run: impl Fn(&mut Chance) -> Option<u64>) -> F
     stopped.sort_unstable();
     let median = stopped.get(stopped.len() / 2).copied().unwrap_or(0);
     let share = stopped.len() as f64 / runs as f64;
-    eprintln!("{what}: stopped {:.1} % of {runs}, after a median of {median} canary requests", share * 100.0);
+    eprintln!(
+        "{what}: stopped {:.1} % of {runs}, after a median of {median} canary requests",
+        share * 100.0
+    );
     Figures { stopped: share, median }
 }
 
@@ -133,13 +136,8 @@ struct Traffic {
     stable_slow: f64,
 }
 
-const EQUAL: Traffic = Traffic {
-    rate: 500,
-    candidate: 0.005,
-    stable: 0.005,
-    candidate_slow: 0.01,
-    stable_slow: 0.01,
-};
+const EQUAL: Traffic =
+    Traffic { rate: 500, candidate: 0.005, stable: 0.005, candidate_slow: 0.01, stable_slow: 0.01 };
 
 /// A rollout of the default weights with every guard that needs no shadow, in short steps.
 fn rollout() -> Sim {
@@ -160,7 +158,8 @@ fn count(sim: &mut Sim, chance: &mut Chance, requests: u64, traffic: &Traffic) {
     ];
     for (totals, requests, failing, slow) in arms {
         let Some(totals) = totals else { continue };
-        let (failures, slow) = (chance.successes(requests, failing), chance.successes(requests, slow));
+        let (failures, slow) =
+            (chance.successes(requests, failing), chance.successes(requests, slow));
         totals.ok += requests - failures;
         totals.failures += failures;
         totals.latency[4] += requests - slow;
@@ -177,7 +176,8 @@ fn live(chance: &mut Chance, traffic: &Traffic, looks: u64) -> (Sim, u64) {
             let action = sim.look_after(Duration::from_secs(1) / u32::try_from(looks).unwrap_or(1));
             if sim.rollout.state.ended() {
                 assert!(matches!(action, Action::Promote | Action::RollBack));
-                let requests = sim.candidate.as_ref().map_or(0, |totals| totals.ok + totals.failures);
+                let requests =
+                    sim.candidate.as_ref().map_or(0, |totals| totals.ok + totals.failures);
                 return (sim, requests);
             }
         }

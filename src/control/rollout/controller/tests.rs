@@ -7,9 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::control::rollout::machine_tests::plan;
-use crate::domain::{
-    Arm, Completion, Digest, ErrorKind, Outcome, Protocol, Timings, Traffic,
-};
+use crate::domain::{Arm, Completion, Digest, ErrorKind, Outcome, Protocol, Timings, Traffic};
 use crate::observe::{Observer, VersionStats};
 
 /// Real counters of two versions, a table, and a journal; refuses what it is told to.
@@ -327,7 +325,10 @@ async fn a_rollback_is_tried_until_it_works() {
     world.desk.inner.lock().table = Some(by_hand.clone());
     world.desk.inner.lock().refuse = None;
     seconds(3).await;
-    assert_eq!((world.live().state, &world.desk.inner.lock().table), (State::Aborted, &Some(by_hand)));
+    assert_eq!(
+        (world.live().state, &world.desk.inner.lock().table),
+        (State::Aborted, &Some(by_hand))
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -336,8 +337,7 @@ async fn what_is_refused_for_good_pauses_and_what_is_not_is_tried_again() {
     world.start(short()).await.unwrap();
     world.desk.serve(1, &Outcome::Ok, 1_900);
     world.desk.serve(2, &Outcome::Ok, 100);
-    world.desk.inner.lock().refuse =
-        Some((Action::SetTraffic, Refusal::Internal("later".into())));
+    world.desk.inner.lock().refuse = Some((Action::SetTraffic, Refusal::Internal("later".into())));
     seconds(45).await;
     assert_eq!(world.live().state, State::Step { step: 0 });
     assert!(world.desk.inner.lock().refused >= 2);
@@ -380,7 +380,9 @@ async fn a_start_is_refused_with_every_reason() {
     let task = tokio::spawn(controller.run(std::future::pending()));
     let asks = plan(json!({"candidate": "2", "hooks": ["confirm-rollout"]}));
     let refused = handle.start(start(asks), Call::default()).await.unwrap_err();
-    assert!(matches!(refused, Refusal::Invalid(problems) if problems[0].contains("confirm-rollout")));
+    assert!(
+        matches!(refused, Refusal::Invalid(problems) if problems[0].contains("confirm-rollout"))
+    );
     task.abort();
     assert!(task.await.is_err());
     let gone = handle.start(start(plan(short())), Call::default()).await;

@@ -79,7 +79,10 @@ fn the_expected_value_is_one_when_the_candidate_is_no_worse() {
                 expected += chance * mixture.ln().exp();
             }
             let exact = (expected - 1.0).abs() < 1e-9;
-            assert!(if better < 1.0 { expected < 1.0 } else { exact }, "{weight} {better}: {expected}");
+            assert!(
+                if better < 1.0 { expected < 1.0 } else { exact },
+                "{weight} {better}: {expected}"
+            );
         }
     }
 }

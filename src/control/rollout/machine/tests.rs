@@ -168,7 +168,9 @@ impl Sim {
             let levels = &value.evidence.levels;
             let weight = value.weight.to_bits();
             let history: Vec<_> = history.iter().map(|one| (one.from, one.to, one.at)).collect();
-            format!("{state:?}{progress:?}{levels:?}{history:?}{reason:?}{traffic:?}{before:?}{plan:?}{weight}")
+            format!(
+                "{state:?}{progress:?}{levels:?}{history:?}{reason:?}{traffic:?}{before:?}{plan:?}{weight}"
+            )
         };
         assert_eq!(same(&read), same(&self.rollout));
         assert_eq!(read.evidence.shadow, self.rollout.evidence.shadow);
@@ -176,7 +178,8 @@ impl Sim {
         // Counters begin anew with the process.
         for (instance, totals) in [(20, &mut self.candidate), (10, &mut self.stable)] {
             if let Some(totals) = totals {
-                *totals = ArmTotals { instance: totals.instance + instance, ..ArmTotals::default() };
+                *totals =
+                    ArmTotals { instance: totals.instance + instance, ..ArmTotals::default() };
             }
         }
         self.now = Duration::ZERO;
@@ -385,7 +388,8 @@ fn hooks_hold_the_start_and_the_promotion() {
 
 #[test]
 fn a_table_set_by_hand_ends_it_and_stays() {
-    let by_hand = Traffic { weights: [(version(1), 80.0), (version(2), 20.0)].into(), ..Traffic::default() };
+    let by_hand =
+        Traffic { weights: [(version(1), 80.0), (version(2), 20.0)].into(), ..Traffic::default() };
     for table in [Some(by_hand), None] {
         let mut sim = Sim::new(plan(short()));
         sim.look(3, 50, 950, 0, 0);
@@ -406,7 +410,8 @@ fn a_table_set_by_hand_ends_it_and_stays() {
 
 #[test]
 fn a_dry_run_decides_and_changes_nothing() {
-    let before = Traffic { weights: [(version(1), 95.0), (version(2), 5.0)].into(), ..Traffic::default() };
+    let before =
+        Traffic { weights: [(version(1), 95.0), (version(2), 5.0)].into(), ..Traffic::default() };
     let mut sim = Sim::over(short_with("dry_run", json!(true)), before.clone());
     assert_eq!(sim.look(20, 500, 9_500, 0, 0), Action::SetTraffic);
     assert_eq!(sim.look(20, 500, 9_500, 0, 0), Action::Promote);
@@ -433,7 +438,10 @@ fn versions_that_are_gone_for_long_end_it() {
     let mut sim = Sim::new(plan(short()));
     sim.stable = None;
     assert_eq!(sim.look(30, 10, 0, 0, 0), Action::Fail);
-    assert_eq!((sim.rollout.state, sim.cause(), sim.share()), (State::Failed, Some(Cause::StableGone), 500));
+    assert_eq!(
+        (sim.rollout.state, sim.cause(), sim.share()),
+        (State::Failed, Some(Cause::StableGone), 500)
+    );
     assert!(stable.is_some());
 }
 
@@ -467,7 +475,8 @@ fn latency_is_compared_with_what_the_stable_version_took_before() {
     candidate.latency[4] += 240;
     assert_eq!(sim.look(1, 0, 300, 0, 0), Action::RollBack);
     assert!(sim.rollout.reason.as_ref().unwrap().message.starts_with("latency_ratio: "));
-    let report = sim.rollout.guards.iter().find(|report| report.guard == guards::Guard::LatencyRatio);
+    let report =
+        sim.rollout.guards.iter().find(|report| report.guard == guards::Guard::LatencyRatio);
     assert_eq!(report.unwrap().threshold_ms, Some(1.0));
 }
 
@@ -482,7 +491,11 @@ fn a_rollout_begins_between_two_versions_or_not_at_all() {
     };
     let check = |start: Start| start.check().err().unwrap_or_default();
     assert!(check(start(2, json!({"weights": {"1": 1, "3": 0}}), short())).is_empty());
-    let problems = check(start(1, json!({"weights": {"1": 1, "3": 1}}), json!({"candidate": "1", "interval_s": 0})));
+    let problems = check(start(
+        1,
+        json!({"weights": {"1": 1, "3": 1}}),
+        json!({"candidate": "1", "interval_s": 0}),
+    ));
     assert_eq!(problems.len(), 3, "{problems:?}");
     let shadows: Vec<Value> = (3..11).map(|at| json!({"version": at, "percent": 1})).collect();
     let full = json!({"weights": {"1": 1}, "shadows": shadows});
@@ -515,12 +528,21 @@ fn history_is_bounded_and_keeps_the_start() {
 /// Something that happens to a rollout.
 #[derive(Clone, Debug)]
 enum Op {
-    Look { seconds: u64, candidate: [u64; 2], stable: [u64; 2], slow: u64, copies: [u64; 3] },
+    Look {
+        seconds: u64,
+        candidate: [u64; 2],
+        stable: [u64; 2],
+        slow: u64,
+        copies: [u64; 3],
+    },
     Tell(Command),
     Answer(HookKind, HookAnswer),
     /// The table of another.
     Hand(u8),
-    Gone { candidate: bool, stable: bool },
+    Gone {
+        candidate: bool,
+        stable: bool,
+    },
     Restart,
     Refused,
     /// What is decided next is not carried out, and the old record stays.
