@@ -44,6 +44,8 @@ pub struct Config {
     pub engine_memory_max: Option<usize>,
     /// What is demanded of releases.
     pub release: control::director::Policy,
+    /// Who is told of rollouts, and asked about them.
+    pub hooks: Option<control::hooks::Settings>,
     pub system_shared_memory: bool,
     pub observe: observe::Settings,
     pub log_format: observe::log::Format,

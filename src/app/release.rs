@@ -13,6 +13,8 @@ use crate::admit::Gatekeeper;
 use crate::config::Config;
 use crate::control::call::{Call, Refusal};
 use crate::control::desk::Desk;
+use crate::control::hooks::Hooks;
+use crate::control::rollout::controller::Callout;
 use crate::control::source::{Source, Webhooks};
 use crate::control::store::{SqliteStore, Store};
 use crate::control::{Director, Registry, Switchboard, bootstrap, keys, source};
@@ -88,7 +90,7 @@ impl Release {
         self.director.set_shadows(shadows);
         let watched = keys::watch_keys(Arc::clone(&self.store), Arc::clone(&self.gatekeeper));
         tokio::spawn(panics::fatal_async("keys", watched));
-        let controller = self.director.rollouts(None);
+        let controller = self.director.rollouts(callout(config, observer)?);
         if let Some(handle) = self.director.rollout_handle() {
             let handle = handle.clone();
             observer.add_families(Box::new(move || handle.families()));
@@ -156,4 +158,14 @@ fn handshakes(tls: &Arc<Tls>) -> admin::Tls {
             Ok((stream, name))
         })
     })
+}
+
+/// Who is told of rollouts and asked about them, if anybody is.
+fn callout(config: &Config, observer: &Observer) -> anyhow::Result<Option<Arc<dyn Callout>>> {
+    let Some(settings) = config.hooks.clone() else { return Ok(None) };
+    let (hooks, courier) = Hooks::new(settings).context("open the webhooks")?;
+    tokio::spawn(panics::fatal_async("webhooks", courier.run()));
+    let shown = hooks.clone();
+    observer.add_families(Box::new(move || shown.families()));
+    Ok(Some(Arc::new(hooks)))
 }

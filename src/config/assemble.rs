@@ -38,6 +38,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
             mb => Some(mb << 20),
         },
         release: release_policy(from),
+        hooks: hook_settings(from),
         system_shared_memory: from.flag("server.system_shared_memory"),
         observe: observe_settings(from),
         log_format: log_format(from),
@@ -154,6 +155,33 @@ fn control_settings(from: &mut Layers) -> control::Settings {
     settings.model_name = model_name(from, "repository.model_name");
     settings.default_model = model_name(from, "models.default");
     settings
+}
+
+fn hook_settings(from: &mut Layers) -> Option<control::hooks::Settings> {
+    let (url, secret) = (from.text("hooks.url"), from.text("hooks.secret"));
+    let timeout = from.millis("hooks.timeout_ms");
+    let attempts_max = u32::try_from(from.number("hooks.attempts_max")).unwrap_or(u32::MAX);
+    let queue_max = from.size("hooks.queue_max");
+    if url.is_none() && secret.is_some() {
+        from.notes.push("hooks.secret has no effect without hooks.url".to_owned());
+    }
+    let url = control::hooks::parse_url(&url?);
+    let url = url.map_err(|problem| from.problems.add("hooks.url", problem)).ok();
+    let secret: Option<control::secret::SecretRef> = match secret {
+        Some(text) => {
+            let parsed = text.parse::<control::secret::SecretRef>();
+            parsed.map_err(|error| from.problems.add("hooks.secret", error.to_string())).ok()
+        }
+        None => {
+            let message =
+                "expected where the key of hooks.url's signatures is: env:NAME or file:PATH";
+            from.problems.add("hooks.secret", message);
+            None
+        }
+    };
+    let (url, secret) = (url?, secret?);
+    let backoff = Duration::from_secs(1);
+    Some(control::hooks::Settings { url, secret, timeout, attempts_max, backoff, queue_max })
 }
 
 fn release_policy(from: &mut Layers) -> control::director::Policy {

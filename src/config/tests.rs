@@ -213,3 +213,19 @@ fn the_documentation_has_every_key_and_no_other() {
         .collect();
     assert_eq!(documented(), expected);
 }
+
+#[test]
+fn hooks_need_an_address_that_is_safe_and_a_key_that_is_elsewhere() {
+    let read = |text: &str| from_file(text, &[], ServeArgs::default());
+    assert!(read("").unwrap().hooks.is_none());
+    let good = "[hooks]\nurl = 'https://ci.example/hooks'\nsecret = 'env:KEY'\ntimeout_ms = 700\n";
+    let hooks = read(good).unwrap().hooks.unwrap();
+    assert_eq!(hooks.url.as_str(), "https://ci.example/hooks");
+    assert_eq!((hooks.timeout.as_millis(), hooks.attempts_max, hooks.queue_max), (700, 8, 256));
+    assert_eq!(paths(read("[hooks]\nurl = 'https://ci.example/'\n")), ["hooks.secret"]);
+    let plain = "[hooks]\nurl = 'http://ci.example/'\nsecret = 'hunter2hunter2hunter2'\n";
+    let problems = read(plain).unwrap_err();
+    assert!(!problems.to_string().contains("hunter2"), "{problems}");
+    assert_eq!(problems.0.len(), 2);
+    assert_eq!(read("[hooks]\nsecret = 'env:KEY'\n").unwrap().unsafe_notes.len(), 1);
+}
