@@ -30,6 +30,8 @@ use crate::transport::{Api, Health, metrics};
 const LISTEN_BACKLOG: i32 = 1024;
 /// How often metrics do what has to be done off the request path.
 const UPKEEP_EVERY: Duration = Duration::from_secs(1);
+/// Part of the bytes that requests may hold which copies of them for shadows may.
+const SHADOW_BYTES_SHARE: usize = 4;
 /// How long the last spans may take to leave.
 const TRACES_FLUSH_MAX: Duration = Duration::from_secs(3);
 
@@ -62,19 +64,26 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         Arc::clone(&observer),
     );
     let control: Arc<dyn ModelControl> = Arc::clone(&registry) as Arc<dyn ModelControl>;
-    let gateway = Gateway::new(table, Arc::clone(&observer), control, config.gateway.clone());
+    let intake = Intake::new(&config.transport);
+    let mut settings = config.gateway.clone();
+    // Copies for shadows hold the bytes of requests: they must never be what keeps others out.
+    let copies = intake.budget().max() / SHADOW_BYTES_SHARE;
+    settings.shadow.queue_bytes_max = settings.shadow.queue_bytes_max.min(copies);
+    let gateway = Gateway::new(table, Arc::clone(&observer), control, settings);
     let api = Arc::new(Api {
         gateway: Arc::new(gateway),
         health: Arc::new(Health::default()),
         shm: SharedMemory::new(config.system_shared_memory),
         toggles: Toggles::default(),
-        intake: Intake::new(&config.transport),
+        intake,
         settings: config.transport.clone(),
     });
 
     let budget = Arc::clone(api.intake.budget());
     tracing::info!(bytes = budget.max(), "requests in progress may hold");
-    observer.set_intake(Box::new(move || (budget.held(), budget.refused())));
+    let held = Arc::clone(&budget);
+    observer.set_intake(Box::new(move || (held.held(), held.refused())));
+    api.gateway.shadows().shed_when(Box::new(move || budget.held() > budget.max() / 2));
     let level = config.log_level.clone();
     api.toggles.on_log(Box::new(move |wanted| {
         if let Err(error) = log.set_level(&wanted.filter(&level)) {
@@ -133,6 +142,7 @@ fn has_something_to_serve(api: &Api, control: &impl ModelControl) -> bool {
 async fn shut_down(config: &Config, api: &Api, listeners: Listeners, mut stop: Stop) {
     tracing::info!("draining");
     api.health.set_draining();
+    api.gateway.shadows().drain();
     tokio::select! {
         () = sleep(config.drain_notice) => {}
         () = stop.wait() => return tracing::warn!("second signal, stopping now"),

@@ -3,6 +3,7 @@
 //! Invariants:
 //! - Every call ends in exactly one [`Completion`], whatever becomes of it, cancellation included.
 //! - One look at the route table decides where a request goes.
+//! - Shadows get their copy when the answer is made, and nothing of theirs is waited for.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -18,6 +19,7 @@ use crate::domain::{
 };
 use crate::observe::Observer;
 use crate::route::{Keys, Pick, Published, RouteTable, Served};
+use crate::shadow::{self, Shadows};
 
 mod classify;
 mod outputs;
@@ -36,6 +38,8 @@ pub struct Settings {
     pub output_bytes_max: usize,
     /// Answers kept for the models that ask for it.
     pub cache: cache::Settings,
+    /// Copies of requests for versions that nobody sees the answers of.
+    pub shadow: shadow::Settings,
 }
 
 impl Default for Settings {
@@ -45,6 +49,7 @@ impl Default for Settings {
             watchdog: Some(Duration::from_secs(600)),
             output_bytes_max: 256 << 20,
             cache: cache::Settings::default(),
+            shadow: shadow::Settings::default(),
         }
     }
 }
@@ -65,6 +70,7 @@ pub struct Gateway {
     settings: Settings,
     /// Made for the first request that may be answered from it.
     cache: OnceLock<Cache>,
+    shadows: Shadows,
 }
 
 impl Gateway {
@@ -74,7 +80,8 @@ impl Gateway {
         control: Arc<dyn ModelControl>,
         settings: Settings,
     ) -> Self {
-        Self { table, observer, control, settings, cache: OnceLock::new() }
+        let shadows = Shadows::new(settings.shadow.clone(), Arc::clone(&observer));
+        Self { table, observer, control, settings, cache: OnceLock::new(), shadows }
     }
 
     /// The route table of this moment: for metadata, configuration, statistics and readiness.
@@ -85,6 +92,11 @@ impl Gateway {
     /// Looks at the route table of this moment, for no longer than an expression takes.
     pub fn look_at_table<R>(&self, at: impl FnOnce(&RouteTable) -> R) -> R {
         self.table.look(at)
+    }
+
+    /// What runs on copies of requests.
+    pub fn shadows(&self) -> &Shadows {
+        &self.shadows
     }
 
     pub fn control(&self) -> &dyn ModelControl {
@@ -138,7 +150,7 @@ impl Gateway {
         let (model, id) = record.names();
         match done {
             Ok(outputs) => {
-                record.finish(Outcome::Ok);
+                record.answered(&self.shadows);
                 Ok(Answer { head, model, id, outputs })
             }
             Err(failure) => {
@@ -407,16 +419,27 @@ impl<'a> Record<'a> {
         completion.outputs = outputs.to_vec();
     }
 
+    /// Finishes a request that was answered, and leaves a copy of it to its shadows.
+    fn answered(mut self, shadows: &Shadows) {
+        let completion = self.send(Outcome::Ok);
+        if let (Some(pick), Some(completion)) = (&self.pick, completion)
+            && !pick.mirrors.is_empty()
+        {
+            shadows.offer(pick, completion);
+        }
+    }
+
     fn finish(mut self, outcome: Outcome) {
         self.send(outcome);
     }
 
-    fn send(&mut self, outcome: Outcome) {
-        let Some(mut completion) = self.completion.take() else { return };
+    fn send(&mut self, outcome: Outcome) -> Option<Completion> {
+        let mut completion = self.completion.take()?;
         completion.outcome = outcome;
         completion.timings.total = self.received.elapsed();
         let stats = self.pick.as_ref().map(|pick| &*pick.served.stats);
         self.observer.completed(stats, &completion);
+        Some(completion)
     }
 }
 

@@ -16,4 +16,5 @@ pub mod observe;
 pub mod panics;
 pub mod proto;
 pub mod route;
+pub mod shadow;
 pub mod transport;

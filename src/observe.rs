@@ -26,12 +26,14 @@ mod histogram;
 pub mod log;
 pub mod page;
 mod process;
+mod shadow;
 mod stats;
 mod trace;
 mod triton;
 
 pub use access::AccessLog;
 pub use histogram::{BATCH_BOUNDS, LATENCY_BOUNDS_NS};
+pub use shadow::{Agreement, OUTPUTS_MAX, ShadowOutcome};
 pub use stats::{
     ARM_OTHER, BATCH_SIZES_MAX, BatchStat, DurationStat, RULES_MAX, StatsSnapshot, VersionStats,
 };
@@ -117,8 +119,11 @@ impl Observer {
     }
 
     /// Counts, and hands on to the access log and the trace exporter. `stats` is the version's,
-    /// when one was picked.
+    /// when one was picked. What a shadow did is no request of anybody: it has counters of its own.
     pub fn completed(&self, stats: Option<&VersionStats>, completion: &Completion) {
+        if completion.shadow_of.is_some() {
+            return;
+        }
         match stats {
             Some(stats) => stats.completed(completion),
             None => {
@@ -217,6 +222,7 @@ impl Observer {
         families.push(self.in_flight_bytes());
         families.push(self.engines());
         families.extend(families::models(&versions));
+        families.extend(shadow::families(&versions));
         families.extend(process::families());
         if self.settings.triton_metrics {
             families.extend(triton::families(&versions));

@@ -18,7 +18,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("batch", &["domain", "engine", "observe", "panics"]),
     ("cache", &["domain"]),
     ("route", &["domain", "batch", "observe"]),
-    ("gateway", &["domain", "route", "batch", "cache", "observe"]),
+    ("shadow", &["domain", "route", "batch", "observe", "panics"]),
+    ("gateway", &["domain", "route", "batch", "cache", "shadow", "observe"]),
     ("control", &["domain", "engine", "batch", "route", "observe", "proto"]),
     ("transport", &["domain", "gateway", "route", "batch", "observe", "panics", "proto"]),
     (
@@ -29,6 +30,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "batch",
             "cache",
             "route",
+            "shadow",
             "gateway",
             "observe",
             "control",

@@ -9,7 +9,7 @@ use super::layers::{Layers, Problems};
 use crate::domain::{EngineChoice, ModelName};
 use crate::observe::{AccessLog, Otlp, log};
 use crate::transport::intake::memory_limit;
-use crate::{cache, control, gateway, observe, transport};
+use crate::{cache, control, gateway, observe, shadow, transport};
 
 /// Address space that a trial may have however small the container is.
 const PROBE_MEMORY_FLOOR: u64 = 1 << 30;
@@ -70,6 +70,12 @@ fn gateway_settings(from: &mut Layers) -> gateway::Settings {
         watchdog: (!watchdog.is_zero()).then_some(watchdog),
         output_bytes_max: from.size("server.output_bytes_max"),
         cache,
+        shadow: shadow::Settings {
+            queue_max: from.size("shadow.queue_max"),
+            queue_bytes_max: from.size("shadow.queue_bytes_max"),
+            running_max: from.size("shadow.running_max"),
+            timeout: from.millis("shadow.timeout_ms"),
+        },
     }
 }
 

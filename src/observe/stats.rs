@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 
 use super::histogram::{BatchSizes, Latency, LatencyShard, nanos};
+use super::shadow::{ShadowCounts, ShadowFold, ShadowOutcome};
 use crate::domain::{
     Arm, Completion, Digest, ErrorKind, Label, ModelName, Outcome, Protocol, Timings, Version,
 };
@@ -106,6 +107,7 @@ pub struct VersionStats {
     executions: Mutex<Executions>,
     cache_hit: DurationCount,
     cache_miss: DurationCount,
+    shadow: ShadowCounts,
     gauges: OnceLock<Gauges>,
     loaded_in: OnceLock<Duration>,
 }
@@ -173,6 +175,7 @@ pub(super) struct VersionFold {
     pub(super) padded: Option<PaddedElements>,
     pub(super) load: LaneLoad,
     pub(super) loaded_in: Option<Duration>,
+    pub(super) shadow: ShadowFold,
 }
 
 /// What executions of a model with padding ran on.
@@ -190,6 +193,7 @@ impl VersionFold {
             self.series.entry(key).or_default().add(&series);
         }
         self.batch_sizes.add(&other.batch_sizes);
+        self.shadow.add(other.shadow);
         self.padded = match (self.padded, other.padded) {
             (Some(ours), Some(theirs)) => Some(PaddedElements {
                 real: ours.real + theirs.real,
@@ -263,6 +267,7 @@ impl VersionStats {
             executions: Mutex::default(),
             cache_hit: DurationCount::default(),
             cache_miss: DurationCount::default(),
+            shadow: ShadowCounts::default(),
             gauges: OnceLock::new(),
             loaded_in: OnceLock::new(),
         });
@@ -313,6 +318,21 @@ impl VersionStats {
         self.cache_miss.add(took);
     }
 
+    /// What became of a copy of a request that this version was to run on.
+    pub fn shadow_ended(&self, outcome: ShadowOutcome) {
+        self.shadow.ended(outcome);
+    }
+
+    /// Whether an output was as in the answer that `primary` gave.
+    pub fn shadow_compared(&self, primary: Version, output: &Arc<str>, agreed: bool) {
+        self.shadow.compared(primary, output, agreed);
+    }
+
+    /// In the order of [`ShadowOutcome::ALL`].
+    pub fn shadow_outcomes(&self) -> [u64; ShadowOutcome::ALL.len()] {
+        self.shadow.outcomes()
+    }
+
     /// Elements of padded inputs in one execution: those that callers sent, and padding.
     pub fn padded(&self, real: usize, padding: usize) {
         let mut executions = self.executions.lock();
@@ -359,6 +379,7 @@ impl VersionStats {
             padded,
             load: LaneLoad { in_flight, queue_depth },
             loaded_in: self.loaded_in.get().copied(),
+            shadow: self.shadow.fold(),
         }
     }
 
