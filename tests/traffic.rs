@@ -2,17 +2,20 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use serde_json::{Value, json};
 use tidegate::batch::ThreadBudget;
-use tidegate::domain::{BatchSettings, ModelName, Traffic, Version};
+use tidegate::domain::{BatchSettings, ModelName, Tensor, Traffic, Version};
 use tidegate::engine::fake::FakeModel;
-use tidegate::engine::{Model as _, Session};
+use tidegate::engine::{EngineError, Model as _, Session};
 use tidegate::gateway::{self, Gateway};
 use tidegate::observe::Observer;
 use tidegate::proto::inference as pb;
@@ -169,6 +172,14 @@ impl Inside {
     fn page(&self) -> String {
         String::from_utf8(self.observer.page(None).1.to_vec()).unwrap()
     }
+
+    async fn settled(&self) {
+        let end = tokio::time::Instant::now() + Duration::from_secs(20);
+        while self.api.gateway.shadows().in_progress() > 0 {
+            assert!(tokio::time::Instant::now() < end, "waited too long");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
 }
 
 fn put(metadata: &mut MetadataMap, pairs: &[(&str, &str)]) {
@@ -221,7 +232,8 @@ async fn rules_and_pins_hold_over_http_and_grpc() {
         {"name": "beta", "header": "X-Group", "equals": "beta", "version": "2"},
         {"name": "b", "header": "x-group", "prefix": "b", "version": "next"}]});
     inside.traffic(&split, 1);
-    let cases: &[(&str, &[(&str, &str)], Got)] = &[
+    type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], Got);
+    let cases: &[Case<'_>] = &[
         ("", &[], got(1, "stable")),
         ("", &[("x-group", "beta")], got(2, "beta")),
         ("", &[("x-group", "b")], got(3, "b")),
@@ -296,4 +308,103 @@ async fn a_stream_follows_the_table() {
         let answer = answers.next().await.unwrap().unwrap().infer_response.unwrap();
         assert_eq!(f64::from(first(&answer.raw_output_contents[0])), wanted as f64, "{round}");
     }
+}
+
+/// Runs when it is told to; says how many rows it ran.
+struct Held {
+    leave: std::sync::mpsc::Receiver<()>,
+    ran: Arc<AtomicU64>,
+}
+
+impl Session for Held {
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        assert!(self.leave.recv_timeout(Duration::from_secs(20)).is_ok());
+        self.ran.fetch_add(inputs[0].shape()[0] as u64, Ordering::Relaxed);
+        Ok(inputs.to_vec())
+    }
+}
+
+fn held() -> (Box<dyn Session>, SyncSender<()>, Arc<AtomicU64>) {
+    let (release, leave) = sync_channel(1024);
+    let ran = Arc::new(AtomicU64::new(0));
+    (Box::new(Held { leave, ran: Arc::clone(&ran) }), release, ran)
+}
+
+fn counted(page: &str, family: &str, labels: &str) -> u64 {
+    let of = |line: &&str| line.starts_with(family) && line.contains(labels);
+    let value = |line: &str| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap();
+    #[expect(clippy::cast_possible_truncation, reason = "counts of a test")]
+    page.lines().filter(of).map(|line| value(line) as u64).sum()
+}
+
+/// All requests are answered while their shadow is stuck, and none of its work is a request.
+#[tokio::test]
+async fn a_shadow_that_is_stuck_holds_up_nobody() {
+    const CALLS: u64 = 1000;
+    let inside = Inside::start(Settings::default()).await;
+    let (session, release, ran) = held();
+    inside.load(2, session);
+    let split = json!({"weights": {"1": 1}, "shadows": [{"version": "2", "percent": 100}]});
+    inside.traffic(&split, 1);
+    for call in 0..CALLS {
+        let wanted = got(1, "stable");
+        if call % 2 == 0 {
+            assert_eq!(inside.http("", &[], json!({})).await, wanted);
+        } else {
+            assert_eq!(inside.grpc("", &[], None).await, wanted);
+        }
+    }
+    assert_eq!(ran.load(Ordering::Relaxed), 0, "not one of its runs is over");
+    let page = inside.page();
+    let requests = |page: &str, of: &str| counted(page, "tidegate_requests_total", of);
+    assert_eq!(requests(&page, r#"version="1""#), CALLS);
+    let shed = counted(&page, "tidegate_shadow_total", r#"outcome="queue_full""#);
+    let busy = counted(&page, "tidegate_shadow_total", r#"outcome="busy""#);
+    assert!(shed + busy >= CALLS - 300, "{shed} found no room and {busy} no thread");
+    while release.try_send(()).is_ok() {}
+    inside.settled().await;
+    let page = inside.page();
+    let copies = |of: &str| counted(&page, "tidegate_shadow_total", of);
+    assert_eq!(copies(""), CALLS, "each copy ends in one way");
+    assert_eq!(copies(r#"outcome="compared""#), ran.load(Ordering::Relaxed));
+    assert_eq!(requests(&page, r#"version="2""#), 0);
+    assert_eq!(requests(&page, ""), CALLS);
+}
+
+/// Fails whatever it is asked.
+struct Broken;
+
+impl Session for Broken {
+    fn run(&mut self, _: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        Err(EngineError::Run("told to fail".to_owned()))
+    }
+}
+
+#[tokio::test]
+async fn a_shadow_that_fails_fails_nobody() {
+    let inside = Inside::start(Settings::default()).await;
+    inside.load(2, Box::new(Broken));
+    let split = json!({"weights": {"1": 1}, "shadows": [{"version": "2", "percent": 100},
+        {"version": "3", "percent": 100}]});
+    inside.traffic(&split, 1);
+    for _ in 0..50 {
+        assert_eq!(inside.http("", &[], json!({})).await, got(1, "stable"));
+        inside.settled().await;
+    }
+    // Who names a version wants that one, not a comparison.
+    assert_eq!(inside.http("/versions/1", &[], json!({})).await, got(1, "pinned"));
+    inside.settled().await;
+    let page = inside.page();
+    let copies = |of: &str| counted(&page, "tidegate_shadow_total", of);
+    assert_eq!(copies(r#"version="2",outcome="failed""#), 50);
+    assert_eq!(copies(r#"version="3",outcome="compared""#), 50);
+    let routes = inside.table.snapshot().models[&"m".parse::<ModelName>().unwrap()].clone();
+    let snapshot = inside.api.gateway.shadows().snapshot(&"m".parse().unwrap(), &routes);
+    let pairs: BTreeMap<u64, usize> =
+        snapshot.shadows.iter().map(|shadow| (shadow.version.get(), shadow.pairs.len())).collect();
+    assert_eq!(pairs, BTreeMap::from([(2, 0), (3, 1)]));
+    let pair = &snapshot.shadows[1].pairs[0];
+    assert_eq!((pair.compared, pair.agreed), (50, 0));
+    // 0 + 1 beside 0 + 3.
+    assert_eq!(pair.outputs[0].max_abs.unwrap().mean, 2.0);
 }
