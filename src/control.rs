@@ -18,19 +18,25 @@ use manifest::Manifest;
 mod confined;
 mod fetch;
 mod inspect;
+pub mod lineage;
 pub mod manifest;
 pub mod probe;
 mod registry;
 mod samples;
 mod scan;
+pub mod secret;
+mod signature;
+pub mod source;
 mod sweep;
 mod trial;
 mod version;
+mod yaml;
 
 pub use fetch::FetchError;
 pub use inspect::{EngineTrial, Inspection, Verdict, inspect, validate};
 pub use probe::ProbeError;
 pub use registry::Registry;
+pub use signature::{SignatureError, Signed, TrustedKeys};
 pub use version::{Checked, PrepareError, Preparer};
 
 /// What the registry needs to know of the configuration.
@@ -61,6 +67,10 @@ pub struct Settings {
     pub default_model: Option<ModelName>,
     /// Longest wait for a retired version's requests.
     pub drain_max: Duration,
+    /// Where models come from, when that is no folder, and how it is looked at.
+    pub source: source::Settings,
+    /// Keys that versions must be signed with; none: signatures are not asked for.
+    pub trusted_keys: TrustedKeys,
 }
 
 impl Settings {
@@ -80,6 +90,8 @@ impl Settings {
             probe_program: None,
             default_model: None,
             drain_max: Duration::from_secs(60),
+            source: source::Settings::default(),
+            trusted_keys: TrustedKeys::default(),
         }
     }
 }

@@ -9,12 +9,14 @@ use sha2::{Digest as _, Sha256};
 
 use super::confined::{ConfineError, Folder};
 use super::fetch::{
-    Cache, FetchError, Fetched, MODEL_FILE, Staging, hex, make_folder, write_whole,
+    Cache, FetchError, Fetched, MODEL_FILE, Staging, Wanted, hex, make_folder, write_whole,
 };
+use super::lineage::{Lineage, LineageError};
 use super::manifest::{Declared, DeclaredTensor, Manifest};
 use super::probe::{self, Job, ProbeError, Report, TrialJob};
 use super::scan::Repository;
-use super::{Settings, sweep, trial};
+use super::signature::Signed;
+use super::{Settings, lineage, sweep, trial};
 use crate::batch::{Lane, LaneParts, Padding, ThreadBudget};
 use crate::domain::{Digest, ModelName, ModelSettings, Signature, TensorSpec, Version};
 use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
@@ -38,6 +40,8 @@ pub enum PrepareError {
     Fetch(#[from] FetchError),
     #[error("samples: {0}")]
     Samples(io::Error),
+    #[error(transparent)]
+    Lineage(#[from] LineageError),
     #[error(transparent)]
     Probe(#[from] ProbeError),
     #[error(transparent)]
@@ -63,6 +67,10 @@ pub struct Checked {
     pub samples: usize,
     /// Bytes of all its files.
     pub size: u64,
+    /// Who signed it; `None` when no keys are configured.
+    pub signed: Option<Signed>,
+    /// What its own files say of where it comes from.
+    pub lineage: Lineage,
     /// Peak memory of the trial; 0 when unknown.
     pub memory_bytes: u64,
     report: Report,
@@ -120,10 +128,18 @@ impl Preparer {
         let folder = open_version(repository, model, version)?;
         let file = settings.model_file.as_deref().unwrap_or(MODEL_FILE);
         let cache = self.cache()?;
-        let fetched = cache.fetch(&folder, file, self.settings.model_size_max, &|path| {
+        let wanted = Wanted {
+            model,
+            version,
+            model_file: file,
+            size_max: self.settings.model_size_max,
+            trusted: &self.settings.trusted_keys,
+        };
+        let fetched = cache.fetch(&folder, &wanted, &|path| {
             self.external_data(path).map_err(|error| error.to_string())
         })?;
         let samples = read_samples(&folder).map_err(PrepareError::Samples)?;
+        let lineage = lineage::read(&folder)?;
         let report = self.report(cache, &fetched, settings, samples)?;
         if let Some(declared) = &manifest.declared {
             agree(declared, &report.signature).map_err(PrepareError::Contradiction)?;
@@ -143,6 +159,8 @@ impl Preparer {
             notes: report.findings.notes.clone(),
             samples: report.samples,
             size: fetched.size,
+            signed: fetched.signed,
+            lineage,
             memory_bytes: report.memory_bytes,
             report,
             model: fetched.model,
