@@ -21,6 +21,7 @@ use crate::{control, gateway, observe, transport};
 mod assemble;
 mod layers;
 pub mod schema;
+mod sources;
 
 pub use layers::{Problem, Problems};
 
@@ -72,8 +73,9 @@ pub struct ServeArgs {
     /// Configuration file (TOML)
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Folder of models, <DIR>/<model>/<version>/model.onnx [default: models]
-    #[arg(long, value_name = "DIR")]
+    /// Folder of models, <DIR>/<model>/<version>/model.onnx, or a URL of a bucket or registry
+    /// (s3://, gs://, az://, mlflow+https://) [default: models]
+    #[arg(long, value_name = "DIR|URL")]
     pub model_repository: Option<String>,
     /// Name of the model, when that folder is one model's own: <DIR>/model.onnx
     #[arg(long, value_name = "NAME")]

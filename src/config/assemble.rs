@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Config;
 use super::layers::{Layers, Problems};
+use super::{Config, sources};
 use crate::admit::Clients;
+use crate::control::source::Location;
 use crate::domain::{EngineChoice, ModelName};
 use crate::observe::{AccessLog, Otlp, log};
 use crate::transport::auth::Auth;
@@ -124,13 +125,16 @@ fn gateway_settings(from: &mut Layers) -> gateway::Settings {
 }
 
 fn control_settings(from: &mut Layers) -> control::Settings {
-    let repository = from.text("repository.path").unwrap_or_default();
-    if repository.contains("://") {
-        let message = format!("is '{repository}', only local folders are served in this version");
-        from.problems.add("repository.path", message);
-    }
+    let path = from.text("repository.path").unwrap_or_default();
+    let location = sources::location(from, &path);
     let state_dir = from.text("server.state_dir").unwrap_or_default();
-    let mut settings = control::Settings::new(repository, state_dir);
+    let mut settings = match &location {
+        Some(Location::Folder(folder)) => control::Settings::new(folder, state_dir),
+        // Not a folder: shown in messages only.
+        _ => control::Settings::new(path, state_dir),
+    };
+    settings.source = sources::settings(from, location);
+    settings.trusted_keys = sources::trusted_keys(from);
     settings.engine = match from.text("engine.engine").as_deref() {
         Some("ort") => EngineChoice::Ort,
         Some("tract") => EngineChoice::Tract,
@@ -347,6 +351,7 @@ fn unsafe_notes(config: &Config) -> Vec<String> {
                 .to_owned(),
         );
     }
+    notes.extend(sources::unsafe_notes(&config.control.source));
     if !config.control.probe_enabled {
         notes.push(
             "probe.enabled: models are loaded without a trial in a child process first".to_owned(),
