@@ -399,6 +399,7 @@ fn completion(served: &Served, outcome: Outcome) -> Completion {
         rows: 1,
         batch_size: 1,
         cached: false,
+        shadow_of: None,
         inputs: vec![tensor(1, SMALL)],
         outputs: vec![tensor(1, SMALL)],
     }

@@ -11,7 +11,6 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::control::Registry;
 use crate::domain::ModelControl;
 use crate::engine::Engines;
 use crate::gateway::Gateway;
@@ -26,10 +25,18 @@ use crate::transport::shm::SharedMemory;
 use crate::transport::toggles::Toggles;
 use crate::transport::{Api, Health, metrics};
 
+mod release;
+
+use release::Release;
+
 /// Connections that the kernel holds until we accept them.
 const LISTEN_BACKLOG: i32 = 1024;
 /// How often metrics do what has to be done off the request path.
 const UPKEEP_EVERY: Duration = Duration::from_secs(1);
+/// Part of the bytes that requests may hold which copies of them for shadows may.
+const SHADOW_BYTES_SHARE: usize = 4;
+/// How often it is asked whether there is something to serve by now.
+const READY_POLL: Duration = Duration::from_millis(100);
 /// How long the last spans may take to leave.
 const TRACES_FLUSH_MAX: Duration = Duration::from_secs(3);
 
@@ -55,26 +62,28 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         tracing::info!(engine = name, version, "engine ready");
     }
     let table = Arc::new(Published::new(RouteTable::default()));
-    let registry = Registry::new(
-        config.control.clone(),
-        Arc::new(engines),
-        Arc::clone(&table),
-        Arc::clone(&observer),
-    );
-    let control: Arc<dyn ModelControl> = Arc::clone(&registry) as Arc<dyn ModelControl>;
-    let gateway = Gateway::new(table, Arc::clone(&observer), control, config.gateway.clone());
+    let release = Release::open(&config, Arc::new(engines), Arc::clone(&table), &observer)?;
+    let control: Arc<dyn ModelControl> = Arc::clone(&release.registry) as Arc<dyn ModelControl>;
+    let intake = Intake::new(&config.transport);
+    let mut settings = config.gateway.clone();
+    // Copies for shadows hold the bytes of requests: they must never be what keeps others out.
+    let copies = intake.budget().max() / SHADOW_BYTES_SHARE;
+    settings.shadow.queue_bytes_max = settings.shadow.queue_bytes_max.min(copies);
+    let gateway = Gateway::new(table, Arc::clone(&observer), control, settings);
     let api = Arc::new(Api {
         gateway: Arc::new(gateway),
         health: Arc::new(Health::default()),
         shm: SharedMemory::new(config.system_shared_memory),
         toggles: Toggles::default(),
-        intake: Intake::new(&config.transport),
+        intake,
         settings: config.transport.clone(),
     });
 
     let budget = Arc::clone(api.intake.budget());
     tracing::info!(bytes = budget.max(), "requests in progress may hold");
-    observer.set_intake(Box::new(move || (budget.held(), budget.refused())));
+    let held = Arc::clone(&budget);
+    observer.set_intake(Box::new(move || (held.held(), held.refused())));
+    api.gateway.shadows().shed_when(Box::new(move || budget.held() > budget.max() / 2));
     let level = config.log_level.clone();
     api.toggles.on_log(Box::new(move |wanted| {
         if let Err(error) = log.set_level(&wanted.filter(&level)) {
@@ -102,25 +111,39 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let traced = CancellationToken::new();
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 
+    release.serve(&config, Arc::clone(api.gateway.shadows()), &observer, stop.asked.clone())?;
     tokio::select! {
-        loaded = registry.load_all() => {
+        loaded = release.director.start() => {
             loaded.context("read the model repository")?;
-            if has_something_to_serve(&api, &*registry) {
-                api.health.set_ready();
-            } else {
+            let (director, every) = (Arc::clone(&release.director), config.control.source.poll);
+            let watch = async move { director.watch(every).await };
+            tokio::spawn(panics::fatal_async("watcher", watch));
+            if !has_something_to_serve(&api, &*release.registry) {
                 tracing::error!("no model could be loaded, not ready");
             }
+            let (waiting, registry) = (Arc::clone(&api), Arc::clone(&release.registry));
+            tokio::spawn(async move { ready_when_serving(&waiting, &*registry).await });
             stop.wait().await;
         }
         () = stop.wait() => {}
     }
     shut_down(&config, &api, listeners, stop).await;
+    release.stop().await;
     // The last requests have ended: what is left to send is sent, for as long as that is worth.
     traced.cancel();
     if timeout(TRACES_FLUSH_MAX, traces).await.is_err() {
         tracing::warn!("the collector did not take the last spans in time");
     }
     Ok(())
+}
+
+/// What was broken may be mended, and a source that was away come back.
+async fn ready_when_serving(api: &Api, control: &impl ModelControl) {
+    let mut tick = interval(READY_POLL);
+    while !has_something_to_serve(api, control) {
+        tick.tick().await;
+    }
+    api.health.set_ready();
 }
 
 async fn export_traces(observer: Arc<Observer>, stop: CancellationToken) {
@@ -136,6 +159,7 @@ fn has_something_to_serve(api: &Api, control: &impl ModelControl) -> bool {
 async fn shut_down(config: &Config, api: &Api, listeners: Listeners, mut stop: Stop) {
     tracing::info!("draining");
     api.health.set_draining();
+    api.gateway.shadows().drain();
     tokio::select! {
         () = sleep(config.drain_notice) => {}
         () = stop.wait() => return tracing::warn!("second signal, stopping now"),
@@ -149,21 +173,27 @@ async fn shut_down(config: &Config, api: &Api, listeners: Listeners, mut stop: S
     }
 }
 
-/// SIGTERM and SIGINT.
+/// SIGTERM and SIGINT, and an operator's word.
 struct Stop {
     term: tokio::signal::unix::Signal,
     int: tokio::signal::unix::Signal,
+    asked: CancellationToken,
+    /// The operator's word counts once; signals every time.
+    heard: bool,
 }
 
 impl Stop {
     fn listen() -> std::io::Result<Self> {
-        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+        let (term, int) = (SignalKind::terminate(), SignalKind::interrupt());
+        let asked = CancellationToken::new();
+        Ok(Self { term: signal(term)?, int: signal(int)?, asked, heard: false })
     }
 
     async fn wait(&mut self) {
         tokio::select! {
             _ = self.term.recv() => {}
             _ = self.int.recv() => {}
+            () = self.asked.cancelled(), if !self.heard => self.heard = true,
         }
     }
 }

@@ -17,6 +17,8 @@
 //! - A run is ended when all that it was for have expired or gone, where the engine can (ONNX
 //!   Runtime, between two operators).
 //! - A request that fails alone never fails its neighbours: a failed batch is run again one by one.
+//! - What nobody waits for ([`Lane::infer_spare`]) goes behind every request, in batches of its own,
+//!   and leaves the queue when a request needs its place.
 //!
 //! Deliberately absent: retries; the caller owns the deadline.
 
@@ -228,12 +230,7 @@ impl Lane {
         priority: u32,
     ) -> Result<Ran, BatchError> {
         let shared = &*self.shared;
-        shared.form.check(&inputs)?;
-        let mut work = shared.form.measure(inputs);
-        let (rows, rows_max) = (work.rows, shared.batch.rows_max);
-        if shared.form.batched && rows > rows_max {
-            return Err(BatchError::TooManyRows { rows, rows_max });
-        }
+        let mut work = shared.work(inputs)?;
         let priority = shared.priority(priority)?;
         if deadline.passed(Instant::now()) {
             return Err(BatchError::DeadlineExceeded { waited: deadline.received.elapsed() });
@@ -253,6 +250,39 @@ impl Lane {
         let (entry, outcome) = shared.entry(work, priority, deadline);
         shared.push(entry).map_err(|(_, error)| error)?;
         outcome.wait().await
+    }
+
+    /// As [`Lane::infer`], for what nobody waits for: on a worker, behind every request, and the
+    /// first to go when the queue is full. One session is left to requests where there are more.
+    ///
+    /// # Errors
+    /// As there, or because it made room.
+    pub async fn infer_spare(
+        &self,
+        inputs: Vec<Tensor>,
+        deadline: Deadline,
+    ) -> Result<Ran, BatchError> {
+        let shared = &*self.shared;
+        let work = shared.work(inputs)?;
+        if deadline.passed(Instant::now()) {
+            return Err(BatchError::DeadlineExceeded { waited: deadline.received.elapsed() });
+        }
+        let _in_flight = InFlight::enter(&shared.in_flight);
+        let (entry, outcome) = shared.entry(work, queue::SPARE, deadline);
+        shared.push(entry).map_err(|(_, error)| error)?;
+        outcome.wait().await
+    }
+
+    /// Whether a run of these inputs takes a place of the thread budget, or may do so for all
+    /// that is known.
+    pub fn is_heavy(&self, inputs: &[Tensor]) -> bool {
+        let cost = self.shared.cost.predict(self.shared.form.elements(inputs));
+        cost.is_none_or(|cost| cost >= plan::HEAVY_MIN)
+    }
+
+    /// The thread budget that this lane shares with others.
+    pub fn budget(&self) -> &ThreadBudget {
+        &self.shared.budget
     }
 
     /// How this lane joins requests.
@@ -291,6 +321,19 @@ impl Lane {
                 (shared.in_flight.load(Ordering::Relaxed), waiting)
             })
         }
+    }
+}
+
+impl Shared {
+    /// Inputs that may be queued, measured.
+    fn work(&self, inputs: Vec<Tensor>) -> Result<Work, BatchError> {
+        self.form.check(&inputs)?;
+        let work = self.form.measure(inputs);
+        let (rows, rows_max) = (work.rows, self.batch.rows_max);
+        if self.form.batched && rows > rows_max {
+            return Err(BatchError::TooManyRows { rows, rows_max });
+        }
+        Ok(work)
     }
 }
 

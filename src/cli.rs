@@ -4,12 +4,19 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod admin;
+mod approvals;
 mod check_config;
 mod health;
 mod infer;
 mod keys;
+mod journal;
+mod labels;
 mod models;
+mod rollout;
 mod serve;
+mod traffic;
+mod versions;
 
 #[derive(Parser)]
 #[command(name = "tidegate", version, about = "Model-serving gateway for ONNX models")]
@@ -32,6 +39,18 @@ enum Command {
     Health(health::Args),
     /// Make, list and revoke API keys
     Keys(keys::Args),
+    /// Show and change what decides which version a request gets
+    Traffic(traffic::Args),
+    /// List, show, load and unload versions
+    Versions(versions::Args),
+    /// List and move labels of versions
+    Labels(labels::Args),
+    /// Approve and reject versions
+    Approvals(approvals::Args),
+    /// Bring a new version in small, watched, reversible steps
+    Rollout(rollout::Args),
+    /// Show who changed what, when and why, and who was refused
+    Journal(journal::Args),
     /// Try a model under limits, as told on stdin
     #[command(hide = true)]
     Probe,
@@ -46,6 +65,12 @@ pub fn run() -> ExitCode {
         Command::Infer(args) => infer::run(&args),
         Command::Health(args) => health::run(&args),
         Command::Keys(args) => keys::run(&args),
+        Command::Traffic(args) => traffic::run(&args),
+        Command::Versions(args) => versions::run(&args),
+        Command::Labels(args) => labels::run(&args),
+        Command::Approvals(args) => approvals::run(&args),
+        Command::Rollout(args) => rollout::run(&args),
+        Command::Journal(args) => journal::run(&args),
         Command::Probe => crate::control::probe::child_main(),
     }
 }

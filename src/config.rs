@@ -42,6 +42,8 @@ pub struct Config {
     pub gateway: gateway::Settings,
     /// Memory of all of ONNX Runtime's runs on the CPU, in bytes; `None`: no limit.
     pub engine_memory_max: Option<usize>,
+    /// What is demanded of releases.
+    pub release: control::director::Policy,
     pub system_shared_memory: bool,
     pub observe: observe::Settings,
     pub log_format: observe::log::Format,

@@ -1,11 +1,14 @@
-//! Decides which versions exist: reads the repository, loads, warms and retires.
+//! Decides which versions exist and what each of them gets: finds, loads, splits, retires.
 //!
 //! ```text
-//! scan ─▶ fetch (private copy, digest) ─▶ probe (child process) ─▶ load ─▶ warm ─▶ publish
+//! source ─▶ registry: fetch (private copy, digest) ─▶ probe (child process) ─▶ load ─▶ warm ─┐
+//! admin ──▶ director: check ─▶ store (durable, journal) ────────────────────────────────────┴▶ switchboard
 //! ```
 //!
 //! Invariants:
 //! - Everything that can fail happens before the table is swapped; the swap cannot fail.
+//! - What was decided is durable before it is in force, and in force before it is answered; only going
+//!   back is in force first.
 //! - Only a verified, private copy of a model is ever loaded.
 //! - A broken model is reported with its reason and never stops the others or the gateway.
 
@@ -16,24 +19,39 @@ use crate::domain::{EngineChoice, Failure, ModelName};
 use manifest::Manifest;
 
 pub mod bootstrap;
+pub mod call;
 mod confined;
+pub mod desk;
+pub mod director;
 mod fetch;
+pub mod hooks;
 mod inspect;
 pub mod keys;
+pub mod lineage;
 pub mod manifest;
 pub mod probe;
-mod registry;
+pub mod registry;
+pub mod rollout;
 mod samples;
 mod scan;
+pub mod secret;
+mod signature;
+pub mod source;
 pub mod store;
 mod sweep;
+pub mod switchboard;
 mod trial;
 mod version;
+pub mod view;
+mod yaml;
 
 pub use fetch::FetchError;
 pub use inspect::{EngineTrial, Inspection, Verdict, inspect, validate};
 pub use probe::ProbeError;
+pub use director::Director;
 pub use registry::Registry;
+pub use signature::{SignatureError, Signed, TrustedKeys};
+pub use switchboard::Switchboard;
 pub use version::{Checked, PrepareError, Preparer};
 
 /// What the registry needs to know of the configuration.
@@ -56,6 +74,12 @@ pub struct Settings {
     pub model_size_max: u64,
     /// Copies kept of models that are not served any more.
     pub copies_max: usize,
+    /// Newest versions that are loaded of a model that says nothing else; 0: all.
+    pub versions_latest: usize,
+    /// A version whose bytes are others than those first seen is quarantined.
+    pub pin_digests: bool,
+    /// Memory that the process may use, in bytes; `None`: nobody says.
+    pub memory_max: Option<u64>,
     /// Load each new model in a child process first. Off only for trusted repositories.
     pub probe_enabled: bool,
     /// Program that the child process runs; `None`: this program's own file.
@@ -64,6 +88,10 @@ pub struct Settings {
     pub default_model: Option<ModelName>,
     /// Longest wait for a retired version's requests.
     pub drain_max: Duration,
+    /// Where models come from, when that is no folder, and how it is looked at.
+    pub source: source::Settings,
+    /// Keys that versions must be signed with; none: signatures are not asked for.
+    pub trusted_keys: TrustedKeys,
 }
 
 impl Settings {
@@ -79,10 +107,15 @@ impl Settings {
             probe: ProbeLimits::default(),
             model_size_max: 16 << 30,
             copies_max: 8,
+            versions_latest: 0,
+            pin_digests: true,
+            memory_max: None,
             probe_enabled: true,
             probe_program: None,
             default_model: None,
             drain_max: Duration::from_secs(60),
+            source: source::Settings::default(),
+            trusted_keys: TrustedKeys::default(),
         }
     }
 }

@@ -12,6 +12,7 @@ mod request;
 mod settings;
 mod signature;
 mod tensor;
+mod traffic;
 
 pub use completion::{Arm, Completion, Outcome, Protocol, RouteReason, Timings, TraceContext};
 pub use datatype::DataType;
@@ -20,7 +21,7 @@ pub use index::{IndexEntry, ModelControl, ModelFile, VersionState};
 pub use names::{Digest, Label, ModelName, NameError, Version, VersionRef};
 pub use request::{
     Answer, AnswerHead, CallMeta, Deadline, InferRequest, Inputs, NamedTensor, ParameterValue,
-    Parameters, RequestedOutput, TypeInputs, TypedInputs,
+    Parameters, RequestedOutput, RouteHeaders, STICKY_KEY_LEN_MAX, TypeInputs, TypedInputs,
 };
 pub use settings::{
     BatchSettings, EngineChoice, ModelSettings, PAD_BUCKETS_MAX, PAD_LENGTH_MAX, PadValue,
@@ -28,3 +29,7 @@ pub use settings::{
 };
 pub use signature::{Dim, Signature, TensorSpec};
 pub use tensor::{BytesElements, RANK_MAX, Shape, Tensor, TensorError};
+pub use traffic::{
+    BUCKETS, HEADER_LEN_MAX, PARAMETER_LEN_MAX, RULES_MAX, Rule, SHADOWS_MAX, Shadow, Sticky,
+    Traffic, VALUE_LEN_MAX, WEIGHTS_MAX,
+};

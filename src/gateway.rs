@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! - Every call ends in exactly one [`Completion`], whatever becomes of it, cancellation included.
-//! - One snapshot of the route table is taken per request.
+//! - One look at the route table decides where a request goes.
+//! - Shadows get their copy when the answer is made, and nothing of theirs is waited for.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -17,7 +18,8 @@ use crate::domain::{
     Timings, VersionRef,
 };
 use crate::observe::Observer;
-use crate::route::{Pick, Published, RouteTable, Served};
+use crate::route::{Keys, Pick, Published, RouteTable, Served};
+use crate::shadow::{self, Shadows};
 
 mod classify;
 mod outputs;
@@ -36,6 +38,8 @@ pub struct Settings {
     pub output_bytes_max: usize,
     /// Answers kept for the models that ask for it.
     pub cache: cache::Settings,
+    /// Copies of requests for versions that nobody sees the answers of.
+    pub shadow: shadow::Settings,
 }
 
 impl Default for Settings {
@@ -45,6 +49,7 @@ impl Default for Settings {
             watchdog: Some(Duration::from_secs(600)),
             output_bytes_max: 256 << 20,
             cache: cache::Settings::default(),
+            shadow: shadow::Settings::default(),
         }
     }
 }
@@ -65,6 +70,7 @@ pub struct Gateway {
     settings: Settings,
     /// Made for the first request that may be answered from it.
     cache: OnceLock<Cache>,
+    shadows: Arc<Shadows>,
 }
 
 impl Gateway {
@@ -74,12 +80,23 @@ impl Gateway {
         control: Arc<dyn ModelControl>,
         settings: Settings,
     ) -> Self {
-        Self { table, observer, control, settings, cache: OnceLock::new() }
+        let shadows = Arc::new(Shadows::new(settings.shadow.clone(), Arc::clone(&observer)));
+        Self { table, observer, control, settings, cache: OnceLock::new(), shadows }
     }
 
     /// The route table of this moment: for metadata, configuration, statistics and readiness.
     pub fn table(&self) -> Arc<RouteTable> {
         self.table.snapshot()
+    }
+
+    /// Looks at the route table of this moment, for no longer than an expression takes.
+    pub fn look_at_table<R>(&self, at: impl FnOnce(&RouteTable) -> R) -> R {
+        self.table.look(at)
+    }
+
+    /// What runs on copies of requests.
+    pub fn shadows(&self) -> &Arc<Shadows> {
+        &self.shadows
     }
 
     pub fn control(&self) -> &dyn ModelControl {
@@ -113,7 +130,7 @@ impl Gateway {
         model: &ModelName,
         version: Option<&VersionRef>,
     ) -> Result<Arc<Served>, Failure> {
-        Ok(self.table.snapshot().pick(model, version)?.served)
+        self.table.look(|table| Ok(table.pick(model, version)?.served))
     }
 
     /// Makes one prediction.
@@ -133,7 +150,7 @@ impl Gateway {
         let (model, id) = record.names();
         match done {
             Ok(outputs) => {
-                record.finish(Outcome::Ok);
+                record.answered(&self.shadows);
                 Ok(Answer { head, model, id, outputs })
             }
             Err(failure) => {
@@ -154,7 +171,8 @@ impl Gateway {
         failure: &Failure,
     ) -> AnswerHead {
         let mut record = Record::new(&self.observer, meta, model.clone(), String::new());
-        if let Ok(pick) = self.table.snapshot().pick(&model, version) {
+        let keys = Keys { call: meta, parameters: &[], prediction_id: record.id() };
+        if let Ok(pick) = self.table.look(|table| table.pick_for(&model, version, &keys)) {
             record.picked(pick);
         }
         let head = record.head();
@@ -187,7 +205,9 @@ impl Gateway {
         requested: &[RequestedOutput],
         parameters: &[(String, ParameterValue)],
     ) -> Result<Vec<NamedTensor>, Failure> {
-        let pick = self.table.snapshot().pick(record.model(), version.as_ref())?;
+        let keys = Keys { call: meta, parameters, prediction_id: record.id() };
+        let asked = (record.model(), version.as_ref());
+        let pick = self.table.look(|table| table.pick_for(asked.0, asked.1, &keys))?;
         let served = Arc::clone(&pick.served);
         record.picked(pick);
         reserved::check(parameters)?;
@@ -346,6 +366,7 @@ impl<'a> Record<'a> {
             rows: 1,
             batch_size: 0,
             cached: false,
+            shadow_of: None,
             inputs: Vec::new(),
             outputs: Vec::new(),
         };
@@ -358,6 +379,10 @@ impl<'a> Record<'a> {
 
     fn model(&self) -> &ModelName {
         &self.completion.as_ref().expect("as in open").model
+    }
+
+    fn id(&self) -> Uuid {
+        self.completion.as_ref().expect("as in open").prediction_id
     }
 
     fn names(&self) -> (ModelName, String) {
@@ -409,16 +434,27 @@ impl<'a> Record<'a> {
         completion.outputs = outputs.to_vec();
     }
 
+    /// Finishes a request that was answered, and leaves a copy of it to its shadows.
+    fn answered(mut self, shadows: &Shadows) {
+        let completion = self.send(Outcome::Ok);
+        if let (Some(pick), Some(completion)) = (&self.pick, completion)
+            && !pick.mirrors.is_empty()
+        {
+            shadows.offer(pick, completion);
+        }
+    }
+
     fn finish(mut self, outcome: Outcome) {
         self.send(outcome);
     }
 
-    fn send(&mut self, outcome: Outcome) {
-        let Some(mut completion) = self.completion.take() else { return };
+    fn send(&mut self, outcome: Outcome) -> Option<Completion> {
+        let mut completion = self.completion.take()?;
         completion.outcome = outcome;
         completion.timings.total = self.received.elapsed();
         let stats = self.pick.as_ref().map(|pick| &*pick.served.stats);
         self.observer.completed(stats, &completion);
+        Some(completion)
     }
 }
 

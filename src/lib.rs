@@ -3,6 +3,7 @@
 //! Modules in reading order; `docs/architecture.md` has the picture and the import arrows that
 //! `tests/tidy.rs` checks.
 
+pub mod admin;
 pub mod admit;
 pub mod app;
 pub mod batch;
@@ -17,4 +18,5 @@ pub mod observe;
 pub mod panics;
 pub mod proto;
 pub mod route;
+pub mod shadow;
 pub mod transport;

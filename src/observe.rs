@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use crate::domain::{Completion, ErrorKind, Outcome, Protocol};
 
@@ -26,14 +27,18 @@ mod histogram;
 pub mod log;
 pub mod page;
 mod process;
+mod shadow;
 mod stats;
 mod trace;
 mod triton;
 
 pub use access::AccessLog;
-pub use histogram::{BATCH_BOUNDS, LATENCY_BOUNDS_NS};
+pub use histogram::{BATCH_BOUNDS, LATENCY_BOUNDS_NS, LATENCY_BUCKETS};
+pub use process::resident_bytes;
+pub use shadow::{Agreement, OUTPUTS_MAX, ShadowOutcome};
 pub use stats::{
-    ARM_OTHER, BATCH_SIZES_MAX, BatchStat, DurationStat, RULES_MAX, StatsSnapshot, VersionStats,
+    ARM_OTHER, ArmTotals, BATCH_SIZES_MAX, BatchStat, DurationStat, RULES_MAX, StatsSnapshot,
+    VersionStats, Watched, is_server_fault,
 };
 
 use families::{VersionView, Versions};
@@ -68,6 +73,9 @@ pub struct Otlp {
     pub service_name: String,
 }
 
+/// Makes families of what another part of the gateway counts.
+type FamilySource = Box<dyn Fn() -> Vec<Family> + Send + Sync>;
+
 /// Reads how many bytes requests hold, and how many requests were refused for bytes.
 type IntakeGauges = Box<dyn Fn() -> (usize, u64) + Send + Sync>;
 
@@ -84,6 +92,11 @@ pub struct Observer {
     unrouted: [[AtomicU64; stats::OUTCOMES]; Protocol::ALL.len()],
     shed: [AtomicU64; SHED.len()],
     intake: OnceLock<IntakeGauges>,
+    /// Guards the list of sources: taken when a part of the gateway starts and when somebody reads
+    /// the page.
+    sources: Mutex<Vec<FamilySource>>,
+    /// Rung for each failure in a version that is watched.
+    alarm: Arc<Notify>,
     traces: Option<trace::Traces>,
     process: process::Process,
 }
@@ -111,14 +124,19 @@ impl Observer {
             unrouted: Default::default(),
             shed: Default::default(),
             intake: OnceLock::new(),
+            sources: Mutex::default(),
+            alarm: Arc::default(),
             traces,
             process,
         }
     }
 
     /// Counts, and hands on to the access log and the trace exporter. `stats` is the version's,
-    /// when one was picked.
+    /// when one was picked. What a shadow did is no request of anybody: it has counters of its own.
     pub fn completed(&self, stats: Option<&VersionStats>, completion: &Completion) {
+        if completion.shadow_of.is_some() {
+            return;
+        }
         match stats {
             Some(stats) => stats.completed(completion),
             None => {
@@ -166,6 +184,17 @@ impl Observer {
     /// Says where the bytes that requests hold are read. Later calls have no effect.
     pub fn set_intake(&self, gauges: IntakeGauges) {
         drop(self.intake.set(gauges));
+    }
+
+    /// Adds to the page what another part counts. Its names must be its own.
+    pub fn add_families(&self, source: FamilySource) {
+        self.sources.lock().push(source);
+    }
+
+    /// Rung for each failure, and each answer that is not finite, in a version that is watched
+    /// ([`VersionStats::watch`]); rings that nobody waited for are one.
+    pub fn alarm(&self) -> Arc<Notify> {
+        Arc::clone(&self.alarm)
     }
 
     /// Counts a connection until the guard goes.
@@ -217,6 +246,8 @@ impl Observer {
         families.push(self.in_flight_bytes());
         families.push(self.engines());
         families.extend(families::models(&versions));
+        families.extend(self.sources.lock().iter().flat_map(|source| source()));
+        families.extend(shadow::families(&versions));
         families.extend(process::families());
         if self.settings.triton_metrics {
             families.extend(triton::families(&versions));

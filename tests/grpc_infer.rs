@@ -117,9 +117,9 @@ async fn start(settings: Settings, shm: bool) -> Server {
     let models = models.map(|(name, fake)| {
         let served = served(name, &fake);
         let versions = BTreeMap::from([(served.version, served)]);
-        (name.parse().unwrap(), ModelRoutes { versions, labels: HashMap::new() })
+        (name.parse().unwrap(), ModelRoutes { versions, ..ModelRoutes::default() })
     });
-    let table = RouteTable { models: BTreeMap::from(models), default_model: None, revision: 1 };
+    let table = RouteTable { models: BTreeMap::from(models), ..RouteTable::default() };
     let control = Arc::new(Control::default());
     let gateway = Gateway::new(
         Arc::new(Published::new(table)),

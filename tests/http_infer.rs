@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io::{Read, Write};
 use std::pin::Pin;
@@ -95,11 +95,11 @@ fn api_with(settings: Settings) -> Arc<Api> {
         (served.version, served)
     }));
     let name: ModelName = "fake".parse().unwrap();
-    let routes = ModelRoutes { versions, labels: HashMap::new() };
+    let routes = ModelRoutes { versions, ..ModelRoutes::default() };
     let table = RouteTable {
         models: BTreeMap::from([(name.clone(), routes)]),
         default_model: Some(name),
-        revision: 1,
+        ..RouteTable::default()
     };
     let gateway = Gateway::new(
         Arc::new(Published::new(table)),

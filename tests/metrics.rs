@@ -69,6 +69,7 @@ fn completion(arm: Arm, protocol: Protocol, total_us: u64, outcome: Outcome) -> 
         },
         rows: 1,
         cached: false,
+        shadow_of: None,
         inputs: Vec::new(),
         outputs: Vec::new(),
     }

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use tidegate::control::{Registry, Settings};
 use tidegate::domain::{
     Answer, CallMeta, DataType, EngineChoice, Failure, InferRequest, Inputs, ModelControl,
-    ModelName, NamedTensor, Protocol, Shape, Tensor,
+    ModelName, NamedTensor, Protocol, RouteHeaders, Shape, Tensor,
 };
 use tidegate::engine::Engines;
 use tidegate::gateway::{self, Gateway};
@@ -81,6 +81,7 @@ impl Serving {
             timeout: None,
             trace: None,
             sticky_key: None,
+            headers: RouteHeaders::default(),
             principal: None,
         };
         let request = InferRequest {

@@ -1,14 +1,16 @@
 //! What enters the queue, and the answer to what does not.
 //!
-//! Invariant: with nothing ahead of it a request is always let in, so that an estimate that is too
-//! high is corrected by the next run.
+//! Invariants:
+//! - With nothing ahead of it a request is always let in, so that an estimate that is too high is
+//!   corrected by the next run.
+//! - Nothing spare keeps a request out.
 
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::queue::Entry;
+use super::queue::{Entry, SPARE};
 use super::running::{Ticket, Waiter};
 use super::{BatchError, Job, Outcome, Shared, State, Work};
 use crate::domain::Deadline;
@@ -55,13 +57,18 @@ impl Shared {
             return Err((Box::new(entry), BatchError::Retired));
         }
         if self.refusal(&state, &entry).is_some() {
-            // The dead make room before the living are refused.
+            // The dead make room before the living are refused, and then what is spare.
             self.bury(&mut state, now);
+            if entry.priority != SPARE && self.refusal(&state, &entry).is_some() {
+                self.give_way(&mut state);
+            }
             if let Some(error) = self.refusal(&state, &entry) {
                 return Err((Box::new(entry), error));
             }
         }
-        state.arrivals.came(now);
+        if entry.priority != SPARE {
+            state.arrivals.came(now);
+        }
         let entry = self.to_start_in_time(&state, entry);
         state.queue.push(entry);
         drop(state);
@@ -121,6 +128,14 @@ impl Shared {
     pub(super) fn bury(&self, state: &mut State, now: Instant) {
         for entry in state.queue.take_dead(now, |job| job.reply.is_closed()) {
             self.expire(entry, state.queue.elements());
+        }
+    }
+
+    /// Takes what is spare out of the queue and answers it.
+    fn give_way(&self, state: &mut State) {
+        for entry in state.queue.take_spare() {
+            // Nobody waits any more where this cannot be sent.
+            drop(entry.item.reply.send(Err(BatchError::GaveWay)));
         }
     }
 

@@ -23,6 +23,8 @@ pub enum BatchError {
     DeadlineExceeded { waited: Duration },
     #[error("version is being retired")]
     Retired,
+    #[error("made room for a request")]
+    GaveWay,
     #[error("batch size {rows} is over the model's limit of {rows_max}")]
     TooManyRows { rows: usize, rows_max: usize },
     #[error("priority {priority} is over the model's {levels} levels")]
@@ -49,7 +51,8 @@ impl BatchError {
             Self::QueueFull { .. }
             | Self::QueueBytes { .. }
             | Self::NotInTime { .. }
-            | Self::WaitedTooLong { .. } => ErrorKind::Overloaded,
+            | Self::WaitedTooLong { .. }
+            | Self::GaveWay => ErrorKind::Overloaded,
             Self::DeadlineExceeded { .. } => ErrorKind::DeadlineExceeded,
             Self::Retired => ErrorKind::Unavailable,
             Self::TooManyRows { .. }

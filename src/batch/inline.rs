@@ -40,10 +40,11 @@ impl Shared {
         Some(result.map(|outputs| Ran { outputs, timings, batch_size: work.rows }))
     }
 
-    /// A session that nobody runs on while nobody waits for one.
+    /// A session that nobody runs on while nobody waits for one; what is spare may wait.
     pub(super) fn take_idle(&self) -> Option<Box<dyn Session>> {
         let mut state = self.state.lock();
-        if state.queue.len() > 0 || (self.batch.preserve_ordering && state.running > 0) {
+        let waits = state.queue.len() > 0 && !state.queue.only_spare();
+        if waits || (self.batch.preserve_ordering && state.running > 0) {
             return None;
         }
         state.begin()

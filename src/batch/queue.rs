@@ -4,6 +4,7 @@
 //! - An entry leaves exactly once: in a batch or as expired.
 //! - A batch is never over a limit of its [`Rule`], unless one entry alone is.
 //! - Entries of one batch are equal in everything but their rows (`joins`).
+//! - What is spare ([`SPARE`]) goes last, and never in a batch with what is not.
 //! - Within a priority, entries that may run together leave in the order they came, and all others
 //!   too where the queue is told so (`in_order`). A lower priority waits longer, but
 //!   not for ever: each level is worth a head start of `priority_age` and no more.
@@ -17,6 +18,11 @@ use tokio::time::Instant;
 /// company: with more, each take would compare everyone with everyone.
 const GROUPS_MAX: usize = 16;
 
+/// Priority of what nobody waits for: behind everything else, however long it has been there.
+pub(super) const SPARE: u32 = u32::MAX;
+/// How much later than it did [`SPARE`] came, for its turn: ten years.
+const SPARE_DELAY: Duration = Duration::from_secs(10 * 365 * 86_400);
+
 /// One waiting request.
 #[derive(Debug)]
 pub(super) struct Entry<T> {
@@ -25,7 +31,7 @@ pub(super) struct Entry<T> {
     pub(super) elements: usize,
     /// Of all inputs.
     pub(super) bytes: usize,
-    /// 1 is the highest; all equal where the model has no priorities.
+    /// 1 is the highest; all equal where the model has no priorities; or [`SPARE`].
     pub(super) priority: u32,
     pub(super) queued_at: Instant,
     /// When it is of no use any more.
@@ -44,6 +50,12 @@ pub(super) struct Rule<'a> {
     pub(super) wait_max: Duration,
     /// Nobody came for so long: nobody is expected.
     pub(super) lull: Duration,
+}
+
+impl<T> Entry<T> {
+    fn spare(&self) -> bool {
+        self.priority == SPARE
+    }
 }
 
 #[derive(Debug)]
@@ -94,7 +106,10 @@ impl<T> Queue<T> {
     /// Who goes first. One level more weighs as much as having come `priority_age` earlier, so
     /// that the order of two entries never changes while they wait.
     fn turn(&self, queued_at: Instant, priority: u32) -> Instant {
-        let head_start = self.priority_age.saturating_mul(priority);
+        let head_start = match priority {
+            SPARE => SPARE_DELAY,
+            priority => self.priority_age.saturating_mul(priority).min(SPARE_DELAY / 2),
+        };
         queued_at.checked_add(head_start).unwrap_or(queued_at)
     }
 
@@ -132,6 +147,23 @@ impl<T> Queue<T> {
         dead
     }
 
+    /// Removes what is spare, to make room.
+    pub(super) fn take_spare(&mut self) -> Vec<Entry<T>> {
+        let spare: Vec<_> = self.entries.drain(self.requests()..).collect();
+        spare.iter().for_each(|entry| self.forget(entry.elements, entry.bytes));
+        spare
+    }
+
+    /// How many are not spare; they are in front.
+    fn requests(&self) -> usize {
+        self.entries.partition_point(|entry| !entry.spare())
+    }
+
+    /// Whether something waits, and all of it is spare.
+    pub(super) fn only_spare(&self) -> bool {
+        self.entries.front().is_some_and(Entry::spare)
+    }
+
     fn forget(&mut self, elements: usize, bytes: usize) {
         self.elements = self.elements.saturating_sub(elements);
         self.bytes = self.bytes.saturating_sub(bytes);
@@ -157,7 +189,7 @@ impl<T> Queue<T> {
         let mut leaders = vec![0];
         while leaders.len() < groups {
             let of_none = |entry: &Entry<T>| {
-                leaders.iter().all(|leader| !joins(&self.entries[*leader].item, &entry.item))
+                leaders.iter().all(|leader| !fits(&self.entries[*leader], entry, &joins))
             };
             let last = leaders.last().copied().unwrap_or(0);
             let next = self.entries.iter().skip(last + 1).position(of_none);
@@ -192,7 +224,7 @@ impl<T> Queue<T> {
             if closed {
                 break;
             }
-            let fits = joins(&head.item, &entry.item);
+            let fits = fits(head, entry, joins);
             if !fits && self.in_order {
                 // Nobody can be added any more.
                 closed = true;
@@ -223,7 +255,9 @@ impl<T> Queue<T> {
 
     /// When the oldest entry's window closes, or nobody has come for a while.
     fn due_at(&self, rule: &Rule<'_>) -> Instant {
-        let came = self.entries.iter().map(|entry| entry.queued_at);
+        // What is spare hurries nobody.
+        let count = if self.only_spare() { self.entries.len() } else { self.requests() };
+        let came = self.entries.range(..count).map(|entry| entry.queued_at);
         let (Some(oldest), Some(newest)) = (came.clone().min(), came.max()) else {
             return Instant::now();
         };
@@ -251,6 +285,11 @@ impl<T> Queue<T> {
     pub(super) fn next_expiry(&self) -> Option<Instant> {
         self.entries.iter().map(|entry| entry.expires_at).min()
     }
+}
+
+/// Whether two may share a batch.
+fn fits<T>(a: &Entry<T>, b: &Entry<T>, joins: &impl Fn(&T, &T) -> bool) -> bool {
+    a.spare() == b.spare() && joins(&a.item, &b.item)
 }
 
 #[cfg(test)]
@@ -380,10 +419,36 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_is_spare_goes_last_and_alone() {
+        let start = Instant::now();
+        let window = rule(8, 5, &[]);
+        let mut queue = Queue::new(AGE);
+        for (item, priority) in [(0, SPARE), (1, 3), (2, SPARE), (3, 1)] {
+            queue.push(entry(item, 1, priority, start + Duration::from_millis(item.into())));
+        }
+        assert!(!queue.only_spare());
+        // Nothing of it is before a request that comes later, and its window is the requests' own.
+        assert_eq!(queue.elements_before(start + Duration::from_millis(9), 3), 20);
+        let due = start + Duration::from_millis(5);
+        assert!(matches!(queue.take(&window, due, |_, _| true), Take::Wait(at) if at > due));
+        let due = start + Duration::from_millis(6);
+        assert_eq!(items(queue.take(&window, due, |_, _| true)), Some(vec![3, 1]));
+        assert!(queue.only_spare());
+        assert_eq!(items(queue.take(&window, due, |_, _| true)), Some(vec![0, 2]));
+
+        for (item, priority) in [(0, SPARE), (1, 0), (2, SPARE)] {
+            queue.push(entry(item, 1, priority, start));
+        }
+        let spare: Vec<u32> = queue.take_spare().into_iter().map(|entry| entry.item).collect();
+        assert_eq!(spare, [0, 2]);
+        assert_eq!((queue.len(), queue.elements(), queue.bytes()), (1, 10, 40));
+    }
+
     proptest! {
         #[test]
         fn nothing_is_lost_doubled_mixed_or_over(
-            entries in prop::collection::vec((1_usize..6, 1_u32..4, 0_u32..3, 0_u64..9), 1..60),
+            entries in prop::collection::vec((1_usize..6, prop_oneof![1_u32..4, Just(SPARE)], 0_u32..3, 0_u64..9), 1..60),
             size_max in 1_usize..9,
             elements_max in 10_usize..90,
             wait_ms in 0_u64..4,
@@ -415,6 +480,7 @@ mod tests {
                     prop_assert!(batch.len() == 1 || elements <= elements_max);
                     for pair in batch.windows(2) {
                         prop_assert_eq!(kind[pair[0].item as usize], kind[pair[1].item as usize]);
+                        prop_assert_eq!(pair[0].spare(), pair[1].spare());
                     }
                     for entry in batch {
                         prop_assert!(entry.expires_at > now, "expired work is never run");

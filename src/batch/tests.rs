@@ -3,6 +3,7 @@ use std::sync::atomic::AtomicBool;
 mod ends;
 mod flood;
 mod gathering;
+mod spare;
 
 use super::*;
 use crate::domain::{DataType, Digest, ErrorKind, Shape};

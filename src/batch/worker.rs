@@ -54,7 +54,9 @@ impl Shared {
             let now = Instant::now();
             self.bury(&mut state, now);
             let held = self.batch.preserve_ordering && state.running > 0;
-            let may_run = !held && !state.idle.is_empty();
+            // What is spare leaves one session to requests that may come.
+            let kept = usize::from(state.queue.only_spare() && self.sessions > 1);
+            let may_run = !held && state.idle.len() > kept;
             let mut wake_at = state.queue.next_expiry();
             if may_run {
                 let rule = self.rule(&state, now);

@@ -13,7 +13,7 @@ use crate::observe::{AccessLog, Otlp, log};
 use crate::transport::auth::Auth;
 use crate::transport::intake::memory_limit;
 use crate::transport::tls::{Files, Tls};
-use crate::{cache, control, gateway, observe, transport};
+use crate::{cache, control, gateway, observe, shadow, transport};
 
 /// Address space that a trial may have however small the container is.
 const PROBE_MEMORY_FLOOR: u64 = 1 << 30;
@@ -37,6 +37,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
                 .map(|bytes| usize::try_from(bytes / 4 * 3).unwrap_or(usize::MAX)),
             mb => Some(mb << 20),
         },
+        release: release_policy(from),
         system_shared_memory: from.flag("server.system_shared_memory"),
         observe: observe_settings(from),
         log_format: log_format(from),
@@ -112,6 +113,12 @@ fn gateway_settings(from: &mut Layers) -> gateway::Settings {
         watchdog: (!watchdog.is_zero()).then_some(watchdog),
         output_bytes_max: from.size("server.output_bytes_max"),
         cache,
+        shadow: shadow::Settings {
+            queue_max: from.size("shadow.queue_max"),
+            queue_bytes_max: from.size("shadow.queue_bytes_max"),
+            running_max: from.size("shadow.running_max"),
+            timeout: from.millis("shadow.timeout_ms"),
+        },
     }
 }
 
@@ -140,10 +147,22 @@ fn control_settings(from: &mut Layers) -> control::Settings {
         wall_max: from.millis("probe.wall_max_ms"),
     };
     settings.copies_max = from.size("repository.copies_max");
+    settings.versions_latest = from.size("repository.versions_latest");
+    settings.pin_digests = from.flag("repository.pin_digests");
+    settings.memory_max = memory_limit();
     settings.model_size_max = from.number("repository.model_size_max_mb") << 20;
     settings.model_name = model_name(from, "repository.model_name");
     settings.default_model = model_name(from, "models.default");
     settings
+}
+
+fn release_policy(from: &mut Layers) -> control::director::Policy {
+    let days = from.number("release.approval_age_max_days");
+    control::director::Policy {
+        reason_required: from.flag("release.reason_required"),
+        approvals_required: from.size("release.approvals_required"),
+        approval_age_max: Duration::from_secs(days * 24 * 3600),
+    }
 }
 
 /// A trial shares the memory of the gateway's container: what is more than there is would only end both.

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
@@ -18,6 +19,27 @@ const RACE_TRIES: usize = 16;
 /// An open folder; what is opened from it lies beneath it.
 pub(super) struct Folder {
     fd: OwnedFd,
+}
+
+/// What lies under a name, as far as can be told without opening it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Facts {
+    pub(super) kind: Kind,
+    pub(super) size: u64,
+    /// When the content was written, as whoever wrote it says.
+    pub(super) written: SystemTime,
+    /// When content, name or mode last changed: nobody can set this one back.
+    pub(super) changed: SystemTime,
+    pub(super) inode: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    File,
+    Folder,
+    /// A link to a folder beneath: what lies in it is seen where it lies.
+    FolderLink,
+    Special,
 }
 
 /// What may be refused about a file, besides its not being there.
@@ -66,6 +88,22 @@ impl Folder {
             FileType::RegularFile => Ok(File::from(fd)),
             other => Err(ConfineError::NotRegular { what: kind(other) }),
         }
+    }
+
+    /// What lies under a name; links are followed beneath this folder.
+    pub(super) fn facts(&self, name: &str) -> Result<Facts, ConfineError> {
+        let facts = facts(&rustix::fs::fstat(self.beneath(name, OFlags::PATH)?)?);
+        let own = rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let link = FileType::from_raw_mode(own.st_mode) == FileType::Symlink;
+        Ok(match facts.kind {
+            Kind::Folder if link => Facts { kind: Kind::FolderLink, ..facts },
+            _ => facts,
+        })
+    }
+
+    /// What this folder itself is.
+    pub(super) fn own_facts(&self) -> Result<Facts, ConfineError> {
+        Ok(facts(&rustix::fs::fstat(&self.fd)?))
     }
 
     /// As [`Folder::file`], and no other name may lead to the same content.
@@ -142,6 +180,26 @@ impl Folder {
     }
 }
 
+fn facts(stat: &rustix::fs::Stat) -> Facts {
+    Facts {
+        kind: match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => Kind::File,
+            FileType::Directory => Kind::Folder,
+            _ => Kind::Special,
+        },
+        size: u64::try_from(stat.st_size).unwrap_or(0),
+        written: time(stat.st_mtime, stat.st_mtime_nsec),
+        changed: time(stat.st_ctime, stat.st_ctime_nsec),
+        inode: stat.st_ino,
+    }
+}
+
+/// A time since 1970; before that there were no files.
+fn time(seconds: i64, nanos: impl TryInto<u32>) -> SystemTime {
+    let nanos = nanos.try_into().unwrap_or(0).min(999_999_999);
+    SystemTime::UNIX_EPOCH + Duration::new(u64::try_from(seconds).unwrap_or(0), nanos)
+}
+
 /// Only plain names: no root, no `..`, no `.`.
 pub(super) fn check_relative(relative: &str) -> Result<(), ConfineError> {
     let plain = Path::new(relative).components().all(|part| matches!(part, Component::Normal(_)));
@@ -193,6 +251,14 @@ mod tests {
         }
         assert!(matches!(folder.sole_file("linked"), Err(ConfineError::HardLinked)));
         assert!(matches!(folder.file("gone"), Err(ConfineError::Missing)));
+        let data = folder.facts("sub/data").unwrap();
+        assert_eq!((data.kind, data.size), (Kind::File, 1));
+        assert_eq!(folder.facts("near").unwrap(), data);
+        assert_eq!(folder.facts("sub").unwrap().kind, Kind::Folder);
+        assert_eq!(folder.facts("fifo").unwrap().kind, Kind::Special);
+        for bad in ["out", "etc", "gone", "..", "/etc"] {
+            assert!(folder.facts(bad).is_err(), "{bad}");
+        }
         assert!(folder.text("sub/data", 0).is_err());
         assert_eq!(folder.text("sub/data", 1).unwrap().as_deref(), Some("d"));
     }

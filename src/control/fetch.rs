@@ -20,14 +20,16 @@ use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 
 use super::confined::{ConfineError, Folder, check_relative};
+use super::signature::{SignatureError, Signed, TrustedKeys};
+use super::source::{SIGNATURE_FILE, SUMS_FILE};
 use super::sweep::touch;
-use crate::domain::Digest;
+use crate::domain::{Digest, ModelName, Version};
 
 /// Name of the model file in every copy.
 pub(super) const MODEL_FILE: &str = "model.onnx";
-/// List of digests that a version may bring.
-const SUMS_FILE: &str = "SHA256SUMS";
 const SUMS_SIZE_MAX: u64 = 1 << 20;
+/// A signature has four lines.
+const SIGNATURE_SIZE_MAX: u64 = 16 << 10;
 /// Most files of external data.
 const EXTERNAL_FILES_MAX: usize = 1024;
 const COPY_BUFFER: usize = 1 << 18;
@@ -50,6 +52,11 @@ pub enum FetchError {
     NotListed { name: String },
     #[error("SHA256SUMS line {line}: expected 64 hexadecimal digits, two blanks and a file name")]
     SumsSyntax { line: usize },
+    /// Keys are configured and the version does not show that one of them was used.
+    #[error("it is not signed: there is no {missing}, and repository.trusted_keys asks for it")]
+    Unsigned { missing: &'static str },
+    #[error("{SIGNATURE_FILE}: {0}")]
+    Signature(SignatureError),
     #[error("'{name}' changed while it was read")]
     Changed { name: String },
     /// The model file could not be read for the names of its external data.
@@ -77,6 +84,18 @@ pub(super) struct Fetched {
     pub(super) model: PathBuf,
     /// All files together.
     pub(super) size: u64,
+    /// Who signed it; `None` when nobody was asked for.
+    pub(super) signed: Option<Signed>,
+}
+
+/// What is to be fetched from a version's folder, and on which conditions.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    pub(super) model: &'a ModelName,
+    pub(super) version: Version,
+    pub(super) model_file: &'a str,
+    pub(super) size_max: u64,
+    pub(super) trusted: &'a TrustedKeys,
 }
 
 pub(super) struct Cache {
@@ -128,11 +147,11 @@ impl Cache {
     pub(super) fn fetch(
         &self,
         version: &Folder,
-        model_file: &str,
-        size_max: u64,
+        wanted: &Wanted<'_>,
         external: &dyn Fn(&Path) -> Result<BTreeSet<String>, String>,
     ) -> Result<Fetched, FetchError> {
-        let sums = Sums::read(version)?;
+        let (model_file, size_max) = (wanted.model_file, wanted.size_max);
+        let sums = Sums::read(version, wanted)?;
         let refused = |source: ConfineError| FetchError::Refused {
             name: model_file.to_owned(),
             source: source.into(),
@@ -153,7 +172,32 @@ impl Cache {
             left -= source.size;
             sources.push(source);
         }
-        self.keep(sources, &staging)
+        let signed = sums.signed;
+        Ok(Fetched { signed, ..self.keep(sources, &staging)? })
+    }
+
+    /// The copy with this digest, if it is there and still holds what it is named by.
+    pub(super) fn recall(&self, digest: &Digest) -> Result<Option<Fetched>, FetchError> {
+        let home = self.root.join("models").join(digest.hex());
+        if !home.join(MODEL_FILE).exists() {
+            return Ok(None);
+        }
+        let mut names = files_beneath(&home)?;
+        // As they were listed when the digest was made: the model first, then the others by name.
+        names.retain(|name| name != MODEL_FILE);
+        names.sort();
+        names.insert(0, MODEL_FILE.to_owned());
+        let open = |name: String| Source::open(name.clone(), File::open(home.join(&name))?, u64::MAX);
+        let sources: Vec<Source> = names.into_iter().map(open).collect::<Result<_, _>>()?;
+        if digest_of(&sources) != *digest.as_bytes() {
+            return Ok(None);
+        }
+        let mut verified = self.verified.lock();
+        verified.insert(*digest.as_bytes());
+        touch(&home);
+        let size = sources.iter().map(|source| source.size).sum();
+        let model = home.join(MODEL_FILE);
+        Ok(Some(Fetched { digest: *digest, model, size, signed: None }))
     }
 
     fn external_names(
@@ -187,7 +231,12 @@ impl Cache {
         let digest = digest_of(&sources);
         let size = sources.iter().map(|source| source.size).sum();
         let home = self.root.join("models").join(hex(&digest));
-        let done = Fetched { digest: Digest::new(digest), model: home.join(MODEL_FILE), size };
+        let done = Fetched {
+            digest: Digest::new(digest),
+            model: home.join(MODEL_FILE),
+            size,
+            signed: None,
+        };
         let mut verified = self.verified.lock();
         if verified.contains(&digest) && home.exists() {
             touch(&home);
@@ -323,30 +372,23 @@ fn normal(location: &str) -> Result<String, FetchError> {
 }
 
 /// What `SHA256SUMS` says; nothing when there is none.
-struct Sums(Option<BTreeMap<String, String>>);
+struct Sums {
+    sums: Option<BTreeMap<String, String>>,
+    signed: Option<Signed>,
+}
 
 impl Sums {
-    fn read(version: &Folder) -> Result<Self, FetchError> {
-        let Some(text) = version.text(SUMS_FILE, SUMS_SIZE_MAX)? else { return Ok(Self(None)) };
-        let mut sums = BTreeMap::new();
-        for (at, line) in text.lines().enumerate() {
-            if line.trim().is_empty() || line.starts_with('#') {
-                continue;
-            }
-            let syntax = || FetchError::SumsSyntax { line: at + 1 };
-            let (sum, name) = line.split_once(' ').ok_or_else(syntax)?;
-            let name = name.strip_prefix([' ', '*']).unwrap_or(name);
-            if sum.len() != 64 || !sum.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-                return Err(syntax());
-            }
-            let name = name.strip_prefix("./").unwrap_or(name);
-            sums.insert(name.to_owned(), sum.to_ascii_lowercase());
-        }
-        Ok(Self(Some(sums)))
+    fn read(version: &Folder, wanted: &Wanted<'_>) -> Result<Self, FetchError> {
+        let text = version.text(SUMS_FILE, SUMS_SIZE_MAX)?;
+        let signed = match wanted.trusted.is_empty() {
+            true => None,
+            false => Some(signed(version, text.as_deref(), wanted)?),
+        };
+        Ok(Self { sums: text.as_deref().map(parse_sums).transpose()?, signed })
     }
 
     fn check(&self, name: &str, sha256: &[u8; 32]) -> Result<(), FetchError> {
-        let Some(sums) = &self.0 else { return Ok(()) };
+        let Some(sums) = &self.sums else { return Ok(()) };
         let expected =
             sums.get(name).ok_or_else(|| FetchError::NotListed { name: name.to_owned() })?;
         let got = hex(sha256);
@@ -356,6 +398,34 @@ impl Sums {
         }
         Ok(())
     }
+}
+
+/// Who signed the list of digests; an error unless it is one of the trusted keys.
+fn signed(version: &Folder, sums: Option<&str>, wanted: &Wanted<'_>) -> Result<Signed, FetchError> {
+    let sums = sums.ok_or(FetchError::Unsigned { missing: SUMS_FILE })?;
+    let signature = version.text(SIGNATURE_FILE, SIGNATURE_SIZE_MAX)?;
+    let signature = signature.ok_or(FetchError::Unsigned { missing: SIGNATURE_FILE })?;
+    let verified = wanted.trusted.verify(sums.as_bytes(), &signature, wanted.model, wanted.version);
+    verified.map_err(FetchError::Signature)
+}
+
+/// Digests by file name, from what `sha256sum` prints.
+pub(super) fn parse_sums(text: &str) -> Result<BTreeMap<String, String>, FetchError> {
+    let mut sums = BTreeMap::new();
+    for (at, line) in text.lines().enumerate() {
+        if line.trim().is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let syntax = || FetchError::SumsSyntax { line: at + 1 };
+        let (sum, name) = line.split_once(' ').ok_or_else(syntax)?;
+        let name = name.strip_prefix([' ', '*']).unwrap_or(name);
+        if sum.len() != 64 || !sum.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(syntax());
+        }
+        let name = name.strip_prefix("./").unwrap_or(name);
+        sums.insert(name.to_owned(), sum.to_ascii_lowercase());
+    }
+    Ok(sums)
 }
 
 /// A folder that goes when this does, unless it was renamed away.
@@ -403,7 +473,25 @@ pub(super) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     fs::rename(aside, path)
 }
 
-fn sync_folder(path: &Path) -> io::Result<()> {
+/// Paths of all files in a folder of ours, relative to it.
+fn files_beneath(root: &Path) -> io::Result<Vec<String>> {
+    let (mut folders, mut files) = (vec![root.to_owned()], Vec::new());
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if let Ok(relative) = path.strip_prefix(root)
+                && let Some(name) = relative.to_str()
+            {
+                files.push(name.to_owned());
+            }
+        }
+    }
+    Ok(files)
+}
+
+pub(super) fn sync_folder(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
@@ -419,9 +507,25 @@ mod tests {
     use super::*;
 
     fn fetch(cache: &Cache, version: &Path, external: &[&str]) -> Result<Fetched, FetchError> {
+        fetch_signed(cache, version, external, &TrustedKeys::default())
+    }
+
+    fn fetch_signed(
+        cache: &Cache,
+        version: &Path,
+        external: &[&str],
+        trusted: &TrustedKeys,
+    ) -> Result<Fetched, FetchError> {
         let names: BTreeSet<String> = external.iter().map(|name| (*name).to_owned()).collect();
         let folder = Folder::open(version).unwrap();
-        cache.fetch(&folder, MODEL_FILE, 1000, &|_| Ok(names.clone()))
+        let wanted = Wanted {
+            model: &"m".parse().unwrap(),
+            version: Version::new(1).unwrap(),
+            model_file: MODEL_FILE,
+            size_max: 1000,
+            trusted,
+        };
+        cache.fetch(&folder, &wanted, &|_| Ok(names.clone()))
     }
 
     #[test]

@@ -92,7 +92,7 @@ pub fn validate(preparer: &Preparer) -> io::Result<Vec<Verdict>> {
             Err(reason) => verdicts.push(Verdict { model, version: None, result: Err(reason) }),
             Ok((manifest, versions)) => {
                 verdicts.extend(versions.into_iter().map(|version| {
-                    let checked = preparer.check(&repository, &model, version, &manifest);
+                    let checked = preparer.check(&repository, &model, version, &manifest, &|_| {});
                     let result = checked.map_err(|error| error.to_string());
                     Verdict { model: model.clone(), version: Some(version), result }
                 }));

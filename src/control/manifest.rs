@@ -19,7 +19,7 @@ mod toml_file;
 const FILE_SIZE_MAX: u64 = 4 << 20;
 
 const PBTXT: &str = "config.pbtxt";
-const TOML: &str = "tidegate.toml";
+pub(super) const TOML: &str = "tidegate.toml";
 /// The files that may configure a model.
 pub(super) const FILES: [&str; 2] = [PBTXT, TOML];
 

@@ -87,7 +87,7 @@ pub(super) struct TrialJob {
 }
 
 /// What a passed trial tells.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Report {
     pub(super) engine: String,
     /// `batched` is as it was found, not as the graph suggests.

@@ -1,41 +1,153 @@
-//! The repository's state and the only writer of the route table.
+//! The versions of every model: found, loaded, kept, retired.
+//!
+//! ```text
+//! source ──Listing──▶ reconcile ─┐
+//! admin, data plane ──load/unload┴─▶ loader threads: fetch ▶ probe ▶ load ▶ warm ▶ Overseer ▶ Switchboard
+//! ```
 //!
 //! Invariants:
-//! - The table changes under one lock; each change is a whole new table.
 //! - One load or unload of a model at a time; different models go in parallel.
 //! - Slow work happens on threads of its own, never on the runtime that serves requests, and is
 //!   finished even when the caller goes away.
+//! - A version is remembered, durably, before it can take traffic; what serves is never disturbed by
+//!   what a source says or fails to say.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::path::{Component, Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Semaphore, oneshot};
 
-use super::manifest::Manifest;
-use super::scan::{self, Repository};
-use super::version::{PrepareError, Preparer, open_model};
-use super::{Settings, manifest_of};
+use super::Settings;
+use super::call::{Call, Check, Refusal};
+use super::lineage::Lineage;
+use super::probe::Report;
+use super::scan::Repository;
+use super::source::{Listing, Source};
+use super::switchboard::Switchboard;
+use super::version::Preparer;
+use super::view::Life;
 use crate::domain::{
-    ErrorKind, Failure, IndexEntry, ModelControl, ModelFile, ModelName, Version, VersionState,
+    Digest, ErrorKind, Failure, IndexEntry, Label, ModelControl, ModelFile, ModelName,
+    ModelSettings, Version,
 };
 use crate::engine::{Engines, release_memory};
 use crate::observe::Observer;
-use crate::route::{Published, RouteTable, Served};
 
-/// How often a retired version is looked at.
-const DRAIN_POLL: Duration = Duration::from_millis(5);
-/// After this long, a version without requests is let go even if its `Arc` is still held.
-const DRAIN_HELD_MAX: Duration = Duration::from_secs(1);
+mod life;
+mod load;
+mod place;
+mod retire;
+
+pub use life::Record;
+
+use life::Known;
+use load::Accept;
+
+/// Looks at the source at the start, while versions are still being written.
+const START_LOOKS_MAX: usize = 3;
+/// Longest wait between two of them.
+const START_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(3);
 
 type Done<'a> = Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>>;
 
-/// Loads, reloads and retires the models of one repository.
+/// What the gateway remembers of a version, so that it can serve it again without its source.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Remembered {
+    pub digest: Digest,
+    pub settings: ModelSettings,
+    pub(super) report: Report,
+    pub lineage: Lineage,
+    pub checks: Vec<Check>,
+    /// Where it came from.
+    pub source: String,
+    /// Who brought it: nobody may approve his own.
+    pub submitter: Option<String>,
+    /// Loaded at the next start, too.
+    pub wanted: bool,
+}
+
+/// Who decides over versions and remembers them: asked before, told after.
+pub trait Overseer: Send + Sync {
+    /// What is remembered of a version, its digest among it.
+    fn remembered(&self, model: &ModelName, version: Version) -> Option<Remembered>;
+
+    /// Digests of what is loaded again at the next start.
+    fn wanted(&self) -> Vec<Digest>;
+
+    /// Whether a loaded version may take traffic; else it is held.
+    fn may_serve(&self, model: &ModelName, version: Version, digest: Digest) -> bool;
+
+    /// Versions that stay loaded whatever the retention says.
+    fn named(&self, model: &ModelName) -> BTreeSet<Version>;
+
+    /// Remembers a version before it is put in service.
+    ///
+    /// # Errors
+    /// When it cannot be made durable: then it is not put in service.
+    fn remember(
+        &self,
+        model: &ModelName,
+        version: Version,
+        what: &Remembered,
+        by: &Call,
+    ) -> Result<(), Refusal>;
+
+    /// A version entered a state that others should know of.
+    fn entered(&self, model: &ModelName, version: Version, state: Life, reason: &str, by: &Call);
+
+    /// What the source calls its versions.
+    fn aliases(&self, model: &ModelName, aliases: &BTreeMap<Label, Version>, by: &Call);
+}
+
+/// Nobody decides and nobody remembers: every version that loads serves.
+struct Nobody;
+
+impl Overseer for Nobody {
+    fn remembered(&self, _model: &ModelName, _version: Version) -> Option<Remembered> {
+        None
+    }
+
+    fn wanted(&self) -> Vec<Digest> {
+        Vec::new()
+    }
+
+    fn may_serve(&self, _model: &ModelName, _version: Version, _digest: Digest) -> bool {
+        true
+    }
+
+    fn named(&self, _model: &ModelName) -> BTreeSet<Version> {
+        BTreeSet::new()
+    }
+
+    fn remember(
+        &self,
+        _model: &ModelName,
+        _version: Version,
+        _what: &Remembered,
+        _by: &Call,
+    ) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn entered(
+        &self,
+        _model: &ModelName,
+        _version: Version,
+        _state: Life,
+        _reason: &str,
+        _by: &Call,
+    ) {
+    }
+
+    fn aliases(&self, _model: &ModelName, _aliases: &BTreeMap<Label, Version>, _by: &Call) {}
+}
+
+/// Loads, reloads and retires versions.
 pub struct Registry {
     shared: Arc<Shared>,
     /// Loads at one time.
@@ -44,25 +156,17 @@ pub struct Registry {
 
 struct Shared {
     preparer: Preparer,
-    table: Arc<Published<RouteTable>>,
+    source: Arc<dyn Source>,
+    board: Arc<Switchboard>,
     observer: Arc<Observer>,
-    /// Held while the table is changed.
-    writer: Mutex<()>,
+    overseer: OnceLock<Arc<dyn Overseer>>,
     /// Guards the copies of models: read by each load, written by a sweep.
     loading: RwLock<()>,
     /// Every model of the repository was looked at: until then, what does not serve may do so soon.
     settled: AtomicBool,
     models: Mutex<BTreeMap<ModelName, Known>>,
-}
-
-/// What is known of one model.
-#[derive(Default)]
-struct Known {
-    versions: BTreeMap<Version, (VersionState, String)>,
-    /// Why it has no versions.
-    problem: String,
-    /// Held during a load or unload.
-    busy: Arc<Mutex<()>>,
+    /// What sources do asynchronously is waited for on loader threads.
+    runtime: tokio::runtime::Handle,
 }
 
 /// What a load call brought along.
@@ -75,59 +179,78 @@ impl Registry {
     pub fn new(
         settings: Settings,
         engines: Arc<Engines>,
-        table: Arc<Published<RouteTable>>,
+        source: Arc<dyn Source>,
+        board: Arc<Switchboard>,
         observer: Arc<Observer>,
     ) -> Arc<Self> {
         let slots = Arc::new(Semaphore::new(settings.threads.max(1)));
         let shared = Shared {
             preparer: Preparer::new(settings, engines),
-            table,
+            source,
+            board,
             observer,
-            writer: Mutex::default(),
+            overseer: OnceLock::new(),
             loading: RwLock::default(),
             settled: AtomicBool::new(false),
             models: Mutex::default(),
+            runtime: tokio::runtime::Handle::current(),
         };
         Arc::new(Self { shared: Arc::new(shared), slots })
     }
 
-    /// Loads every model of the repository, several at a time; each takes traffic as soon as it
-    /// is ready. Broken ones are reported and skipped.
+    /// Says who decides. Later calls have no effect; without one, every version serves.
+    pub(super) fn set_overseer(&self, overseer: Arc<dyn Overseer>) {
+        drop(self.shared.overseer.set(overseer));
+    }
+
+    pub fn source(&self) -> &Arc<dyn Source> {
+        &self.shared.source
+    }
+
+    /// Loads every model of the source, several at a time; each takes traffic as soon as it is
+    /// ready. Broken ones are reported and skipped.
     ///
     /// # Errors
-    /// When the repository itself cannot be read.
+    /// When the source itself cannot be read.
     pub async fn load_all(&self) -> std::io::Result<()> {
-        let repository = Repository::new(self.shared.preparer.settings());
-        let models = match repository.models() {
-            Ok(models) => models,
-            Err(error) => {
-                let repository = repository.root().display();
-                tracing::error!(%repository, %error, "the model repository cannot be read");
-                return Err(error);
+        let source = Arc::clone(&self.shared.source);
+        let call = Call::own("start", "found in the repository");
+        for look in 0..START_LOOKS_MAX {
+            let listing = source.list().await.map_err(|error| {
+                let source = source.describe();
+                tracing::error!(source, %error, "the model repository cannot be read");
+                std::io::Error::other(error.to_string())
+            })?;
+            self.reconcile(&listing, &call).await;
+            match listing.recheck.filter(|_| look + 1 < START_LOOKS_MAX) {
+                // What was written just now is as good as there.
+                Some(soon) => tokio::time::sleep(soon.min(START_WAIT_MAX)).await,
+                None => break,
             }
-        };
-        for model in &models {
-            self.shared.models.lock().entry(model.clone()).or_default();
         }
-        let loads: Vec<_> = models
-            .into_iter()
-            .map(|model| {
-                let (shared, slots) = (Arc::clone(&self.shared), Arc::clone(&self.slots));
-                tokio::spawn(async move {
-                    let none = Override { config: None, files: Vec::new() };
-                    let name = model.clone();
-                    let work = move || shared.load(&model, &none);
-                    if let Err(failure) = on_loader(Some(slots), work).await {
-                        tracing::error!(model = %name, reason = failure.message, "model not loaded");
+        self.settle().await;
+        Ok(())
+    }
+
+    /// Puts versions that are remembered back in service, from the copies that are here, without the
+    /// source.
+    pub async fn restore(&self, remembered: Vec<(ModelName, Vec<Version>)>) {
+        let work = remembered.into_iter().map(|(model, versions)| {
+            move |shared: Arc<Shared>| {
+                for version in versions.into_iter().rev() {
+                    if let Err(error) = shared.restore(&model, version) {
+                        let reason = error.message;
+                        tracing::warn!(%model, %version, reason, "version not restored");
                     }
-                })
-            })
-            .collect();
-        for load in loads {
-            if let Err(error) = load.await {
-                tracing::error!(%error, "a load ended without a result");
+                }
+                Ok(())
             }
-        }
+        });
+        self.each(work.collect()).await;
+    }
+
+    /// Everything that was to be looked at was: copies that nobody needs may go.
+    pub async fn settle(&self) {
         release_memory();
         self.shared.settled.store(true, Ordering::Release);
         let shared = Arc::clone(&self.shared);
@@ -138,7 +261,100 @@ impl Registry {
         if let Err(failure) = tidied.await {
             tracing::warn!(reason = failure.message, "the state folder was not tidied");
         }
-        Ok(())
+    }
+
+    /// Loads what the source has and we want, and retires what nobody wants any more. Failures are
+    /// reported and change nothing for the other versions.
+    pub async fn reconcile(&self, listing: &Listing, call: &Call) {
+        let work = listing.models.iter().map(|(model, listed)| {
+            let (model, listed, call) = (model.clone(), listed.clone(), call.clone());
+            move |shared: Arc<Shared>| {
+                if let Err(failure) = shared.reconcile(&model, &listed, &call) {
+                    tracing::error!(%model, reason = failure.message, "model not loaded");
+                }
+                Ok(())
+            }
+        });
+        self.each(work.collect()).await;
+        let known: Vec<ModelName> = self.shared.models.lock().keys().cloned().collect();
+        for model in known.iter().filter(|model| !listing.models.contains_key(*model)) {
+            self.shared.missing(model);
+        }
+    }
+
+    /// Runs every piece of work on a loader thread, several at a time.
+    async fn each<W>(&self, work: Vec<W>)
+    where
+        W: FnOnce(Arc<Shared>) -> Result<(), Failure> + Send + 'static,
+    {
+        let loads: Vec<_> = work
+            .into_iter()
+            .map(|work| {
+                let (shared, slots) = (Arc::clone(&self.shared), Arc::clone(&self.slots));
+                tokio::spawn(on_loader(Some(slots), move || work(shared)))
+            })
+            .collect();
+        for load in loads {
+            match load.await {
+                Ok(Ok(())) => {}
+                Ok(Err(failure)) => tracing::error!(reason = failure.message, "a load failed"),
+                Err(error) => tracing::error!(%error, "a load ended without a result"),
+            }
+        }
+    }
+
+    /// Loads one version, whatever the retention says. `accept` names the digest that is taken
+    /// although another was seen under this number before.
+    ///
+    /// # Errors
+    /// When it is not there, is refused, or does not load.
+    pub async fn load_version(
+        &self,
+        model: &ModelName,
+        version: Version,
+        accept: Option<Digest>,
+        call: &Call,
+    ) -> Result<(), Failure> {
+        let (shared, model, call) = (Arc::clone(&self.shared), model.clone(), call.clone());
+        let accept = accept.map_or(Accept::Pinned, Accept::Digest);
+        let work = move || shared.load_one(&model, version, accept, &call);
+        on_loader(Some(Arc::clone(&self.slots)), work).await
+    }
+
+    /// Takes one version out of service; returns when its requests have drained.
+    ///
+    /// # Errors
+    /// `NotFound` for a version that is not loaded.
+    pub async fn unload_version(
+        &self,
+        model: &ModelName,
+        version: Version,
+        call: &Call,
+    ) -> Result<(), Failure> {
+        let (shared, model, call) = (Arc::clone(&self.shared), model.clone(), call.clone());
+        on_loader(None, move || shared.unload_versions(&model, &[version], &call)).await
+    }
+
+    /// Every model's versions, and why a model has none.
+    pub fn records(&self) -> BTreeMap<ModelName, (BTreeMap<Version, Record>, String)> {
+        let models = self.shared.models.lock();
+        let copy = |known: &Known| (known.versions.clone(), known.problem.clone());
+        models.iter().map(|(model, known)| (model.clone(), copy(known))).collect()
+    }
+
+    pub fn record(&self, model: &ModelName, version: Version) -> Option<Record> {
+        self.shared.models.lock().get(model)?.versions.get(&version).cloned()
+    }
+
+    pub fn knows(&self, model: &ModelName) -> bool {
+        self.shared.models.lock().contains_key(model)
+    }
+
+    /// A held version may take traffic from now on, or not any more.
+    pub(super) fn set_held(&self, model: &ModelName, version: Version, held: bool, reason: &str) {
+        self.shared.board.set_held(model, version, held);
+        let state = if held { Life::Held } else { Life::Ready };
+        self.shared.enter_if(model, version, state, reason, Record::serves);
     }
 }
 
@@ -168,23 +384,7 @@ async fn on_loader(
 
 impl ModelControl for Registry {
     fn index(&self) -> Vec<IndexEntry> {
-        let models = self.shared.models.lock();
-        let entries = models.iter().flat_map(|(model, known)| {
-            let versions = known.versions.iter().map(|(version, (state, reason))| IndexEntry {
-                model: model.clone(),
-                version: Some(*version),
-                state: *state,
-                reason: reason.clone(),
-            });
-            let alone = known.versions.is_empty().then(|| IndexEntry {
-                model: model.clone(),
-                version: None,
-                state: VersionState::Unavailable,
-                reason: known.problem.clone(),
-            });
-            versions.chain(alone).collect::<Vec<_>>()
-        });
-        entries.collect()
+        life::index(&self.shared.models.lock())
     }
 
     fn load<'a>(
@@ -198,85 +398,33 @@ impl ModelControl for Registry {
                 return Err(Failure::invalid("files can be given only together with a config"));
             }
             let brought = Override { config: config.map(str::to_owned), files };
+            let call = Call::own("data-plane", "a client's load call");
             let (shared, model) = (Arc::clone(&self.shared), model.clone());
-            let work = move || shared.load(&model, &brought);
+            let work = move || shared.load(&model, &brought, &call);
             on_loader(Some(Arc::clone(&self.slots)), work).await
         })
     }
 
     fn unload<'a>(&'a self, model: &'a ModelName) -> Done<'a> {
         Box::pin(async move {
+            let call = Call::own("data-plane", "a client's unload call");
             let (shared, model) = (Arc::clone(&self.shared), model.clone());
-            on_loader(None, move || shared.unload(&model)).await
+            on_loader(None, move || shared.unload(&model, &call)).await
         })
     }
 }
 
 impl Shared {
+    fn overseer(&self) -> &dyn Overseer {
+        self.overseer.get().map_or(&Nobody, |overseer| &**overseer)
+    }
+
     fn busy(&self, model: &ModelName) -> Arc<Mutex<()>> {
         Arc::clone(&self.models.lock().entry(model.clone()).or_default().busy)
     }
 
-    fn load(&self, model: &ModelName, brought: &Override) -> Result<(), Failure> {
-        let busy = self.busy(model);
-        let _one = busy.lock();
-        let loading = self.loading.read();
-        let loaded = self.load_locked(model, brought);
-        drop(loading);
-        self.sweep();
-        if let Err(failure) = &loaded {
-            let mut models = self.models.lock();
-            let known = models.entry(model.clone()).or_default();
-            known.problem.clone_from(&failure.message);
-            // A name that was only asked for is not part of the repository.
-            if failure.kind == ErrorKind::NotFound && known.versions.is_empty() {
-                models.remove(model);
-            }
-        }
-        loaded.map_err(|failure| {
-            let message = format!("failed to load '{model}': {}", failure.message);
-            Failure { message, ..failure }
-        })
-    }
-
-    fn load_locked(&self, model: &ModelName, brought: &Override) -> Result<(), Failure> {
-        let staging;
-        let repository = if brought.files.is_empty() {
-            Repository::new(self.preparer.settings())
-        } else {
-            staging = self.preparer.staging().map_err(|error| refused(&error))?;
-            place(&staging.path().join(model.as_str()), &brought.files)?;
-            Repository::of_models(staging.path())
-        };
-        let folder = open_model(&repository, model).map_err(|error| match error {
-            PrepareError::Folder { what: "model's folder", .. } => {
-                Failure::not_found("it is not in the repository")
-            }
-            other => refused(&other),
-        })?;
-        let manifest = manifest_of(&repository, model, brought.config.as_deref())?;
-        let there = repository
-            .versions(&folder)
-            .map_err(|error| Failure::invalid(format!("its folder cannot be read: {error}")))?;
-        let chosen = scan::chosen(&there, manifest.settings.versions.as_ref());
-        if chosen.is_empty() {
-            return Err(Failure::invalid("it has no version: no folder is named by a number"));
-        }
-        self.announce(model, &chosen);
-        let mut latest = Ok(());
-        // The highest first: it is what most callers get.
-        for (at, version) in chosen.iter().rev().enumerate() {
-            let done = self.load_version(&repository, model, *version, &manifest);
-            if at == 0 {
-                latest = done;
-            }
-        }
-        // A refused load takes nothing out of service: a broken new version must not end the old.
-        if latest.is_ok() {
-            self.retire_others(model, &chosen);
-        }
-        release_memory();
-        latest
+    fn repository(&self) -> Repository {
+        Repository::new(self.preparer.settings())
     }
 
     /// Tidies the state folder, unless something loads: then that load will.
@@ -285,229 +433,50 @@ impl Shared {
             return;
         }
         let Some(_nothing_loads) = self.loading.try_write() else { return };
-        let table = self.table.snapshot();
-        let versions = table.models.values().flat_map(|routes| routes.versions.values());
-        self.preparer.sweep(&versions.map(|served| served.digest).collect());
+        let mut kept: std::collections::HashSet<Digest> =
+            self.board.everything().iter().map(|served| served.digest).collect();
+        // What is remembered is served again after a restart, source or none.
+        kept.extend(self.overseer().wanted());
+        self.preparer.sweep(&kept);
     }
 
-    /// Shows the chosen versions as loading, unless they serve, and forgets failed ones that are
-    /// no longer chosen.
-    fn announce(&self, model: &ModelName, chosen: &[Version]) {
-        let mut models = self.models.lock();
-        let known = models.entry(model.clone()).or_default();
-        known.problem.clear();
-        known.versions.retain(|version, (state, _)| {
-            *state == VersionState::Ready || chosen.contains(version)
-        });
-        for version in chosen {
-            let entry = known
-                .versions
-                .entry(*version)
-                .or_insert_with(|| (VersionState::Loading, String::new()));
-            if entry.0 != VersionState::Ready {
-                *entry = (VersionState::Loading, String::new());
-            }
-        }
-    }
-
-    fn mark(&self, model: &ModelName, version: Version, state: VersionState, reason: &str) {
-        let mut models = self.models.lock();
-        let known = models.entry(model.clone()).or_default();
-        known.versions.insert(version, (state, reason.to_owned()));
-    }
-
-    fn load_version(
+    fn with_record<T>(
         &self,
-        repository: &Repository,
         model: &ModelName,
         version: Version,
-        manifest: &Manifest,
-    ) -> Result<(), Failure> {
-        let started = Instant::now();
-        let before = self.served(model, version);
-        match self.prepare(repository, model, version, manifest, before.as_ref()) {
-            Ok(None) => {
-                self.mark(model, version, VersionState::Ready, "");
-                Ok(())
-            }
-            Ok(Some(served)) => {
-                let (engine, digest) = (served.engine, served.digest);
-                let batched = served.signature.batched;
-                let took = started.elapsed();
-                served.stats.loaded_in(took);
-                served.stats.set_gauges(Box::new(served.lane.gauges()));
-                self.publish(|table| {
-                    let routes = table.models.entry(model.clone()).or_default();
-                    routes.versions.insert(version, Arc::new(served));
-                });
-                self.mark(model, version, VersionState::Ready, "");
-                tracing::info!(%model, %version, engine, %digest, batched, ?took, "version ready");
-                if let Some(before) = before {
-                    self.retire_aside(before);
-                }
-                Ok(())
-            }
-            Err(error) => {
-                let reason = error.to_string();
-                tracing::error!(%model, %version, reason, "version not loaded");
-                self.observer.load_failed();
-                match before {
-                    Some(_) => {
-                        let note = format!("still the one loaded before: {reason}");
-                        self.mark(model, version, VersionState::Ready, &note);
-                    }
-                    None => self.mark(model, version, VersionState::Unavailable, &reason),
-                }
-                Err(Failure::invalid(format!("version {version}: {reason}")))
-            }
-        }
+        change: impl FnOnce(&mut Record) -> T,
+    ) -> T {
+        let mut models = self.models.lock();
+        let known = models.entry(model.clone()).or_default();
+        change(known.versions.entry(version).or_insert_with(Record::new))
     }
 
-    /// The version, ready to serve; `None` when the one that serves is the same.
-    fn prepare(
+    fn enter(&self, model: &ModelName, version: Version, state: Life, reason: &str) {
+        self.with_record(model, version, |record| record.enter(state, reason));
+    }
+
+    /// Why a version could not even be read.
+    fn enter_unless_serving(&self, model: &ModelName, version: Version, reason: &str) {
+        self.with_record(model, version, |record| {
+            if !record.serves() {
+                record.enter(Life::Failed, reason);
+            }
+        });
+    }
+
+    fn enter_if(
         &self,
-        repository: &Repository,
         model: &ModelName,
         version: Version,
-        manifest: &Manifest,
-        before: Option<&Arc<Served>>,
-    ) -> Result<Option<Served>, PrepareError> {
-        let checked = self.preparer.check(repository, model, version, manifest)?;
-        let settings = &manifest.settings;
-        let same =
-            |before: &Arc<Served>| before.digest == checked.digest && before.settings == *settings;
-        if before.is_some_and(same) {
-            return Ok(None);
-        }
-        self.preparer.load(model, version, &checked, settings, &self.observer).map(Some)
-    }
-
-    fn served(&self, model: &ModelName, version: Version) -> Option<Arc<Served>> {
-        let table = self.table.snapshot();
-        table.models.get(model)?.versions.get(&version).cloned()
-    }
-
-    /// Changes the table: the one place that does.
-    fn publish(&self, change: impl FnOnce(&mut RouteTable)) {
-        let _writer = self.writer.lock();
-        let mut next = RouteTable::clone(&self.table.snapshot());
-        change(&mut next);
-        next.models.retain(|_, routes| !routes.versions.is_empty());
-        let mut names = next.models.keys();
-        let only = names.next().filter(|_| next.models.len() == 1).cloned();
-        next.default_model = self.preparer.settings().default_model.clone().or(only);
-        next.revision += 1;
-        self.table.publish(next);
-    }
-
-    /// Takes the versions out of service that are not chosen any more.
-    fn retire_others(&self, model: &ModelName, chosen: &[Version]) {
-        let table = self.table.snapshot();
-        let Some(routes) = table.models.get(model) else { return };
-        let gone = routes.versions.iter().filter(|(version, _)| !chosen.contains(version));
-        let gone: Vec<Arc<Served>> = gone.map(|(_, served)| Arc::clone(served)).collect();
-        drop(table);
-        for served in gone {
-            let version = served.version;
-            self.remove(model, &[version]);
-            if let Some(known) = self.models.lock().get_mut(model) {
-                known.versions.remove(&version);
-            }
-            self.retire_aside(served);
+        state: Life,
+        reason: &str,
+        when: impl FnOnce(&Record) -> bool,
+    ) {
+        let mut models = self.models.lock();
+        let record =
+            models.get_mut(model).and_then(|known| known.versions.get_mut(&version));
+        if let Some(record) = record.filter(|record| when(record)) {
+            record.enter(state, reason);
         }
     }
-
-    fn remove(&self, model: &ModelName, versions: &[Version]) {
-        self.publish(|table| {
-            if let Some(routes) = table.models.get_mut(model) {
-                routes.versions.retain(|version, _| !versions.contains(version));
-                routes.labels.retain(|_, version| !versions.contains(version));
-            }
-        });
-    }
-
-    /// Lets a version go once its requests are done, without keeping anyone waiting.
-    fn retire_aside(&self, served: Arc<Served>) {
-        let longest = self.preparer.settings().drain_max;
-        let thread = std::thread::Builder::new().name("retire".to_owned()).spawn(move || {
-            drain(served, longest);
-            release_memory();
-        });
-        if let Err(error) = thread {
-            tracing::warn!(%error, "no thread to retire a version on");
-        }
-    }
-
-    fn unload(&self, model: &ModelName) -> Result<(), Failure> {
-        if !self.models.lock().contains_key(model) {
-            let message = format!("failed to unload '{model}': it is not in the repository");
-            return Err(Failure::not_found(message));
-        }
-        let busy = self.busy(model);
-        let _one = busy.lock();
-        let table = self.table.snapshot();
-        let routes = table.models.get(model);
-        let gone: Vec<Arc<Served>> =
-            routes.map(|routes| routes.versions.values().cloned().collect()).unwrap_or_default();
-        drop(table);
-        let versions: Vec<Version> = gone.iter().map(|served| served.version).collect();
-        for version in &versions {
-            self.mark(model, *version, VersionState::Unloading, "");
-        }
-        self.remove(model, &versions);
-        let longest = self.preparer.settings().drain_max;
-        for served in gone {
-            let version = served.version;
-            drain(served, longest);
-            self.mark(model, version, VersionState::Unavailable, "unloaded");
-        }
-        release_memory();
-        self.sweep();
-        tracing::info!(%model, "model unloaded");
-        Ok(())
-    }
-}
-
-/// Waits until nobody uses the version, then drops it.
-fn drain(served: Arc<Served>, longest: Duration) {
-    let started = Instant::now();
-    loop {
-        let waited = started.elapsed();
-        let held = Arc::strong_count(&served) > 1 && waited < DRAIN_HELD_MAX;
-        if served.lane.in_flight() == 0 && !held {
-            return;
-        }
-        if waited >= longest {
-            let (model, version) = (&served.model, served.version);
-            let requests = served.lane.in_flight();
-            tracing::warn!(%model, %version, requests, "version retired with requests left");
-            return;
-        }
-        std::thread::sleep(DRAIN_POLL);
-    }
-}
-
-fn refused(error: &PrepareError) -> Failure {
-    Failure::invalid(error.to_string())
-}
-
-/// Writes the files of a load call into a private folder.
-fn place(folder: &Path, files: &[ModelFile]) -> Result<(), Failure> {
-    for file in files {
-        let path = Path::new(&file.path);
-        let plain = path.components().all(|part| matches!(part, Component::Normal(_)));
-        if !plain || file.path.is_empty() || file.path.contains('\0') {
-            let path = &file.path;
-            let message = format!("file '{path}' must be a path inside the model's folder");
-            return Err(Failure::invalid(message));
-        }
-        let to: PathBuf = folder.join(path);
-        let made = to.parent().map_or(Ok(()), super::fetch::make_folder);
-        made.and_then(|()| std::fs::write(&to, &file.content)).map_err(|error| {
-            tracing::error!(file = file.path, %error, "file of a load call not written");
-            let message = format!("file '{}' could not be stored", file.path);
-            Failure::new(ErrorKind::Internal, message)
-        })?;
-    }
-    Ok(())
 }

@@ -43,8 +43,17 @@ impl Repository {
     }
 
     pub(super) fn models(&self) -> io::Result<Vec<ModelName>> {
+        let (models, notes) = self.found()?;
+        for note in notes {
+            tracing::warn!("{note}");
+        }
+        Ok(models)
+    }
+
+    /// The models, and what is no model's folder, and why.
+    pub(super) fn found(&self) -> io::Result<(Vec<ModelName>, Vec<String>)> {
         match &self.sole {
-            Some(model) => Ok(vec![model.clone()]),
+            Some(model) => Ok((vec![model.clone()], Vec::new())),
             None => models(&self.root),
         }
     }
@@ -94,19 +103,19 @@ fn is_model(path: &Path) -> bool {
 }
 
 /// Models of the repository, by name. A folder whose name is no model name is reported, not served.
-fn models(repository: &Path) -> io::Result<Vec<ModelName>> {
+fn models(repository: &Path) -> io::Result<(Vec<ModelName>, Vec<String>)> {
     let folder = Folder::open(repository)?;
-    let mut models = Vec::new();
+    let (mut models, mut notes) = (Vec::new(), Vec::new());
     for name in folder.names()? {
         if name.starts_with('.') || !folder.is_folder(&name) {
             continue;
         }
         match name.parse() {
             Ok(model) => models.push(model),
-            Err(error) => tracing::warn!(folder = name, %error, "not a model's folder"),
+            Err(error) => notes.push(format!("folder '{name}' is no model's: {error}")),
         }
     }
-    Ok(models)
+    Ok((models, notes))
 }
 
 /// Versions in a model's folder, ascending. Other folders are none of ours.
@@ -146,8 +155,9 @@ mod tests {
             std::fs::create_dir_all(dir.path().join(path)).unwrap();
         }
         std::fs::write(dir.path().join("README.md"), "").unwrap();
-        let names = models(dir.path()).unwrap();
+        let (names, notes) = models(dir.path()).unwrap();
         assert_eq!(names.iter().map(ModelName::as_str).collect::<Vec<_>>(), ["iris"]);
+        assert_eq!(notes.len(), 1, "{notes:?}");
 
         let folder = Folder::open(&dir.path().join("iris")).unwrap();
         let there = versions(&folder).unwrap();

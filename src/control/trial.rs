@@ -20,7 +20,7 @@ const INPUT_BYTES_MAX: usize = 1 << 30;
 const JOIN_TOLERANCE: f64 = 1e-3;
 
 /// What a trial found out.
-#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub(super) struct Findings {
     pub(super) batched: bool,
     /// Size of the dynamic dimensions that the model ran with; `None`: it ran with none we tried.

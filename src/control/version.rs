@@ -9,12 +9,15 @@ use sha2::{Digest as _, Sha256};
 
 use super::confined::{ConfineError, Folder};
 use super::fetch::{
-    Cache, FetchError, Fetched, MODEL_FILE, Staging, hex, make_folder, write_whole,
+    Cache, FetchError, Fetched, MODEL_FILE, Staging, Wanted, hex, make_folder, write_whole,
 };
+use super::lineage::{Lineage, LineageError};
 use super::manifest::{Declared, DeclaredTensor, Manifest};
 use super::probe::{self, Job, ProbeError, Report, TrialJob};
 use super::scan::Repository;
-use super::{Settings, sweep, trial};
+use super::signature::Signed;
+use super::view::Life;
+use super::{Settings, lineage, sweep, trial};
 use crate::batch::{Lane, LaneParts, Padding, ThreadBudget};
 use crate::domain::{Digest, ModelName, ModelSettings, Signature, TensorSpec, Version};
 use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
@@ -39,6 +42,8 @@ pub enum PrepareError {
     #[error("samples: {0}")]
     Samples(io::Error),
     #[error(transparent)]
+    Lineage(#[from] LineageError),
+    #[error(transparent)]
     Probe(#[from] ProbeError),
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -49,6 +54,20 @@ pub enum PrepareError {
     Warmup(String),
     #[error("could not start its workers: {0}")]
     Workers(io::Error),
+    #[error("the copy with {0} is not there any more")]
+    NoCopy(Digest),
+}
+
+impl PrepareError {
+    /// Whether the same bytes may fare better another time.
+    pub(super) fn is_passing(&self) -> bool {
+        match self {
+            Self::State(_) | Self::Workers(_) | Self::NoCopy(_) => true,
+            Self::Fetch(FetchError::Io(_) | FetchError::Changed { .. }) | Self::Samples(_) => true,
+            Self::Probe(ProbeError::TimedOut(_) | ProbeError::Start(_)) => true,
+            _ => false,
+        }
+    }
 }
 
 /// A version that passed its trial.
@@ -63,10 +82,37 @@ pub struct Checked {
     pub samples: usize,
     /// Bytes of all its files.
     pub size: u64,
+    /// Who signed it; `None` when no keys are configured.
+    pub signed: Option<Signed>,
+    /// What its own files say of where it comes from.
+    pub lineage: Lineage,
     /// Peak memory of the trial; 0 when unknown.
     pub memory_bytes: u64,
     report: Report,
     model: PathBuf,
+}
+
+impl Checked {
+    fn new(fetched: Fetched, report: Report) -> Self {
+        Self {
+            digest: fetched.digest,
+            signature: report.signature.clone(),
+            engine: report.engine.clone(),
+            notes: report.findings.notes.clone(),
+            samples: report.samples,
+            size: fetched.size,
+            signed: fetched.signed,
+            lineage: Lineage::default(),
+            memory_bytes: report.memory_bytes,
+            report,
+            model: fetched.model,
+        }
+    }
+
+    /// What the trial found, to be remembered.
+    pub(super) fn into_report(self) -> Report {
+        self.report
+    }
 }
 
 /// Takes versions through their steps.
@@ -108,22 +154,33 @@ impl Preparer {
         self.cache()?.staging().map_err(|error| PrepareError::State(error.to_string()))
     }
 
-    /// Fetches a version and tries it; a verdict that is known is not sought again.
+    /// Fetches a version and tries it; a verdict that is known is not sought again. `progress` is told
+    /// what it is at.
     pub(super) fn check(
         &self,
         repository: &Repository,
         model: &ModelName,
         version: Version,
         manifest: &Manifest,
+        progress: &dyn Fn(Life),
     ) -> Result<Checked, PrepareError> {
         let settings = &manifest.settings;
         let folder = open_version(repository, model, version)?;
         let file = settings.model_file.as_deref().unwrap_or(MODEL_FILE);
         let cache = self.cache()?;
-        let fetched = cache.fetch(&folder, file, self.settings.model_size_max, &|path| {
+        let wanted = Wanted {
+            model,
+            version,
+            model_file: file,
+            size_max: self.settings.model_size_max,
+            trusted: &self.settings.trusted_keys,
+        };
+        let fetched = cache.fetch(&folder, &wanted, &|path| {
             self.external_data(path).map_err(|error| error.to_string())
         })?;
         let samples = read_samples(&folder).map_err(PrepareError::Samples)?;
+        let lineage = lineage::read(&folder)?;
+        progress(Life::Probing);
         let report = self.report(cache, &fetched, settings, samples)?;
         if let Some(declared) = &manifest.declared {
             agree(declared, &report.signature).map_err(PrepareError::Contradiction)?;
@@ -136,17 +193,13 @@ impl Preparer {
                 _ => error,
             }
         })?;
-        Ok(Checked {
-            digest: fetched.digest,
-            signature: report.signature.clone(),
-            engine: report.engine.clone(),
-            notes: report.findings.notes.clone(),
-            samples: report.samples,
-            size: fetched.size,
-            memory_bytes: report.memory_bytes,
-            report,
-            model: fetched.model,
-        })
+        Ok(Checked { lineage, ..Checked::new(fetched, report) })
+    }
+
+    /// A version that passed before, from the copy that was made of it then.
+    pub(super) fn recall(&self, digest: Digest, report: Report) -> Result<Checked, PrepareError> {
+        let fetched = self.cache()?.recall(&digest)?.ok_or(PrepareError::NoCopy(digest))?;
+        Ok(Checked::new(fetched, report))
     }
 
     fn external_data(&self, model: &Path) -> Result<BTreeSet<String>, PrepareError> {

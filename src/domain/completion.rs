@@ -1,5 +1,6 @@
 //! One finished request, whole: what metrics, access log, traces and the ledger read.
 
+use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
@@ -31,10 +32,43 @@ impl Arm {
 /// Why the route table picked this version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RouteReason {
-    /// No traffic table: the highest ready version.
+    /// No traffic table and no label `stable`: the highest ready version.
     Latest,
+    /// The caller named the version.
     Version,
+    /// The caller named the label; or nobody named anything, there is no traffic table, and the
+    /// label is `stable`.
     Label(Label),
+    /// A rule of the traffic table, by its name.
+    Rule(Label),
+    /// The weights of the traffic table.
+    Weight {
+        /// Where the request fell, of [`BUCKETS`](super::BUCKETS).
+        bucket: u16,
+        /// The version's share of them at that moment.
+        share: u16,
+        /// By a key that the caller sent, not by the prediction id.
+        sticky: bool,
+    },
+    /// A copy of another request, made for so many of all [`BUCKETS`](super::BUCKETS).
+    Shadow { share: u16 },
+}
+
+/// As the ledger keeps it.
+impl fmt::Display for RouteReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Latest => f.write_str("latest"),
+            Self::Version => f.write_str("version"),
+            Self::Label(label) => write!(f, "label {label}"),
+            Self::Rule(name) => write!(f, "rule {name}"),
+            Self::Weight { bucket, share, sticky } => {
+                let sticky = if *sticky { ", sticky" } else { "" };
+                write!(f, "weight share {share}, bucket {bucket}{sticky}")
+            }
+            Self::Shadow { share } => write!(f, "shadow share {share}"),
+        }
+    }
 }
 
 /// Dialect that the caller spoke.
@@ -127,6 +161,9 @@ pub struct Completion {
     pub batch_size: usize,
     /// Answered with what the model said before.
     pub cached: bool,
+    /// The prediction whose inputs this one ran on a copy of, for nobody; it is no client's
+    /// request and has no arm.
+    pub shadow_of: Option<Uuid>,
     /// In the signature's order; empty when they were never bound.
     pub inputs: Vec<Tensor>,
     pub outputs: Vec<Tensor>,

@@ -1,11 +1,22 @@
 //! Names that cross a boundary, checked once.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use serde::de::{self, Deserialize, Deserializer};
+use serde::{Serialize, Serializer};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
+
 /// Longest model name or label, in bytes.
 const NAME_LEN_MAX: usize = 128;
+/// Longest version that the pattern takes: all of that length can be held.
+const VERSION_LEN_MAX: usize = 19;
+/// Of versions, in schemas.
+pub(super) const VERSION_PATTERN: &str = "^[1-9][0-9]{0,18}$";
 
 /// Name of a served model, as it stands in URLs, metric labels and folder names.
 ///
@@ -66,7 +77,7 @@ impl FromStr for Label {
 }
 
 macro_rules! text_name {
-    ($name:ty) => {
+    ($name:ty, $pattern:literal) => {
         impl $name {
             pub fn as_str(&self) -> &str {
                 &self.0
@@ -82,15 +93,26 @@ macro_rules! text_name {
                 &self.0
             }
         }
-        impl serde::Serialize for $name {
-            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.serialize_str(&self.0)
             }
         }
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+            }
+        }
+        impl PartialSchema for $name {
+            fn schema() -> RefOr<Schema> {
+                text_schema($pattern, NAME_LEN_MAX)
+            }
+        }
+        impl ToSchema for $name {}
     };
 }
-text_name!(ModelName);
-text_name!(Label);
+text_name!(ModelName, "^[A-Za-z0-9_][A-Za-z0-9._-]*$");
+text_name!(Label, "^([0-9]*[A-Za-z_][A-Za-z0-9._-]*|[0-9]+[._-][A-Za-z0-9._-]*)$");
 
 /// Number of a model version; positive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -123,6 +145,27 @@ impl fmt::Display for Version {
     }
 }
 
+/// Written as decimal text, which is what a key of an object has to be; a plain number is read too.
+impl Serialize for Version {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Version {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(TextOrNumber(PhantomData))
+    }
+}
+
+impl PartialSchema for Version {
+    fn schema() -> RefOr<Schema> {
+        or_number(text_schema(VERSION_PATTERN, VERSION_LEN_MAX))
+    }
+}
+
+impl ToSchema for Version {}
+
 /// What a caller may put where a version goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VersionRef {
@@ -150,6 +193,72 @@ impl fmt::Display for VersionRef {
             Self::Label(label) => label.fmt(f),
         }
     }
+}
+
+impl FromStr for VersionRef {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        Self::parse(text)?.ok_or(NameError::Empty)
+    }
+}
+
+/// Written as text; of a version a plain number is read too.
+impl Serialize for VersionRef {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for VersionRef {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(TextOrNumber(PhantomData))
+    }
+}
+
+impl PartialSchema for VersionRef {
+    fn schema() -> RefOr<Schema> {
+        const PATTERN: &str = "^([1-9][0-9]{0,18}|[0-9]*[A-Za-z_][A-Za-z0-9._-]*\
+                               |[0-9]+[._-][A-Za-z0-9._-]*)$";
+        or_number(text_schema(PATTERN, NAME_LEN_MAX))
+    }
+}
+
+impl ToSchema for VersionRef {}
+
+impl From<Version> for VersionRef {
+    fn from(version: Version) -> Self {
+        Self::Number(version)
+    }
+}
+
+/// Reads a text, or a number as if it were its text.
+struct TextOrNumber<T>(PhantomData<T>);
+
+impl<T: FromStr<Err = NameError>> de::Visitor<'_> for TextOrNumber<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a version")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
+        text.parse().map_err(E::custom)
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<T, E> {
+        self.visit_str(&number.to_string())
+    }
+}
+
+fn or_number(text: RefOr<Schema>) -> RefOr<Schema> {
+    let number = ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(1));
+    OneOfBuilder::new().item(text).item(number).into()
+}
+
+fn text_schema(pattern: &str, len_max: usize) -> RefOr<Schema> {
+    let text = ObjectBuilder::new().schema_type(Type::String);
+    text.pattern(Some(pattern)).min_length(Some(1)).max_length(Some(len_max)).into()
 }
 
 /// SHA-256 of a model artifact; shown as `sha256:<hex>`.
@@ -201,6 +310,28 @@ impl fmt::Display for Digest {
     }
 }
 
+impl Serialize for Digest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Self::parse(&text)
+            .ok_or_else(|| de::Error::custom("expected 'sha256:' and 64 hexadecimal digits"))
+    }
+}
+
+impl PartialSchema for Digest {
+    fn schema() -> RefOr<Schema> {
+        text_schema("^sha256:[0-9a-f]{64}$", 71)
+    }
+}
+
+impl ToSchema for Digest {}
+
 impl fmt::Debug for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -230,5 +361,38 @@ mod tests {
         assert_eq!(VersionRef::parse("").unwrap(), None);
         assert!(matches!(VersionRef::parse("stable"), Ok(Some(VersionRef::Label(_)))));
         assert!(VersionRef::parse("00").is_err());
+    }
+
+    #[test]
+    fn names_are_json_texts() {
+        use serde_json::{from_value, json, to_value};
+        let version = Version::new(7).unwrap();
+        assert_eq!(to_value(version).unwrap(), json!("7"));
+        for good in [json!("7"), json!(7)] {
+            assert_eq!(from_value::<Version>(good.clone()).unwrap(), version);
+            assert_eq!(from_value::<VersionRef>(good).unwrap(), VersionRef::Number(version));
+        }
+        for bad in [json!("07"), json!(0), json!(-7), json!(7.5), json!(""), json!(null)] {
+            assert!(from_value::<Version>(bad.clone()).is_err(), "{bad}");
+            assert!(from_value::<VersionRef>(bad.clone()).is_err(), "{bad}");
+        }
+        let label: VersionRef = from_value(json!("next-best")).unwrap();
+        assert_eq!(to_value(&label).unwrap(), json!("next-best"));
+        assert!(from_value::<Label>(json!("12")).is_err());
+        assert!(from_value::<ModelName>(json!("../x")).is_err());
+        let digest = Digest::new([0xab; 32]);
+        assert_eq!(from_value::<Digest>(to_value(digest).unwrap()).unwrap(), digest);
+        assert!(from_value::<Digest>(json!("sha256:12")).is_err());
+    }
+
+    #[test]
+    fn versions_are_keys_of_json_objects() {
+        let table = std::collections::BTreeMap::from([(Version::new(3).unwrap(), 1.5)]);
+        let text = serde_json::to_string(&table).unwrap();
+        assert_eq!(text, r#"{"3":1.5}"#);
+        assert_eq!(
+            serde_json::from_str::<std::collections::BTreeMap<Version, f64>>(&text).unwrap(),
+            table
+        );
     }
 }

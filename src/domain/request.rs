@@ -1,6 +1,7 @@
 //! A prediction request and its answer, free of any protocol.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -9,6 +10,9 @@ use uuid::Uuid;
 use super::{
     Arm, Digest, Failure, ModelName, Protocol, Signature, Tensor, TraceContext, Version, VersionRef,
 };
+
+/// Longest sticky key, in bytes; a longer one counts as none.
+pub const STICKY_KEY_LEN_MAX: usize = 256;
 
 /// A tensor and the name that the model knows it by.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,10 +77,29 @@ pub struct CallMeta {
     /// How long the caller wants to wait at most, from its headers.
     pub timeout: Option<Duration>,
     pub trace: Option<TraceContext>,
-    /// From `tidegate-sticky-key` or the configured header.
+    /// From `tidegate-sticky-key`.
     pub sticky_key: Option<String>,
+    /// What else of its headers may decide its version.
+    pub headers: RouteHeaders,
     /// Who is calling; `None` when nobody had to say.
     pub principal: Option<String>,
+}
+
+/// The headers of a call (gRPC: its metadata) that may decide its version.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RouteHeaders {
+    /// The header that is configured for models whose traffic names no sticky key of its own.
+    pub sticky_key: Option<String>,
+    /// Those that some model's traffic asks for, by name in lower case.
+    pub named: Vec<(Arc<str>, String)>,
+}
+
+impl RouteHeaders {
+    /// Value of the header `name`, in lower case.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        let found = self.named.iter().find(|(have, _)| **have == *name);
+        found.map(|(_, value)| value.as_str())
+    }
 }
 
 /// Absolute end of what the caller waits for, made on arrival.

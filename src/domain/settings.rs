@@ -156,6 +156,9 @@ pub struct ModelSettings {
     pub model_file: Option<String>,
     /// Triton's `version_policy`; `None`: the latest only is served by default but all are loaded.
     pub versions: Option<VersionPolicy>,
+    /// A version may take over although its inputs or outputs differ from those of the one before.
+    #[serde(default)]
+    pub signature_change: bool,
     /// Deadline when the caller sets none, and the longest one that it may set.
     pub timeout_max: Option<Duration>,
     /// Equal inputs may be answered with what the model said before.

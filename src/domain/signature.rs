@@ -64,6 +64,13 @@ impl Dim {
     }
 }
 
+/// Whether shape `is` does for who knows shape `was`: a free dimension takes what a fixed one took,
+/// not the other way round; in outputs either may be free.
+fn fits(was: &[i64], is: &[i64], takes: bool) -> bool {
+    let dim = |(was, is): (&i64, &i64)| was == is || *is < 0 || (*was < 0 && !takes);
+    was.len() == is.len() && was.iter().zip(is).all(dim)
+}
+
 impl fmt::Display for Dim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -75,6 +82,34 @@ impl fmt::Display for Dim {
 }
 
 impl Signature {
+    /// What a caller of this signature would notice if `other` answered instead; `None`: nothing.
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        for (role, ours, theirs) in
+            [("input", &self.inputs, &other.inputs), ("output", &self.outputs, &other.outputs)]
+        {
+            if let Some(extra) = theirs.iter().find(|spec| !ours.iter().any(|s| s.name == spec.name))
+            {
+                return Some(format!("it has {role} '{}' besides", extra.name));
+            }
+            for spec in ours {
+                let name = &spec.name;
+                let Some(their) = theirs.iter().find(|their| their.name == *name) else {
+                    return Some(format!("it has no {role} '{name}'"));
+                };
+                let (was, is) = (spec.datatype, their.datatype);
+                if was != is {
+                    return Some(format!("{role} '{name}' is {is}, not {was}"));
+                }
+                let (was, is) = (spec.wire_shape(), their.wire_shape());
+                let takes = role == "input";
+                if spec.shape.is_some() && their.shape.is_some() && !fits(&was, &is, takes) {
+                    return Some(format!("{role} '{name}' has shape {is:?}, not {was:?}"));
+                }
+            }
+        }
+        None
+    }
+
     pub fn output_at(&self, name: &str) -> Option<usize> {
         self.outputs.iter().position(|output| output.name == name)
     }
@@ -175,5 +210,45 @@ mod datatype_name {
     ) -> Result<DataType, D::Error> {
         let name = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
         name.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(name: &str, datatype: DataType, dims: &[i64]) -> TensorSpec {
+        let dim = |&dim: &i64| usize::try_from(dim).map_or(Dim::Dynamic(None), Dim::Fixed);
+        TensorSpec { name: name.to_owned(), datatype, shape: Some(dims.iter().map(dim).collect()) }
+    }
+
+    #[test]
+    fn what_callers_would_notice_is_a_difference() {
+        let signature = |input: TensorSpec, output: TensorSpec| Signature {
+            inputs: vec![input],
+            outputs: vec![output],
+            batched: true,
+        };
+        let fp32 = DataType::Fp32;
+        let base = signature(spec("x", fp32, &[-1, 4]), spec("y", fp32, &[-1, 3]));
+        let cases = [
+            (spec("x", fp32, &[-1, 4]), spec("y", fp32, &[-1, 3]), None),
+            (spec("x", fp32, &[-1, -1]), spec("y", fp32, &[-1, -1]), None),
+            (spec("x", fp32, &[8, 4]), spec("y", fp32, &[-1, 3]), Some("[8, 4], not [-1, 4]")),
+            (spec("x", fp32, &[-1, 5]), spec("y", fp32, &[-1, 3]), Some("[-1, 5]")),
+            (spec("z", fp32, &[-1, 4]), spec("y", fp32, &[-1, 3]), Some("input 'z' besides")),
+            (spec("x", DataType::Fp64, &[-1, 4]), spec("y", fp32, &[-1, 3]), Some("is FP64")),
+            (spec("x", fp32, &[-1, 4]), spec("y", fp32, &[-1, 2]), Some("output 'y' has shape")),
+            (spec("x", fp32, &[-1, 4]), spec("y", fp32, &[3]), Some("output 'y' has shape")),
+        ];
+        for (input, output, expected) in cases {
+            let got = base.difference(&signature(input, output));
+            match expected {
+                None => assert_eq!(got, None),
+                Some(part) => {
+                    assert!(got.as_deref().is_some_and(|got| got.contains(part)), "{got:?}");
+                }
+            }
+        }
     }
 }

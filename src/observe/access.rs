@@ -136,6 +136,7 @@ mod tests {
             rows: 1,
             batch_size: 4,
             cached: false,
+            shadow_of: None,
             inputs: Vec::new(),
             outputs: Vec::new(),
         };

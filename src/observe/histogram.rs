@@ -38,7 +38,8 @@ pub const LATENCY_BOUNDS_NS: [u64; 20] = [
 /// Upper bounds of the batch size buckets: powers of two, as batches are usually limited to one.
 pub const BATCH_BOUNDS: [u64; 13] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
 
-const LATENCY_BUCKETS: usize = LATENCY_BOUNDS_NS.len() + 1;
+/// The bounds' buckets and the open one.
+pub const LATENCY_BUCKETS: usize = LATENCY_BOUNDS_NS.len() + 1;
 
 /// One thread shard's counts.
 #[derive(Default)]

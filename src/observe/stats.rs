@@ -7,6 +7,8 @@
 //! Invariants:
 //! - Recording takes no lock, waits for nobody and allocates only for a series' first request.
 //! - The set of series is bounded: four fixed arms, [`RULES_MAX`] rules, three protocols.
+//!
+//! What a rollout reads and watches is in [`arms`].
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -15,13 +17,19 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 
+mod arms;
+
+pub use arms::{ArmTotals, Watched, is_server_fault};
+
 use super::histogram::{BatchSizes, Latency, LatencyShard, nanos};
+use super::shadow::{ShadowCounts, ShadowFold, ShadowOutcome};
 use crate::domain::{
     Arm, Completion, Digest, ErrorKind, Label, ModelName, Outcome, Protocol, Timings, Version,
 };
 
-/// Routing rules with series of their own; requests of further ones count as [`ARM_OTHER`].
-pub const RULES_MAX: usize = 32;
+/// Routing rules with series of their own, which is as many as a traffic table may hold; those of
+/// tables before it count too, and what is beyond as [`ARM_OTHER`].
+pub const RULES_MAX: usize = crate::domain::RULES_MAX;
 /// Arm of requests beyond [`RULES_MAX`].
 pub const ARM_OTHER: &str = "other";
 /// Different batch sizes that the statistics list; executions of further ones are only counted.
@@ -105,8 +113,10 @@ pub struct VersionStats {
     executions: Mutex<Executions>,
     cache_hit: DurationCount,
     cache_miss: DurationCount,
+    shadow: ShadowCounts,
     gauges: OnceLock<Gauges>,
     loaded_in: OnceLock<Duration>,
+    watch: arms::Watch,
 }
 
 /// The series of one arm, by protocol.
@@ -172,6 +182,7 @@ pub(super) struct VersionFold {
     pub(super) padded: Option<PaddedElements>,
     pub(super) load: LaneLoad,
     pub(super) loaded_in: Option<Duration>,
+    pub(super) shadow: ShadowFold,
 }
 
 /// What executions of a model with padding ran on.
@@ -189,6 +200,7 @@ impl VersionFold {
             self.series.entry(key).or_default().add(&series);
         }
         self.batch_sizes.add(&other.batch_sizes);
+        self.shadow.add(other.shadow);
         self.padded = match (self.padded, other.padded) {
             (Some(ours), Some(theirs)) => Some(PaddedElements {
                 real: ours.real + theirs.real,
@@ -262,8 +274,10 @@ impl VersionStats {
             executions: Mutex::default(),
             cache_hit: DurationCount::default(),
             cache_miss: DurationCount::default(),
+            shadow: ShadowCounts::default(),
             gauges: OnceLock::new(),
             loaded_in: OnceLock::new(),
+            watch: arms::Watch::new(observer.alarm()),
         });
         observer.register(&stats);
         stats
@@ -284,6 +298,7 @@ impl VersionStats {
     pub fn completed(&self, completion: &Completion) {
         let series = self.arms(completion.arm.as_ref()).series(completion.protocol);
         series.0[shard_index()].record(completion);
+        self.watch.completed(completion);
     }
 
     /// One execution of a batch of `rows`.
@@ -310,6 +325,21 @@ impl VersionStats {
     /// One request that the cache could not answer and the model did.
     pub fn cache_miss(&self, took: Duration) {
         self.cache_miss.add(took);
+    }
+
+    /// What became of a copy of a request that this version was to run on.
+    pub fn shadow_ended(&self, outcome: ShadowOutcome) {
+        self.shadow.ended(outcome);
+    }
+
+    /// Whether an output was as in the answer that `primary` gave.
+    pub fn shadow_compared(&self, primary: Version, output: &Arc<str>, agreed: bool) {
+        self.shadow.compared(primary, output, agreed);
+    }
+
+    /// In the order of [`ShadowOutcome::ALL`].
+    pub fn shadow_outcomes(&self) -> [u64; ShadowOutcome::ALL.len()] {
+        self.shadow.outcomes()
     }
 
     /// Elements of padded inputs in one execution: those that callers sent, and padding.
@@ -358,6 +388,7 @@ impl VersionStats {
             padded,
             load: LaneLoad { in_flight, queue_depth },
             loaded_in: self.loaded_in.get().copied(),
+            shadow: self.shadow.fold(),
         }
     }
 

@@ -1,15 +1,20 @@
 //! What both protocols read from headers before a body, and write into headers after.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::time::Instant;
 
-use super::Settings;
-use crate::domain::{AnswerHead, CallMeta, Failure, Protocol, TraceContext};
+use super::Api;
+use crate::domain::{
+    AnswerHead, CallMeta, Failure, Protocol, RouteHeaders, STICKY_KEY_LEN_MAX, TraceContext,
+    VALUE_LEN_MAX,
+};
 
-/// Longest sticky key that is looked at, in bytes.
-const STICKY_KEY_LEN_MAX: usize = 256;
+/// So much of a header that traffic tables ask for is kept: enough to tell that it is longer than
+/// anything it may be compared with.
+const ASKED_LEN_MAX: usize = VALUE_LEN_MAX + 4;
 
 const PREDICTION_ID: HeaderName = HeaderName::from_static("tidegate-prediction-id");
 const MODEL_VERSION: HeaderName = HeaderName::from_static("tidegate-model-version");
@@ -20,7 +25,7 @@ const MODEL_DIGEST: HeaderName = HeaderName::from_static("tidegate-model-digest"
 #[derive(Clone, Copy, Debug)]
 pub struct Arrived(pub Instant);
 
-/// Reads deadline, trace context and sticky key.
+/// Reads deadline, trace context, and what may decide the version.
 ///
 /// # Errors
 /// `InvalidInput` for a deadline that is no number.
@@ -28,23 +33,61 @@ pub fn call_meta(
     headers: &HeaderMap,
     protocol: Protocol,
     Arrived(received): Arrived,
-    settings: &Settings,
+    api: &Api,
 ) -> Result<CallMeta, Failure> {
     let timeout = match protocol {
         Protocol::Http => http_timeout(headers)?,
         Protocol::Grpc | Protocol::GrpcStream => grpc_timeout(headers)?,
     };
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let configured = settings.sticky_header.as_deref().and_then(text);
-    let sticky_key = text("tidegate-sticky-key").or(configured);
+    let trace = headers.get("traceparent").and_then(|value| value.to_str().ok());
     Ok(CallMeta {
         protocol,
         received,
         timeout,
-        trace: text("traceparent").and_then(trace_context),
-        sticky_key: sticky_key.filter(|key| key.len() <= STICKY_KEY_LEN_MAX).map(str::to_owned),
+        trace: trace.and_then(trace_context),
+        sticky_key: sticky_key(headers, "tidegate-sticky-key"),
+        headers: route_headers(headers, api),
         principal: None,
     })
+}
+
+/// The headers that traffic tables ask for at this moment. Of the usual gateway, whose tables ask
+/// for none, they are none.
+pub fn route_headers(headers: &HeaderMap, api: &Api) -> RouteHeaders {
+    let configured = api.settings.sticky_header.as_deref();
+    RouteHeaders {
+        sticky_key: configured.and_then(|name| sticky_key(headers, name)),
+        named: api.gateway.look_at_table(|table| asked(headers, table.header_names())),
+    }
+}
+
+fn sticky_key(headers: &HeaderMap, name: &str) -> Option<String> {
+    let key = text(headers.get(name)?).filter(|key| key.len() <= STICKY_KEY_LEN_MAX);
+    key.map(str::to_owned)
+}
+
+/// Those of `names`, which are in order, that are there. The shorter list is gone through: neither
+/// many tables nor a caller with many headers makes it long.
+fn asked(headers: &HeaderMap, names: &[Arc<str>]) -> Vec<(Arc<str>, String)> {
+    let value = |name: &Arc<str>, value: &HeaderValue| {
+        let text = text(value)?;
+        let kept = &text[..text.floor_char_boundary(ASKED_LEN_MAX)];
+        Some((Arc::clone(name), kept.to_owned()))
+    };
+    if names.len() <= headers.keys_len() {
+        let there = names.iter().filter_map(|name| Some((name, headers.get(&**name)?)));
+        return there.filter_map(|(name, found)| value(name, found)).collect();
+    }
+    let find = |name: &HeaderName| {
+        let at = names.binary_search_by(|asked| (**asked).cmp(name.as_str())).ok()?;
+        value(&names[at], headers.get(name)?)
+    };
+    headers.keys().filter_map(find).collect()
+}
+
+/// What a header says, if it is text.
+fn text(value: &HeaderValue) -> Option<&str> {
+    std::str::from_utf8(value.as_bytes()).ok()
 }
 
 /// Headers (gRPC: metadata) that every answer to a prediction carries.
@@ -144,6 +187,30 @@ mod tests {
         ] {
             assert_eq!(trace_context(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn what_tables_ask_for_is_copied_and_nothing_else() {
+        let mut headers = HeaderMap::new();
+        let long = "ü".repeat(200);
+        for (name, value) in [("x-a", "1"), ("x-a", "2"), ("x-b", ""), ("x-long", long.as_str())] {
+            headers.append(name, HeaderValue::from_bytes(value.as_bytes()).unwrap());
+        }
+        headers.insert("x-bytes", HeaderValue::from_bytes(&[0xff]).unwrap());
+        let names = |names: &[&str]| names.iter().map(|name| Arc::from(*name)).collect::<Vec<_>>();
+        let asked = |wanted: &[&str]| {
+            let found = asked(&headers, &names(wanted)).into_iter();
+            found.map(|(name, value)| (name.to_string(), value.len())).collect::<Vec<_>>()
+        };
+        let pair = |name: &str, len| (name.to_owned(), len);
+        assert_eq!(asked(&[]), []);
+        assert_eq!(asked(&["x-a", "x-none"]), [pair("x-a", 1)]);
+        let few = [pair("x-b", 0), pair("x-long", 260)];
+        assert_eq!(asked(&["x-b", "x-bytes", "x-long"]), few);
+        // More names than headers: the headers are gone through.
+        let mut found = asked(&["a", "b", "c", "d", "x-b", "x-bytes", "x-long"]);
+        found.sort();
+        assert_eq!(found, few);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A gateway inside the test, and HTTP and gRPC to it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -123,7 +123,7 @@ impl Inside {
         };
         let mut table = RouteTable::clone(&self.table.snapshot());
         let versions = BTreeMap::from([(version, Arc::new(served))]);
-        table.models.insert(name, ModelRoutes { versions, labels: HashMap::new() });
+        table.models.insert(name, ModelRoutes { versions, ..ModelRoutes::default() });
         table.revision += 1;
         drop(self.table.publish(table));
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tidegate::domain::{
     CallMeta, Failure, IndexEntry, InferRequest, Inputs, ModelControl, ModelFile, ModelName,
-    Protocol,
+    Protocol, RouteHeaders,
 };
 use tidegate::gateway;
 use tidegate::proto::inference as pb;
@@ -149,6 +149,7 @@ fn a_panicking_prediction_is_counted() {
                 timeout: None,
                 trace: None,
                 sticky_key: None,
+                headers: RouteHeaders::default(),
                 principal: None,
             };
             let gateway = Arc::clone(&server.api.gateway);

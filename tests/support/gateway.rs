@@ -1,6 +1,6 @@
 //! A whole gateway in this process, made of the models that a test or a benchmark brings.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -51,8 +51,19 @@ pub fn served(
     sessions: Vec<Box<dyn Session>>,
     batch: BatchSettings,
 ) -> Arc<Served> {
-    let model: ModelName = name.parse().unwrap();
-    let version = Version::new(1).unwrap();
+    let model = (name.parse().unwrap(), Version::new(1).unwrap());
+    served_as(observer, budget, model, signature, sessions, batch)
+}
+
+/// Some version of a model.
+pub fn served_as(
+    observer: &Observer,
+    budget: &Arc<ThreadBudget>,
+    (model, version): (ModelName, Version),
+    signature: &Signature,
+    sessions: Vec<Box<dyn Session>>,
+    batch: BatchSettings,
+) -> Arc<Served> {
     let digest = Digest::new([7; 32]);
     let stats = VersionStats::new(observer, &model, version, &digest, "fake");
     let settings = ModelSettings { batch: batch.clone(), ..ModelSettings::default() };
@@ -77,10 +88,10 @@ pub fn table(models: impl IntoIterator<Item = Arc<Served>>) -> RouteTable {
     let routes = |served: Arc<Served>| {
         let name = served.model.clone();
         let versions = BTreeMap::from([(served.version, served)]);
-        (name, ModelRoutes { versions, labels: HashMap::new() })
+        (name, ModelRoutes { versions, ..ModelRoutes::default() })
     };
     let models = models.into_iter().map(routes).collect();
-    RouteTable { models, default_model: None, revision: 1 }
+    RouteTable { models, revision: 1, ..RouteTable::default() }
 }
 
 /// Everything behind the listeners, ready.

@@ -191,6 +191,7 @@ fn other(draft: &mut Draft<'_>, path: &str, value: &Value) -> Done {
         "versions.latest" => {
             draft.manifest.settings.versions = Some(VersionPolicy::Latest(size(value, 1)?));
         }
+        "versions.signature_change" => draft.manifest.settings.signature_change = switch(value)?,
         "versions.all" if switch(value)? => {
             draft.manifest.settings.versions = Some(VersionPolicy::All);
         }

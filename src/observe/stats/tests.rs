@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use super::*;
 use crate::observe::{Observer, Settings, page};
 
-fn completion(arm: Arm, protocol: Protocol) -> Completion {
+pub(super) fn completion(arm: Arm, protocol: Protocol) -> Completion {
     Completion {
         prediction_id: uuid::Uuid::now_v7(),
         request_id: String::new(),
@@ -31,19 +31,20 @@ fn completion(arm: Arm, protocol: Protocol) -> Completion {
         rows: 3,
         batch_size: 8,
         cached: false,
+        shadow_of: None,
         inputs: Vec::new(),
         outputs: Vec::new(),
     }
 }
 
-fn failed(mut completion: Completion, kind: ErrorKind) -> Completion {
+pub(super) fn failed(mut completion: Completion, kind: ErrorKind) -> Completion {
     completion.outcome = Outcome::Failed { kind, message: "x".into() };
     completion.batch_size = 0;
     completion.timings = Timings { total: Duration::from_micros(20), ..Timings::default() };
     completion
 }
 
-fn stats(observer: &Observer) -> Arc<VersionStats> {
+pub(super) fn stats(observer: &Observer) -> Arc<VersionStats> {
     let model = "iris".parse().unwrap();
     let version = Version::new(1).unwrap();
     VersionStats::new(observer, &model, version, &Digest::new([7; 32]), "tract")

@@ -37,6 +37,7 @@ fn completion(trace: Option<TraceContext>) -> Completion {
         rows: 1,
         batch_size: 1,
         cached: false,
+        shadow_of: None,
         inputs: Vec::new(),
         outputs: Vec::new(),
     }

@@ -155,7 +155,7 @@ async fn answer(api: &Arc<Api>, request: Request<Bytes>) -> Answered<pb::ModelIn
     let caller = super::caller(&request);
     let headers = request.metadata().as_ref();
     let arrived = super::arrived(&request);
-    let meta = meta::call_meta(headers, Protocol::Grpc, arrived, &api.settings);
+    let meta = meta::call_meta(headers, Protocol::Grpc, arrived, api);
     let meta = meta.map_err(|failure| {
         api.gateway.observer().refused(Protocol::Grpc, failure.kind);
         encode::status(&failure, None)

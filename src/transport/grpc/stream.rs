@@ -96,14 +96,14 @@ fn start<T: Send + 'static>(
 ) -> Result<Ordered<T>, Status> {
     let headers = request.metadata().as_ref();
     let arrived = super::arrived(&request);
-    let opened = meta::call_meta(headers, Protocol::GrpcStream, arrived, &api.settings).map_err(
-        |failure| {
+    let opened =
+        meta::call_meta(headers, Protocol::GrpcStream, arrived, api).map_err(|failure| {
             api.gateway.observer().refused(Protocol::GrpcStream, failure.kind);
             encode::status(&failure, None)
-        },
-    )?;
+        })?;
     let caller = super::caller(&request);
     let opened = CallMeta { principal: caller.name(), ..opened };
+    let opened = Opened { meta: opened, headers: headers.clone() };
     let bill = request.extensions().get::<Arc<Bill>>().cloned();
     let bill = bill.unwrap_or_else(|| Bill::new(api));
     let at_once = api.settings.stream_concurrency_max.max(1);
@@ -112,6 +112,12 @@ fn start<T: Send + 'static>(
     let reader = read(Arc::clone(api), requests, opened, at_once, sender, form);
     let reader = AbortOnDropHandle::new(tokio::spawn(reader));
     Ok(Ordered { running, next: None, ended: false, _reader: reader })
+}
+
+/// What a stream was opened with.
+struct Opened {
+    meta: CallMeta,
+    headers: HeaderMap,
 }
 
 /// Messages as they come, the bill that counts them, and who sends them.
@@ -124,7 +130,7 @@ struct Requests {
 async fn read<T: Send + 'static>(
     api: Arc<Api>,
     mut requests: Requests,
-    opened: CallMeta,
+    opened: Opened,
     at_once: usize,
     running: mpsc::Sender<Running<T>>,
     form: fn(Outcome) -> Result<T, Status>,
@@ -140,7 +146,7 @@ async fn read<T: Send + 'static>(
         let (task, last) = match message {
             Ok(None) => return,
             Ok(Some(message)) => {
-                let (api, meta) = (Arc::clone(&api), arrived(&opened));
+                let (api, meta) = (Arc::clone(&api), opened.arrived(&api));
                 let (held, caller) = (requests.bill.take(), requests.caller.clone());
                 let task =
                     async move { (form(one(&api, &caller, meta, message, held).await), permit) };
@@ -170,12 +176,17 @@ async fn quiet_in_drain(api: &Api) {
     tokio::time::sleep(QUIET_IN_DRAIN).await;
 }
 
-/// The call's metadata for a request that comes now: a deadline of the stream is one for each.
-fn arrived(opened: &CallMeta) -> CallMeta {
-    let mut meta = opened.clone();
-    meta.received = tokio::time::Instant::now();
-    meta.timeout = opened.timeout.map(|wait| wait.saturating_sub(opened.received.elapsed()));
-    meta
+impl Opened {
+    /// The call's metadata for a request that comes now: a deadline of the stream is one for each,
+    /// and traffic tables may ask for other headers than they did before.
+    fn arrived(&self, api: &Api) -> CallMeta {
+        let Self { meta: opened, headers } = self;
+        let mut now = opened.clone();
+        now.received = tokio::time::Instant::now();
+        now.timeout = opened.timeout.map(|wait| wait.saturating_sub(opened.received.elapsed()));
+        now.headers = meta::route_headers(headers, api);
+        now
+    }
 }
 
 /// As in `too_large` of the module above, where a stream's status does not pass.

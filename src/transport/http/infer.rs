@@ -177,8 +177,7 @@ impl Call {
     }
 
     fn read_meta(&self) -> Result<CallMeta, Failure> {
-        let settings = &self.api.settings;
-        let meta = meta::call_meta(&self.headers, Protocol::Http, self.arrived, settings)?;
+        let meta = meta::call_meta(&self.headers, Protocol::Http, self.arrived, &self.api)?;
         Ok(CallMeta { principal: self.caller.name(), ..meta })
     }
 

@@ -1,0 +1,26 @@
+//! Routes of the contract that a later part of the gateway brings: they say so, and are in no
+//! document until then.
+
+use axum::response::{IntoResponse, Response};
+
+use crate::admin::problem::LATER;
+
+#[utoipa::path(get, path = "/models/{model}/drift", operation_id = "drift.get")]
+pub(super) async fn drift() -> Response {
+    LATER.because("drift comes with monitoring").into_response()
+}
+
+#[utoipa::path(get, path = "/models/{model}/quality", operation_id = "quality.get")]
+pub(super) async fn quality() -> Response {
+    LATER.because("quality comes with monitoring").into_response()
+}
+
+#[utoipa::path(get, path = "/predictions/{id}", operation_id = "prediction.get")]
+pub(super) async fn prediction() -> Response {
+    LATER.because("predictions are kept from the ledger on").into_response()
+}
+
+#[utoipa::path(get, path = "/audit/stats", operation_id = "audit.stats")]
+pub(super) async fn audit_stats() -> Response {
+    LATER.because("the audit comes with the ledger").into_response()
+}

@@ -1,0 +1,161 @@
+//! The parts that decide: state, director, rollouts, keys, and the listener they are reached by.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use super::bind;
+use crate::admin::{self, Hosts, Parts};
+use crate::admit::Gatekeeper;
+use crate::config::Config;
+use crate::control::call::{Call, Refusal};
+use crate::control::desk::Desk;
+use crate::control::source::{Source, Webhooks};
+use crate::control::store::{SqliteStore, Store};
+use crate::control::{Director, Registry, Switchboard, bootstrap, keys, source};
+use crate::engine::Engines;
+use crate::observe::Observer;
+use crate::panics;
+use crate::route::{Published, RouteTable};
+use crate::shadow::Shadows;
+use crate::transport::tls::{Tls, peer_name};
+
+/// How long rollouts may take to write down where they are.
+const ROLLOUTS_SAVE_MAX: Duration = Duration::from_secs(3);
+
+/// Who decides, and what is needed to reach him.
+pub(super) struct Release {
+    pub(super) director: Arc<Director>,
+    pub(super) registry: Arc<Registry>,
+    store: Arc<dyn Store>,
+    source: Arc<dyn Source>,
+    gatekeeper: Arc<Gatekeeper>,
+    stop: CancellationToken,
+}
+
+impl Release {
+    /// Opens the state and the source; loads nothing yet.
+    pub(super) fn open(
+        config: &Config,
+        engines: Arc<Engines>,
+        table: Arc<Published<RouteTable>>,
+        observer: &Arc<Observer>,
+    ) -> anyhow::Result<Self> {
+        let state_dir = &config.control.state_dir;
+        let store: Arc<dyn Store> =
+            Arc::new(SqliteStore::open(state_dir).context("open the state")?);
+        if let Some(path) =
+            bootstrap::admin_token(&*store, state_dir).context("make an admin's key")?
+        {
+            let path = path.display();
+            tracing::info!(%path, "the admin API's token lies there");
+        }
+        let gatekeeper = Arc::clone(&config.transport.auth.gatekeeper);
+        gatekeeper.replace(keys::key_set(&*store).context("read the keys")?);
+        let source = source::open(&config.control).context("open the source of models")?;
+        tracing::info!(source = source.describe(), "models come from");
+        let board = Arc::new(Switchboard::new(table, config.control.default_model.clone()));
+        let registry = Registry::new(
+            config.control.clone(),
+            engines,
+            Arc::clone(&source),
+            Arc::clone(&board),
+            Arc::clone(observer),
+        );
+        let director = Director::open(
+            Arc::clone(&store),
+            Arc::clone(&registry),
+            board,
+            Arc::clone(observer),
+            config.release.clone(),
+        );
+        let director = Arc::new(director.context("read the state")?);
+        let stop = CancellationToken::new();
+        Ok(Self { director, registry, store, source, gatekeeper, stop })
+    }
+
+    /// Starts what follows the state: keys, rollouts, and the admin listener.
+    pub(super) fn serve(
+        &self,
+        config: &Config,
+        shadows: Arc<Shadows>,
+        observer: &Arc<Observer>,
+        drain: CancellationToken,
+    ) -> anyhow::Result<()> {
+        self.director.set_shadows(shadows);
+        let watched = keys::watch_keys(Arc::clone(&self.store), Arc::clone(&self.gatekeeper));
+        tokio::spawn(panics::fatal_async("keys", watched));
+        let controller = self.director.rollouts(None);
+        if let Some(handle) = self.director.rollout_handle() {
+            let handle = handle.clone();
+            observer.add_families(Box::new(move || handle.families()));
+        }
+        let stopped = self.stop.clone();
+        let looking = async move { controller.run(stopped.cancelled()).await };
+        tokio::spawn(panics::fatal_async("rollouts", looking));
+
+        let listener = bind(config.admin).with_context(|| format!("listen on {}", config.admin))?;
+        tracing::info!(protocol = "admin", address = %listener.local_addr()?, "listening");
+        let api = admin::Api::new(Parts {
+            desk: Arc::clone(&self.director) as Arc<dyn Desk>,
+            gatekeeper: Arc::clone(&self.gatekeeper),
+            clients: config.admin_clients.clone(),
+            hosts: Hosts::new([]),
+            drain: self.drain(drain),
+            mlflow: self.webhook(config),
+        });
+        if let Some(tls) = &config.admin_tls {
+            tokio::spawn(panics::fatal_async("admin certificates", Arc::clone(tls).follow()));
+        }
+        let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
+        tokio::spawn(panics::fatal_async("admin listener", served));
+        Ok(())
+    }
+
+    /// Begins the drain as SIGTERM does.
+    fn drain(&self, drain: CancellationToken) -> admin::Drain {
+        let director = Arc::clone(&self.director);
+        Box::new(move |call: Call| {
+            let (director, drain) = (Arc::clone(&director), drain.clone());
+            Box::pin(async move {
+                director.journal_call("drain", "gateway", call).await?;
+                drain.cancel();
+                Ok(())
+            })
+        })
+    }
+
+    fn webhook(&self, config: &Config) -> Option<admin::Webhook> {
+        let secret = config.control.source.mlflow.webhook_secret.clone()?;
+        let hooks = Webhooks::new(Some(secret), Arc::clone(&self.source));
+        Some(Box::new(move |headers, body| {
+            let taken = hooks.take(headers, body, Timestamp::now());
+            taken.map(drop).map_err(|error| Refusal::Forbidden(error.to_string()))
+        }))
+    }
+
+    /// Rollouts write down where they are.
+    pub(super) async fn stop(&self) {
+        self.stop.cancel();
+        let ended = self.director.note("gateway.stop", "drained".to_owned());
+        if tokio::time::timeout(ROLLOUTS_SAVE_MAX, ended).await.is_err() {
+            tracing::warn!("the end was not journalled in time");
+        }
+    }
+}
+
+/// How the admin listener shakes hands, and learns who shows a certificate.
+fn handshakes(tls: &Arc<Tls>) -> admin::Tls {
+    let tls = Arc::clone(tls);
+    Arc::new(move |stream| {
+        let shaking = tls.accept(stream);
+        Box::pin(async move {
+            let stream = shaking.await?;
+            let name = peer_name(&stream);
+            Ok((stream, name))
+        })
+    })
+}

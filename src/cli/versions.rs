@@ -1,0 +1,238 @@
+//! `tidegate versions`: which versions run, and why; load and unload one.
+
+use std::process::ExitCode;
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::admin::table::{Table, cell, change, number, plain, short_digest, time};
+use super::admin::{
+    Client, Connection, LOAD_ANSWER_MAX, Stop, Why, examples, finish, shown,
+};
+use crate::domain::{Digest, ModelName, Version};
+
+#[derive(clap::Args)]
+#[command(arg_required_else_help = true)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// List versions: state, share of the traffic, digest, and who put them there
+    #[command(after_help = examples!("versions list", "versions list iris --json"))]
+    List(List),
+    /// Show one version: lineage, checks, approvals, and how it came to be
+    #[command(after_help = examples!("versions show iris 2"))]
+    Show(Show),
+    /// Load a version; returns when it is ready
+    #[command(after_help = examples!("versions load iris 2 --reason 'back for a comparison'"))]
+    Load(Load),
+    /// Unload a version that takes no traffic; returns when its last request has ended
+    #[command(after_help = examples!("versions unload iris 1"))]
+    Unload(Unload),
+}
+
+#[derive(clap::Args)]
+struct List {
+    /// Name of a model [default: all that this key may see]
+    model: Option<ModelName>,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(clap::Args)]
+struct Show {
+    /// Name of the model
+    model: ModelName,
+    /// Number of the version
+    version: Version,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(clap::Args)]
+struct Load {
+    /// Name of the model
+    model: ModelName,
+    /// Number of the version
+    version: Version,
+    /// Take the version although its bytes changed: the digest that it has now
+    #[arg(long, value_name = "DIGEST", value_parser = digest)]
+    accept_digest: Option<String>,
+    #[command(flatten)]
+    why: Why,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(clap::Args)]
+struct Unload {
+    /// Name of the model
+    model: ModelName,
+    /// Number of the version
+    version: Version,
+    #[command(flatten)]
+    why: Why,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+fn digest(text: &str) -> Result<String, String> {
+    let wrong = || format!("expected 64 hexadecimal digits, got '{text}'");
+    Digest::parse(text).map(|digest| digest.to_string()).ok_or_else(wrong)
+}
+
+pub(super) fn run(args: &Args) -> ExitCode {
+    finish(match &args.command {
+        Command::List(args) => list(args),
+        Command::Show(args) => show(args),
+        Command::Load(args) => load(args),
+        Command::Unload(args) => unload(args),
+    })
+}
+
+fn list(args: &List) -> Result<String, Stop> {
+    let client = Client::open(&args.connection)?;
+    let path = match &args.model {
+        Some(model) => format!("/models/{model}"),
+        None => "/models".to_owned(),
+    };
+    let answer = client.get(&path)?;
+    Ok(shown(&args.connection, &answer, |body| match body["models"].as_array() {
+        Some(models) => table(models),
+        None => table(std::slice::from_ref(body)),
+    }))
+}
+
+fn table(models: &[Value]) -> String {
+    let mut table =
+        Table::new(["model", "version", "state", "weight", "arms", "labels", "digest", "engine", "changed"]);
+    let mut notes = String::new();
+    for model in models {
+        let name = cell(&model["name"]);
+        for version in model["versions"].as_array().into_iter().flatten() {
+            table.row([
+                name.clone(),
+                cell(&version["version"]),
+                cell(&version["state"]),
+                format!("{} %", number(&version["weight"])),
+                cell(&version["arms"]),
+                cell(&version["labels"]),
+                short_digest(&version["digest"]),
+                cell(&version["engine"]),
+                change(&version["changed"]),
+            ]);
+            let reason = cell(&version["reason"]);
+            if matches!(version["state"].as_str(), Some("failed" | "quarantined" | "held")) {
+                notes += &format!("{name} {}: {reason}\n", cell(&version["version"]));
+            }
+        }
+        let problem = cell(&model["problem"]);
+        if !problem.is_empty() {
+            notes += &format!("{name}: {problem}\n");
+        }
+        if let Some(rollout) = model["rollout"].as_str() {
+            notes += &format!("{name}: rollout {} is under way\n", plain(rollout));
+        }
+    }
+    table.text() + &notes
+}
+
+fn show(args: &Show) -> Result<String, Stop> {
+    let path = format!("/models/{}/versions/{}", args.model, args.version);
+    let answer = Client::open(&args.connection)?.get(&path)?;
+    Ok(shown(&args.connection, &answer, version_text))
+}
+
+fn version_text(version: &Value) -> String {
+    let mut out = String::new();
+    for (name, text) in [
+        ("version", cell(&version["version"])),
+        ("state", cell(&version["state"])),
+        ("since", time(&version["since"])),
+        ("because", cell(&version["reason"])),
+        ("weight", format!("{} %", number(&version["weight"]))),
+        ("arms", cell(&version["arms"])),
+        ("labels", cell(&version["labels"])),
+        ("digest", cell(&version["digest"])),
+        ("engine", cell(&version["engine"])),
+        ("source", cell(&version["source"])),
+        ("size", cell(&version["size_bytes"])),
+        ("memory", cell(&version["memory_measured_bytes"])),
+        ("changed", change(&version["changed"])),
+    ] {
+        if !text.is_empty() {
+            out += &format!("{name:<8}  {text}\n");
+        }
+    }
+    for (name, value) in version["lineage"].as_object().into_iter().flatten() {
+        let empty = value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty);
+        let text = cell(value);
+        if !empty && !text.is_empty() {
+            out += &format!("lineage.{}: {text}\n", plain(name));
+        }
+    }
+    for check in version["checks"].as_array().into_iter().flatten() {
+        let (name, outcome) = (cell(&check["name"]), cell(&check["outcome"]));
+        out += &format!("check {name}: {outcome} {}\n", cell(&check["detail"]));
+    }
+    for step in version["history"].as_array().into_iter().flatten() {
+        let (at, state) = (time(&step["at"]), cell(&step["state"]));
+        out += format!("{at} {state} {}", cell(&step["reason"])).trim_end();
+        out.push('\n');
+    }
+    out
+}
+
+fn load(args: &Load) -> Result<String, Stop> {
+    let path = format!("/models/{}/versions/{}:load", args.model, args.version);
+    let body = match &args.accept_digest {
+        Some(digest) => json!({"accept_digest": digest}),
+        None => json!({}),
+    };
+    let client = Client::open(&args.connection)?;
+    let answer = client.change(Method::POST, &path, Some(body), &args.why, LOAD_ANSWER_MAX)?;
+    Ok(shown(&args.connection, &answer, |body| moved(&args.model, body)))
+}
+
+fn unload(args: &Unload) -> Result<String, Stop> {
+    let path = format!("/models/{}/versions/{}:unload", args.model, args.version);
+    let client = Client::open(&args.connection)?;
+    let answer = client.change(Method::POST, &path, Some(json!({})), &args.why, LOAD_ANSWER_MAX)?;
+    Ok(shown(&args.connection, &answer, |body| moved(&args.model, body)))
+}
+
+fn moved(model: &ModelName, body: &Value) -> String {
+    let (version, state) = (cell(&body["version"]), cell(&body["state"]));
+    let reason = cell(&body["reason"]);
+    let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+    format!("{model} {version} is {state}{why}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_shows_what_runs_and_what_is_wrong() {
+        let models = [json!({
+            "name": "iris", "problem": "", "rollout": "r-1",
+            "versions": [
+                {"version": "1", "state": "ready", "weight": 95.0, "arms": ["stable"],
+                 "labels": ["stable"], "digest": "sha256:0123456789abcdef", "engine": "tract",
+                 "reason": "", "changed": {"at": "2026-11-25T10:11:12Z", "actor": "ci", "reason": null}},
+                {"version": "2", "state": "failed", "weight": 0.0, "arms": [], "labels": [],
+                 "digest": null, "engine": null, "reason": "samples differ", "changed": null},
+            ],
+        })];
+        assert_eq!(
+            table(&models),
+            "model  version  state   weight  arms    labels  digest        engine  changed\n\
+             iris   1        ready   95 %    stable  stable  0123456789ab  tract   2026-11-25 10:11:12 by ci\n\
+             iris   2        failed  0 %\n\
+             iris 2: samples differ\niris: rollout r-1 is under way\n"
+        );
+    }
+}

@@ -1,0 +1,166 @@
+//! Versions: loaded and unloaded by an operator's word.
+
+use std::sync::Arc;
+
+use super::books::{self, Doc, VersionDoc};
+use super::{Decided, Inner, committed, json};
+use crate::control::call::{Call, Refusal, Versioned};
+use crate::control::desk::Pending;
+use crate::control::store::Kind;
+use crate::control::view::VersionView;
+use crate::domain::{Digest, ModelName, Version};
+
+impl Inner {
+    pub(super) fn load(
+        self: &Arc<Self>,
+        model: ModelName,
+        version: Version,
+        accept: Option<Digest>,
+        call: Call,
+    ) -> Pending<'static, Versioned<VersionView>> {
+        let inner = Arc::clone(self);
+        // A task of its own: it is finished even when the caller goes away.
+        let task = tokio::spawn(async move {
+            let subject = books::version_name(&model, version);
+            let loaded = match inner.check_reason(&call) {
+                Ok(()) => inner.registry.load_version(&model, version, accept, &call).await,
+                Err(refusal) => {
+                    return inner.refuse_later("version.load", model, subject, call, refusal).await;
+                }
+            };
+            match loaded {
+                Ok(()) => {
+                    let work = move |inner: &Arc<Inner>| {
+                        inner.mark(&model, version, "version.load", true, true, &call)?;
+                        inner.version(&model, version)
+                    };
+                    inner.run(work).await
+                }
+                Err(failure) => {
+                    let refusal = Refusal::from(failure);
+                    inner.refuse_later("version.load", model, subject, call, refusal).await
+                }
+            }
+        });
+        finish(task)
+    }
+
+    pub(super) fn unload(
+        self: &Arc<Self>,
+        model: ModelName,
+        version: Version,
+        call: Call,
+    ) -> Pending<'static, Versioned<VersionView>> {
+        let inner = Arc::clone(self);
+        let task = tokio::spawn(async move {
+            let (name, by) = (model.clone(), call.clone());
+            let decided = inner.run(move |inner| inner.decide_unload(&name, version, &by)).await;
+            decided?;
+            inner.registry.unload_version(&model, version, &call).await?;
+            inner.run(move |inner| inner.version(&model, version)).await
+        });
+        finish(task)
+    }
+
+    /// Remembers that nobody wants it any more, unless somebody does.
+    fn decide_unload(
+        &self,
+        model: &ModelName,
+        version: Version,
+        call: &Call,
+    ) -> Result<(), Refusal> {
+        let subject = books::version_name(model, version);
+        self.alone("version.unload", Some(model), &subject, call, || {
+            let books = self.known(model)?;
+            if self.board.served(model, version).is_none() {
+                let message = format!("version {version} of '{model}' is not loaded");
+                return Err(Refusal::NotFound(message));
+            }
+            if let Some(use_) = self.in_use(model, &books, version) {
+                return Err(Refusal::Conflict(format!(
+                    "version {version} of '{model}' takes traffic: {use_}; take it out of there \
+                     first"
+                )));
+            }
+            self.mark(model, version, "version.unload", false, false, call)
+        })
+    }
+
+    /// What sends requests to a version.
+    fn in_use(&self, model: &ModelName, books: &books::Books, version: Version) -> Option<String> {
+        if let Some(rollout) = books.running()
+            && (rollout.body.candidate == version || rollout.body.stable == version)
+        {
+            return Some(format!("the rollout {} is under way", rollout.body.id));
+        }
+        if let Some(traffic) = &books.traffic.body.traffic
+            && traffic.versions().contains(&version)
+        {
+            return Some("the traffic table names it".to_owned());
+        }
+        let label = books.labels.body.labels.iter().find(|(_, entry)| entry.version == version);
+        if let Some((label, _)) = label {
+            return Some(format!("it has the label '{label}'"));
+        }
+        let answers = self.default_version(model) == Some(version);
+        answers.then(|| "it answers the requests that name no version".to_owned())
+    }
+
+    /// Notes whether a version is to be loaded at the next start, and whether an operator asked.
+    fn mark(
+        &self,
+        model: &ModelName,
+        version: Version,
+        action: &str,
+        wanted: bool,
+        asked: bool,
+        call: &Call,
+    ) -> Result<(), Refusal> {
+        let books = self.books(model);
+        let Some(doc) = books.versions.get(&version) else { return Ok(()) };
+        let mut body = doc.body.clone();
+        (body.what.wanted, body.asked) = (wanted, asked);
+        let name = books::version_name(model, version);
+        let put = books::put(Kind::Version, name.clone(), &body, doc.expect())?;
+        let decided = Decided {
+            action,
+            model: Some(model),
+            subject: name,
+            before: json(&doc.body.what.wanted),
+            after: json(&wanted),
+            puts: vec![put],
+        };
+        let made: Doc<VersionDoc> = committed(&self.commit(decided, call)?, Kind::Version)?;
+        self.with_books(model, |books| books.versions.insert(version, made));
+        Ok(())
+    }
+
+    pub(super) async fn refuse_later<T: Send + 'static>(
+        self: &Arc<Self>,
+        action: &'static str,
+        model: ModelName,
+        subject: String,
+        call: Call,
+        refusal: Refusal,
+    ) -> Result<T, Refusal> {
+        let detail = refusal.to_string();
+        let noted = self.run(move |inner| {
+            inner.journal_refused(action, Some(&model), &subject, &call, &detail);
+            Ok(())
+        });
+        noted.await?;
+        Err(refusal)
+    }
+}
+
+/// The answer of a change that runs as a task of its own.
+pub(super) fn finish<T: Send + 'static>(
+    task: tokio::task::JoinHandle<Result<T, Refusal>>,
+) -> Pending<'static, T> {
+    Box::pin(async move {
+        task.await.unwrap_or_else(|error| {
+            tracing::error!(%error, "a change ended without a result");
+            Err(Refusal::Internal("the change ended without a result".to_owned()))
+        })
+    })
+}

@@ -1,0 +1,515 @@
+//! Whether a rollout may go on: each guard's answer, with the numbers that led to it.
+//!
+//! Three answers, as in other rollout tools: *pass*, *fail* (the candidate goes, at once) and
+//! *inconclusive* (the rollout does not go on, and pauses when that lasts).
+//!
+//! Invariants:
+//! - Pure: what was seen and the plan decide, nothing else.
+//! - Asked for or not: a guard of the plan always answers, so none is left out in silence.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::evidence::{
+    Count, Event, Evidence, Level, Mixture, ShadowTally, Tally, Thresholds, share_bounds,
+};
+use super::plan::{Floor, Guards, LatencyRatio, NonFinite, SampleRatio, ShadowDisagreement};
+use crate::observe::LATENCY_BOUNDS_NS;
+
+/// Largest e-value that is shown; JSON has no infinity.
+const EVIDENCE_MAX_LN: f64 = 690.0;
+/// Requests of the stable version from which its latency quantile is taken.
+pub const LEARN_MIN: u64 = 1000;
+
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Guard {
+    ErrorRate,
+    ErrorCeiling,
+    SlowShare,
+    LatencyRatio,
+    ShadowDisagreement,
+    SampleRatio,
+    NonFinite,
+    Floor,
+}
+
+impl Guard {
+    /// Label of the metrics, and key of the plan.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ErrorRate => "error_rate",
+            Self::ErrorCeiling => "error_ceiling",
+            Self::SlowShare => "slow_share",
+            Self::LatencyRatio => "latency_ratio",
+            Self::ShadowDisagreement => "shadow_disagreement",
+            Self::SampleRatio => "sample_ratio",
+            Self::NonFinite => "non_finite",
+            Self::Floor => "floor",
+        }
+    }
+}
+
+impl fmt::Display for Guard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GuardOutcome {
+    Pass,
+    Fail,
+    Inconclusive,
+}
+
+impl GuardOutcome {
+    pub const ALL: [Self; 3] = [Self::Pass, Self::Fail, Self::Inconclusive];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pass => "pass",
+            Self::Fail => "fail",
+            Self::Inconclusive => "inconclusive",
+        }
+    }
+}
+
+/// One guard's answer, and what led to it. Numbers that it does not use are left out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct GuardReport {
+    pub guard: Guard,
+    pub outcome: GuardOutcome,
+    /// In words.
+    pub why: String,
+    /// What the candidate did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub candidate: Option<Count>,
+    /// What the stable version did at the same time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stable: Option<Count>,
+    /// An e-value, which fails at `limit`; of `sample_ratio` a probability, which is too small
+    /// below it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<f64>,
+    /// Where the true share lies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub low: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub high: Option<f64>,
+    /// A request counts when it takes longer: a bound of the latency histograms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threshold_ms: Option<f64>,
+}
+
+impl GuardReport {
+    fn new(guard: Guard, outcome: GuardOutcome, why: impl Into<String>) -> Self {
+        Self {
+            guard,
+            outcome,
+            why: why.into(),
+            candidate: None,
+            stable: None,
+            evidence: None,
+            limit: None,
+            low: None,
+            high: None,
+            threshold_ms: None,
+        }
+    }
+
+    fn with_arms(mut self, candidate: Count, stable: Option<Count>) -> Self {
+        (self.candidate, self.stable) = (Some(candidate), stable);
+        self
+    }
+
+    fn with_threshold(mut self, at: Option<usize>) -> Self {
+        self.threshold_ms = at.and_then(|at| LATENCY_BOUNDS_NS.get(at)).map(|ns| *ns as f64 / 1e6);
+        self
+    }
+}
+
+/// What guards look at.
+#[derive(Clone, Copy, Debug)]
+pub struct Sight<'a> {
+    pub guards: &'a Guards,
+    pub evidence: &'a Evidence,
+    /// The candidate's present share of the split, in basis points.
+    pub share: u16,
+    /// Requests of one caller stay together, so they are not split one by one.
+    pub sticky: bool,
+    pub thresholds: Thresholds,
+    /// Requests of the stable version that its latency quantile can be taken from so far.
+    pub learnt_from: u64,
+}
+
+/// Every guard of the plan, in a fixed order.
+pub fn evaluate(sight: &Sight<'_>) -> Vec<GuardReport> {
+    let Guards {
+        error_rate,
+        error_ceiling,
+        slow_share,
+        latency_ratio,
+        shadow_disagreement,
+        sample_ratio,
+        non_finite,
+        floor,
+        // Refused by `Plan::check` until they exist.
+        drift: _,
+        feedback: _,
+    } = sight.guards;
+    let reports = [
+        error_rate.as_ref().map(|guard| sight.compare(Guard::ErrorRate, Event::Failure, guard.alpha)),
+        error_ceiling.as_ref().map(|guard| sight.ceiling(guard.share_max, guard.alpha)),
+        slow_share.as_ref().map(|guard| {
+            let report = sight.compare(Guard::SlowShare, Event::Slow, guard.alpha);
+            report.with_threshold(sight.thresholds.slow)
+        }),
+        latency_ratio.as_ref().map(|guard| sight.ratio(guard)),
+        shadow_disagreement.as_ref().map(|guard| disagreement(&sight.evidence.shadow, guard)),
+        sample_ratio.as_ref().map(|guard| sight.split(guard)),
+        non_finite.as_ref().map(|guard| sight.non_finite(guard)),
+        floor.as_ref().map(|guard| sight.floor(guard)),
+    ];
+    reports.into_iter().flatten().collect()
+}
+
+impl Sight<'_> {
+    /// Whether requests came otherwise than one by one at random.
+    fn by_requests(&self, level: &Level) -> bool {
+        let p_min = self.guards.sample_ratio.unwrap_or_default().p_min;
+        self.sticky || level.split_p() < p_min
+    }
+
+    fn arms(&self, what: Event) -> (Count, Count) {
+        let (candidate, stable) = (self.evidence.candidate(), self.evidence.stable());
+        (candidate.count(what), stable.count(what))
+    }
+
+    fn compare(&self, guard: Guard, what: Event, alpha: f64) -> GuardReport {
+        let mixture = self.evidence.compared(what, |level| self.by_requests(level));
+        let (candidate, stable) = self.arms(what);
+        by_evidence(guard, &mixture, alpha, candidate).with_arms(candidate, Some(stable))
+    }
+
+    fn ceiling(&self, share: f64, alpha: f64) -> GuardReport {
+        let mixture = self.evidence.exceeding(Event::Failure, share);
+        let (candidate, _) = self.arms(Event::Failure);
+        by_evidence(Guard::ErrorCeiling, &mixture, alpha, candidate).with_arms(candidate, None)
+    }
+
+    fn ratio(&self, guard: &LatencyRatio) -> GuardReport {
+        let (candidate, stable) = self.arms(Event::Over);
+        let Some(at) = self.thresholds.over else {
+            let why = match self.learnt_from < LEARN_MIN {
+                true => format!(
+                    "the stable version has had {} of {LEARN_MIN} requests to take its quantile from",
+                    self.learnt_from
+                ),
+                false => "the threshold would be beyond the longest time that is told apart".to_owned(),
+            };
+            return GuardReport::new(Guard::LatencyRatio, GuardOutcome::Inconclusive, why);
+        };
+        let mixture = self.evidence.exceeding(Event::Over, 1.0 - guard.quantile);
+        let report = by_evidence(Guard::LatencyRatio, &mixture, guard.alpha, candidate);
+        report.with_arms(candidate, Some(stable)).with_threshold(Some(at))
+    }
+
+    fn split(&self, guard: &SampleRatio) -> GuardReport {
+        let level = self.evidence.at(self.share);
+        let realised = level.realised();
+        let p = level.split_p();
+        let percent = f64::from(self.share) / 100.0;
+        let came = format!(
+            "{:.2} % of {} requests came where {percent} % was meant",
+            realised.share() * 100.0,
+            realised.of
+        );
+        let (outcome, why) = if self.sticky {
+            let why = "; callers stay together, so chance says nothing of it";
+            (GuardOutcome::Pass, came + why)
+        } else if p < guard.p_min {
+            (GuardOutcome::Inconclusive, format!("the assignment is broken: {came}, p = {p:.1e}"))
+        } else {
+            (GuardOutcome::Pass, came)
+        };
+        let mut report = GuardReport::new(Guard::SampleRatio, outcome, why);
+        (report.evidence, report.limit) = (Some(p), Some(guard.p_min));
+        report.with_arms(realised, None)
+    }
+
+    fn non_finite(&self, guard: &NonFinite) -> GuardReport {
+        let (candidate, stable) = self.arms(Event::NonFinite);
+        let copied = self.evidence.shadow.non_finite;
+        let report = if candidate.events.max(copied) <= guard.max {
+            let why = format!("at most {} answers are not finite", guard.max);
+            GuardReport::new(Guard::NonFinite, GuardOutcome::Pass, why)
+        } else if stable.events == 0 {
+            let given = candidate.events.max(copied);
+            let why = format!("{given} answers are not finite, and none of the stable version's");
+            GuardReport::new(Guard::NonFinite, GuardOutcome::Fail, why)
+        } else {
+            let mixture = self.evidence.compared(Event::NonFinite, |level| self.by_requests(level));
+            by_evidence(Guard::NonFinite, &mixture, guard.alpha, candidate)
+        };
+        report.with_arms(candidate, Some(stable))
+    }
+
+    fn floor(&self, guard: &Floor) -> GuardReport {
+        let candidate = self.evidence.candidate();
+        let level = self.evidence.at(self.share).candidate;
+        let shadow = &self.evidence.shadow;
+        let copies = Count { events: shadow.failed, of: shadow.samples() };
+        let in_a_row = self.evidence.failures_in_a_row;
+        let all_copies = shadow.compared == 0 && shadow.failed >= guard.consecutive_failures;
+        let failure = if in_a_row >= guard.consecutive_failures {
+            Some(format!("{in_a_row} failures in a row"))
+        } else if all_copies {
+            Some(format!("all {} copied requests failed", shadow.failed))
+        } else {
+            let failures = |tally: &Tally| tally.count(Event::Failure);
+            let counts = [failures(&candidate), failures(&level), copies];
+            let over = |count: &Count| {
+                count.of >= guard.requests && count.share() >= guard.failure_share
+            };
+            let found = counts.into_iter().find(over);
+            found.map(|count| format!("{} of {} requests failed", count.events, count.of))
+        };
+        let outcome = if failure.is_some() { GuardOutcome::Fail } else { GuardOutcome::Pass };
+        let why = failure.unwrap_or_else(|| format!("at most {in_a_row} failures in a row"));
+        let report = GuardReport::new(Guard::Floor, outcome, why);
+        report.with_arms(candidate.count(Event::Failure), None)
+    }
+}
+
+/// What an e-value says. Half of what it takes to fail is enough not to give the candidate more.
+fn by_evidence(guard: Guard, mixture: &Mixture, alpha: f64, candidate: Count) -> GuardReport {
+    let (ln, limit) = (mixture.ln(), 1.0 / alpha);
+    let evidence = ln.min(EVIDENCE_MAX_LN).exp();
+    let outcome = if ln >= limit.ln() {
+        GuardOutcome::Fail
+    } else if evidence >= (limit / 2.0).max(2.0) {
+        GuardOutcome::Inconclusive
+    } else {
+        GuardOutcome::Pass
+    };
+    let Count { events, of } = candidate;
+    let what = match guard {
+        Guard::SlowShare | Guard::LatencyRatio => "were slow",
+        Guard::NonFinite => "got answers that are not finite",
+        _ => "failed",
+    };
+    let why = format!("{events} of {of} requests {what}: evidence {evidence:.3}, limit {limit:.3}");
+    let mut report = GuardReport::new(guard, outcome, why);
+    (report.evidence, report.limit) = (Some(evidence), Some(limit));
+    report
+}
+
+fn disagreement(shadow: &ShadowTally, guard: &ShadowDisagreement) -> GuardReport {
+    let count = shadow.disagreements();
+    let (low, high) = share_bounds(count, guard.alpha);
+    let outcome = if low > guard.max {
+        GuardOutcome::Fail
+    } else if high <= guard.max {
+        GuardOutcome::Pass
+    } else {
+        GuardOutcome::Inconclusive
+    };
+    let Count { events, of } = count;
+    let why = format!(
+        "{events} of {of} copied requests got another answer or none: {:.2} to {:.2} %, allowed are {} %",
+        low * 100.0,
+        high * 100.0,
+        guard.max * 100.0
+    );
+    let mut report = GuardReport::new(Guard::ShadowDisagreement, outcome, why);
+    (report.low, report.high) = (Some(low), Some(high));
+    report.with_arms(count, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::rollout::plan::{ErrorCeiling, SlowShare};
+    use GuardOutcome::{Fail, Inconclusive, Pass};
+
+    /// (started, failures, slow, over, not finite) of each arm, at a share.
+    type Arms = (u16, [u64; 5], [u64; 5]);
+
+    fn evidence(levels: &[Arms]) -> Evidence {
+        let tally = |[started, failures, slow, over, non_finite]: [u64; 5]| Tally {
+            started,
+            requests: started,
+            failures,
+            slow,
+            over,
+            non_finite,
+        };
+        let levels = levels.iter().map(|(share, candidate, stable)| Level {
+            share: *share,
+            candidate: tally(*candidate),
+            stable: tally(*stable),
+        });
+        let mut evidence = Evidence::default();
+        evidence.levels = levels.collect();
+        evidence
+    }
+
+    fn all() -> Guards {
+        Guards {
+            error_ceiling: Some(ErrorCeiling { share_max: 0.05, alpha: 0.05 }),
+            slow_share: Some(SlowShare { threshold_ms: 100.0, alpha: 0.05 }),
+            latency_ratio: Some(LatencyRatio { quantile: 0.95, ratio_max: 1.5, alpha: 0.05 }),
+            shadow_disagreement: Some(ShadowDisagreement { max: 0.02, alpha: 0.05 }),
+            ..Guards::default()
+        }
+    }
+
+    fn sight<'a>(guards: &'a Guards, evidence: &'a Evidence) -> Sight<'a> {
+        let share = evidence.levels.last().map_or(0, |level| level.share);
+        let thresholds = Thresholds { slow: Some(11), over: Some(12) };
+        Sight { guards, evidence, share, sticky: false, thresholds, learnt_from: LEARN_MIN }
+    }
+
+    fn outcome(sight: &Sight<'_>, guard: Guard) -> GuardOutcome {
+        let reports = evaluate(sight);
+        reports.into_iter().find(|report| report.guard == guard).unwrap().outcome
+    }
+
+    #[test]
+    fn each_guard_passes_fails_or_waits_by_its_own_numbers() {
+        use Guard::{ErrorCeiling, ErrorRate, Floor, LatencyRatio, NonFinite, SampleRatio, SlowShare};
+        let fine = [1_000, 5, 5, 5, 0];
+        let stable = [19_000, 95, 95, 95, 0];
+        let with = |at: usize, count| {
+            let mut arm = fine;
+            arm[at] = count;
+            arm
+        };
+        let cases: &[(&str, Guard, Arms, GuardOutcome)] = &[
+            ("as many", ErrorRate, (500, fine, stable), Pass),
+            ("none", ErrorRate, (500, with(1, 0), stable), Pass),
+            ("eight times as many", ErrorRate, (500, with(1, 40), stable), Fail),
+            ("a few more", ErrorRate, (500, with(1, 13), stable), Inconclusive),
+            ("all, and nothing to compare", ErrorRate, (10_000, with(1, 400), [0; 5]), Pass),
+            ("below the ceiling", ErrorCeiling, (500, with(1, 40), stable), Pass),
+            ("above the ceiling", ErrorCeiling, (10_000, with(1, 100), [0; 5]), Fail),
+            ("slow", SlowShare, (500, with(2, 40), stable), Fail),
+            ("not slow", SlowShare, (500, fine, stable), Pass),
+            ("over the quantile", LatencyRatio, (500, with(3, 100), stable), Fail),
+            ("under the quantile", LatencyRatio, (500, with(3, 50), stable), Pass),
+            ("split as meant", SampleRatio, (500, fine, stable), Pass),
+            ("split otherwise", SampleRatio, (500, fine, [9_000, 0, 0, 0, 0]), Inconclusive),
+            ("not finite", NonFinite, (500, with(4, 1), stable), Fail),
+            ("neither is", NonFinite, (500, with(4, 1), [19_000, 0, 0, 0, 19]), Pass),
+            ("far more than it", NonFinite, (500, with(4, 40), [19_000, 0, 0, 0, 19]), Fail),
+            ("half of them", Floor, (500, [20, 10, 0, 0, 0], [380, 0, 0, 0, 0]), Fail),
+            ("half of too few", Floor, (500, [19, 10, 0, 0, 0], [380, 0, 0, 0, 0]), Pass),
+        ];
+        let guards = all();
+        for (name, guard, arms, want) in cases {
+            let evidence = evidence(&[*arms]);
+            let got = outcome(&sight(&guards, &evidence), *guard);
+            assert_eq!(got, *want, "{name}: {:#?}", evaluate(&sight(&guards, &evidence)));
+        }
+    }
+
+    #[test]
+    fn the_floor_sees_rows_of_failures_the_present_weight_and_copies() {
+        let guards = all();
+        let mut seen = evidence(&[(100, [10_000, 0, 0, 0, 0], [990_000, 0, 0, 0, 0])]);
+        assert_eq!(outcome(&sight(&guards, &seen), Guard::Floor), Pass);
+        seen.failures_in_a_row = 5;
+        assert_eq!(outcome(&sight(&guards, &seen), Guard::Floor), Fail);
+        // Good for long, bad since the last step.
+        let late = [
+            (100, [10_000, 0, 0, 0, 0], [990_000, 0, 0, 0, 0]),
+            (500, [20, 12, 0, 0, 0], [380, 0, 0, 0, 0]),
+        ];
+        assert_eq!(outcome(&sight(&guards, &evidence(&late)), Guard::Floor), Fail);
+        for (compared, failed, want) in [(0, 4, Pass), (0, 5, Fail), (9, 9, Pass), (10, 10, Fail)] {
+            let mut seen = evidence(&[]);
+            seen.shadow = ShadowTally { compared, failed, ..ShadowTally::default() };
+            assert_eq!(outcome(&sight(&guards, &seen), Guard::Floor), want, "{compared} {failed}");
+        }
+    }
+
+    #[test]
+    fn copies_agree_only_when_enough_of_them_were_seen() {
+        let guards = all();
+        let cases = [
+            (0, 0, 0, Inconclusive),
+            (100, 0, 0, Inconclusive),
+            (1_000, 2, 0, Pass),
+            (1_000, 20, 0, Inconclusive),
+            (1_000, 0, 60, Fail),
+            (1_000, 60, 0, Fail),
+        ];
+        for (compared, disagreed, failed, want) in cases {
+            let mut seen = evidence(&[]);
+            seen.shadow = ShadowTally { compared, disagreed, failed, non_finite: 0 };
+            let sight = sight(&guards, &seen);
+            assert_eq!(outcome(&sight, Guard::ShadowDisagreement), want, "{compared} {disagreed}");
+        }
+        let mut seen = evidence(&[]);
+        seen.shadow.non_finite = 1;
+        assert_eq!(outcome(&sight(&guards, &seen), Guard::NonFinite), Fail);
+    }
+
+    #[test]
+    fn sticky_or_broken_splits_are_not_held_against_the_candidate() {
+        let guards = all();
+        // One busy caller: 10 % came where 5 % was meant, and failures likewise.
+        let seen = evidence(&[(500, [1_000, 60, 0, 0, 0], [9_000, 540, 0, 0, 0])]);
+        let mut sight = sight(&guards, &seen);
+        assert_eq!(outcome(&sight, Guard::SampleRatio), Inconclusive);
+        assert_eq!(outcome(&sight, Guard::ErrorRate), Pass);
+        sight.sticky = true;
+        assert_eq!(outcome(&sight, Guard::SampleRatio), Pass);
+        assert_eq!(outcome(&sight, Guard::ErrorRate), Pass);
+    }
+
+    #[test]
+    fn a_ratio_waits_for_the_quantile_it_is_taken_of() {
+        let guards = all();
+        let seen = evidence(&[(500, [1_000, 0, 0, 0, 0], [19_000, 0, 0, 0, 0])]);
+        let mut sight = sight(&guards, &seen);
+        sight.thresholds.over = None;
+        for learnt_from in [0, LEARN_MIN] {
+            sight.learnt_from = learnt_from;
+            assert_eq!(outcome(&sight, Guard::LatencyRatio), Inconclusive);
+        }
+    }
+
+    #[test]
+    fn every_guard_of_the_plan_answers_and_numbers_are_json() {
+        let seen = evidence(&[(500, [u64::MAX / 8, u64::MAX / 8, 0, 0, 9], [0; 5])]);
+        let guards = all();
+        let reports = evaluate(&sight(&guards, &seen));
+        assert_eq!(reports.len(), 8);
+        let text = serde_json::to_string(&reports).unwrap();
+        assert!(!text.contains("null"), "{text}");
+        let read: Vec<GuardReport> = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.len(), 8);
+        for report in &reports {
+            let word = serde_json::to_value(report.guard).unwrap();
+            assert_eq!(word, report.guard.as_str());
+            assert_eq!(serde_json::to_value(report.outcome).unwrap(), report.outcome.as_str());
+        }
+        let none = Guards {
+            error_rate: None,
+            sample_ratio: None,
+            non_finite: None,
+            floor: None,
+            ..Guards::default()
+        };
+        assert!(evaluate(&sight(&none, &seen)).is_empty());
+    }
+}
