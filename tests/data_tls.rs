@@ -145,6 +145,7 @@ async fn both_protocols_over_tls() {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(stream).await.unwrap();
     tokio::spawn(connection);
     for _ in 0..3 {
+        sender.ready().await.unwrap();
         let request = Request::post("/v2/models/m/infer").header("host", "gateway");
         let request = request.body(Full::new(Bytes::from(BODY))).unwrap();
         let answer = sender.send_request(request).await.unwrap();
@@ -164,8 +165,7 @@ async fn both_protocols_over_tls() {
                 .await
                 .unwrap();
         tokio::spawn(connection);
-        let request =
-            Request::post(format!("https://gateway/inference.GRPCInferenceService/ModelInfer"));
+        let request = Request::post("https://gateway/inference.GRPCInferenceService/ModelInfer");
         let request = request.header("content-type", "application/grpc").header("te", "trailers");
         let request = request.body(Full::new(message())).unwrap();
         let answer = sender.send_request(request).await.unwrap();
