@@ -181,6 +181,21 @@ impl Gateway {
         head
     }
 
+    /// As [`Gateway::refuse`], for a model that the caller may not know of: nothing of a model of
+    /// this name is looked at, and the answer is that of an unknown one.
+    pub fn refuse_unseen(
+        &self,
+        meta: &CallMeta,
+        model: ModelName,
+        failure: &Failure,
+    ) -> AnswerHead {
+        let record = Record::new(&self.observer, meta, model, String::new());
+        let head = record.head();
+        let message = failure.message.clone();
+        record.finish(Outcome::Failed { kind: failure.kind, message });
+        head
+    }
+
     async fn run(
         &self,
         record: &mut Record<'_>,
