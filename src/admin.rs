@@ -163,7 +163,9 @@ impl Api {
     ) -> Result<Response<axum::body::Body>, Problem> {
         let uri = request.uri();
         if uri.path_and_query().map_or(0, |text| text.as_str().len()) > limits::URI_BYTES_MAX {
-            return Err(URI_TOO_LONG.because(format!("the limit is {} bytes", limits::URI_BYTES_MAX)));
+            return Err(
+                URI_TOO_LONG.because(format!("the limit is {} bytes", limits::URI_BYTES_MAX))
+            );
         }
         self.hosts.check(uri, request.headers())?;
         let inner = doors::inner_path(uri.path());
@@ -226,7 +228,8 @@ impl Api {
 fn request_id(headers: &HeaderMap) -> String {
     let sent = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
     let right = |id: &&str| {
-        (1..=limits::REQUEST_ID_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
+        (1..=limits::REQUEST_ID_MAX).contains(&id.len())
+            && id.bytes().all(|byte| byte.is_ascii_graphic())
     };
     sent.filter(right).map_or_else(|| Uuid::now_v7().to_string(), ToOwned::to_owned)
 }

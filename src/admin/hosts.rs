@@ -53,7 +53,10 @@ fn one_host(uri: &Uri, headers: &HeaderMap) -> Result<Authority, Problem> {
         (None, _) => None,
         (Some(value), None) => {
             let text = value.to_str().unwrap_or_default();
-            Some(text.parse::<Authority>().map_err(|_| invalid("Host: expected a host and a port"))?)
+            Some(
+                text.parse::<Authority>()
+                    .map_err(|_| invalid("Host: expected a host and a port"))?,
+            )
         }
         (Some(_), Some(_)) => return Err(invalid("Host: sent twice")),
     };
@@ -99,12 +102,20 @@ mod tests {
     #[test]
     fn names_are_listed_and_addresses_are_not_names() {
         for host in [
-            "127.0.0.1:8003", "localhost", "LOCALHOST:1", "localhost.:1", "[::1]:8003", "10.1.2.3",
-            "gate.example:8003", "Gate.Example",
+            "127.0.0.1:8003",
+            "localhost",
+            "LOCALHOST:1",
+            "localhost.:1",
+            "[::1]:8003",
+            "10.1.2.3",
+            "gate.example:8003",
+            "Gate.Example",
         ] {
             assert_eq!(check("/", &[("host", host)]), Ok(()), "{host}");
         }
-        for host in ["evil.example", "127.0.0.1.evil.example:8003", "gate.example.evil", "local", "0x7f.1"] {
+        for host in
+            ["evil.example", "127.0.0.1.evil.example:8003", "gate.example.evil", "local", "0x7f.1"]
+        {
             assert_eq!(check("/", &[("host", host)]), Err("misdirected"), "{host}");
         }
         for sent in [&[][..], &[("host", "localhost"), ("host", "localhost")], &[("host", "a b")]] {

@@ -13,6 +13,8 @@ use crate::admit::Gatekeeper;
 use crate::config::Config;
 use crate::control::call::{Call, Refusal};
 use crate::control::desk::Desk;
+use crate::control::hooks::Hooks;
+use crate::control::rollout::controller::Callout;
 use crate::control::source::{Source, Webhooks};
 use crate::control::store::{SqliteStore, Store};
 use crate::control::{Director, Registry, Switchboard, bootstrap, keys, source};
@@ -21,6 +23,7 @@ use crate::observe::Observer;
 use crate::panics;
 use crate::route::{Published, RouteTable};
 use crate::shadow::Shadows;
+use crate::transport::tls::{Tls, peer_name};
 
 /// How long rollouts may take to write down where they are.
 const ROLLOUTS_SAVE_MAX: Duration = Duration::from_secs(3);
@@ -87,7 +90,7 @@ impl Release {
         self.director.set_shadows(shadows);
         let watched = keys::watch_keys(Arc::clone(&self.store), Arc::clone(&self.gatekeeper));
         tokio::spawn(panics::fatal_async("keys", watched));
-        let controller = self.director.rollouts(None);
+        let controller = self.director.rollouts(callout(config, observer)?);
         if let Some(handle) = self.director.rollout_handle() {
             let handle = handle.clone();
             observer.add_families(Box::new(move || handle.families()));
@@ -101,12 +104,12 @@ impl Release {
         let api = admin::Api::new(Parts {
             desk: Arc::clone(&self.director) as Arc<dyn Desk>,
             gatekeeper: Arc::clone(&self.gatekeeper),
-            clients: crate::admit::Clients::default(),
+            clients: config.admin_clients.clone(),
             hosts: Hosts::new([]),
             drain: self.drain(drain),
             mlflow: self.webhook(config),
         });
-        let served = admin::serve(listener, api, None);
+        let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
         tokio::spawn(panics::fatal_async("admin listener", served));
         Ok(())
     }
@@ -141,4 +144,28 @@ impl Release {
             tracing::warn!("the end was not journalled in time");
         }
     }
+}
+
+/// Handshakes with the certificates of this moment, which follow their files.
+fn handshakes(tls: &Arc<Tls>) -> admin::Tls {
+    tokio::spawn(panics::fatal_async("admin certificates", Arc::clone(tls).follow()));
+    let tls = Arc::clone(tls);
+    Arc::new(move |stream| {
+        let accepted = tls.accept(stream);
+        Box::pin(async move {
+            let stream = accepted.await?;
+            let name = peer_name(&stream);
+            Ok((stream, name))
+        })
+    })
+}
+
+/// Who is told of rollouts and asked about them, if anybody is.
+fn callout(config: &Config, observer: &Observer) -> anyhow::Result<Option<Arc<dyn Callout>>> {
+    let Some(settings) = config.hooks.clone() else { return Ok(None) };
+    let (hooks, courier) = Hooks::new(settings).context("open the webhooks")?;
+    tokio::spawn(panics::fatal_async("webhooks", courier.run()));
+    let shown = hooks.clone();
+    observer.add_families(Box::new(move || shown.families()));
+    Ok(Some(Arc::new(hooks)))
 }

@@ -115,7 +115,9 @@ fn weight(text: &str) -> Result<(Version, f64), String> {
 
 /// `beta:x-beta==1:2`, `staff:x-mail^=staff-:canary`
 fn rule(text: &str) -> Result<Value, String> {
-    let wrong = || format!("expected NAME:HEADER==VALUE:VERSION or NAME:HEADER^=START:VERSION, got '{text}'");
+    let wrong = || {
+        format!("expected NAME:HEADER==VALUE:VERSION or NAME:HEADER^=START:VERSION, got '{text}'")
+    };
     let (name, rest) = text.split_once(':').ok_or_else(wrong)?;
     let (test, version) = rest.rsplit_once(':').ok_or_else(wrong)?;
     let exact = test.find("==").unwrap_or(usize::MAX);
@@ -167,7 +169,8 @@ impl Set {
             }
         }
         let shadows = self.shadow.iter();
-        let shadows = shadows.map(|(version, percent)| json!({"version": version.to_string(), "percent": percent}));
+        let shadows = shadows
+            .map(|(version, percent)| json!({"version": version.to_string(), "percent": percent}));
         let shadows: Vec<Value> = shadows.collect();
         let sticky = match (&self.sticky_header, &self.sticky_parameter) {
             (Some(header), _) => json!({"header": header}),
@@ -333,10 +336,21 @@ mod tests {
     #[test]
     fn what_is_no_table_is_wrong_usage() {
         for words in [
-            "iris", "iris 1", "iris 1=x", "iris 1=-1", "iris 1=NaN", "iris 0=1", "iris stable=1",
-            "iris 1=1 --file x", "iris 1=1 --rule beta", "iris 1=1 --rule beta:x-beta=1:2",
-            "iris 1=1 --rule 7:x==1:2", "iris 1=1 --rule beta:==1:2", "iris 1=1 --rule beta:x==1:",
-            "iris 1=1 --sticky-header a --sticky-parameter b", "a/b 1=1",
+            "iris",
+            "iris 1",
+            "iris 1=x",
+            "iris 1=-1",
+            "iris 1=NaN",
+            "iris 0=1",
+            "iris stable=1",
+            "iris 1=1 --file x",
+            "iris 1=1 --rule beta",
+            "iris 1=1 --rule beta:x-beta=1:2",
+            "iris 1=1 --rule 7:x==1:2",
+            "iris 1=1 --rule beta:==1:2",
+            "iris 1=1 --rule beta:x==1:",
+            "iris 1=1 --sticky-header a --sticky-parameter b",
+            "a/b 1=1",
         ] {
             assert!(set_of(words).is_err(), "{words}");
         }

@@ -112,7 +112,7 @@ impl Rollout {
             weight: 0.0,
             waiting_for: Vec::new(),
             guards: Vec::new(),
-            evidence: super::Evidence::default(),
+            evidence: super::Evidence::starting(),
             started_at: now.at,
             started_by: call.actor.clone(),
             started_for: call.reason.clone(),
@@ -459,7 +459,8 @@ impl Rollout {
         let mut decision = if next < self.plan.steps.len() {
             self.enter(Stage::Step { step: next }, by, None)
         } else if self.plan.on_pass == OnPass::Pause {
-            let message = "every step has passed; resume or promote to give the candidate everything";
+            let message =
+                "every step has passed; resume or promote to give the candidate everything";
             self.pausing(by, Reason::new(Cause::Passed, message))
         } else {
             self.pass(by)
@@ -490,8 +491,7 @@ impl Rollout {
         let before = self.state;
         let progress = self.progress;
         self.state = stage.into();
-        self.progress =
-            Progress { samples_before: self.samples(), ..Progress::default() };
+        self.progress = Progress { samples_before: self.samples(), ..Progress::default() };
         let traffic = match stage {
             Stage::PendingHook { .. } => None,
             Stage::Shadow => {
@@ -650,4 +650,4 @@ impl By<'_> {
 const _: () = assert!(BUCKETS == super::evidence::SHARE_WHOLE, "shares have one unit");
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(in crate::control) mod tests;

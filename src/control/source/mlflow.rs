@@ -31,7 +31,7 @@ use self::api::{Api, Auth, ModelVersion, RegisteredModel, Run};
 use self::artifact::{Artifacts, Place, ProxiedFile};
 use self::mlmodel::MlModel;
 use super::download::{Backoff, Wanted, download_all};
-use super::net::{Gate, HostPort, Net};
+use super::net::{Gate, HostPort, Net, Times};
 use super::quiet::{Now, Observations, Verdict};
 use super::store::{self, Stores};
 use super::{
@@ -106,7 +106,18 @@ struct Opened {
 }
 
 impl Mlflow {
+    /// # Errors
+    /// When an address or a credential cannot be.
     pub fn new(tracking: Tracking, settings: &Settings) -> Result<Self, SourceError> {
+        Self::with(tracking, settings, Times::USUAL, Backoff::NETWORK)
+    }
+
+    fn with(
+        tracking: Tracking,
+        settings: &Settings,
+        times: Times,
+        backoff: Backoff,
+    ) -> Result<Self, SourceError> {
         let source = &settings.source;
         let mut hosts: Vec<HostPort> = HostPort::of(&tracking.base).into_iter().collect();
         for bucket in &source.mlflow.artifacts {
@@ -115,12 +126,12 @@ impl Mlflow {
         hosts.extend(source.allowed_hosts.iter().cloned());
         // The operator wrote mlflow+http:// out: that is consent for this server.
         let plain = source.allow_http || tracking.base.scheme() == "http";
-        let net = Net::new(Gate::new(hosts, plain))?;
+        let net = Net::new(Gate::new(hosts, plain), times)?;
         let (base, auth) = (tracking.base.clone(), Auth::new(&source.mlflow));
         Ok(Self {
             tracking,
-            api: Arc::new(Api::new(net.clone(), base, auth, Backoff::NETWORK)),
-            stores: Stores::new(source.store.clone(), net),
+            api: Arc::new(Api::new(net.clone(), base, auth, backoff)),
+            stores: Stores::new(source.store.clone(), net, backoff),
             artifacts: source.mlflow.artifacts.clone(),
             stable_alias: source.mlflow.stable_alias.clone(),
             size_max: settings.model_size_max,
@@ -129,7 +140,7 @@ impl Mlflow {
             observed: Mutex::new(Observations::new(source.quiet, SKEW_MAX)),
             known: Mutex::default(),
             wake: Notify::new(),
-            backoff: Backoff::NETWORK,
+            backoff,
         })
     }
 
