@@ -46,7 +46,9 @@ impl Release {
         let state_dir = &config.control.state_dir;
         let store: Arc<dyn Store> =
             Arc::new(SqliteStore::open(state_dir).context("open the state")?);
-        if let Some(path) = bootstrap::admin_token(&*store, state_dir).context("make an admin's key")? {
+        if let Some(path) =
+            bootstrap::admin_token(&*store, state_dir).context("make an admin's key")?
+        {
             let path = path.display();
             tracing::info!(%path, "the admin API's token lies there");
         }

@@ -46,6 +46,9 @@ pub struct Lineage {
     pub training: Option<Training>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub datasets: Vec<Dataset>,
+    /// Versions of what it was made with.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub frameworks: BTreeMap<String, String>,
     /// What the version's own file claims, which is not an approval given here.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub claimed_approvals: Vec<ClaimedApproval>,
@@ -70,6 +73,10 @@ pub struct Git {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Data {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
     /// The team's own word for it, or `md5:…` when one file of DVC says it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
@@ -175,18 +182,26 @@ pub struct Registered {
 #[serde(default, deny_unknown_fields)]
 struct File {
     owner: Option<String>,
+    /// Short for `git.commit`.
+    git_commit: Option<String>,
+    /// Short for `training.run`.
+    training_run: Option<String>,
     git: Option<Git>,
     data: Option<FileData>,
     training: Option<FileTraining>,
     datasets: Vec<Dataset>,
     approvals: Vec<FileApproval>,
+    /// Versions of what it was made with.
+    frameworks: BTreeMap<String, String>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct FileData {
+    name: Option<String>,
     version: Option<String>,
     source: Option<String>,
+    sha256: Option<String>,
 }
 
 #[derive(Default, Deserialize)]
@@ -297,14 +312,26 @@ pub fn from_toml(text: &str) -> Result<Lineage, LineageError> {
         at: approval.at.as_ref().map(shown),
         comment: approval.comment,
     };
-    let data =
-        file.data.map(|data| Data { version: data.version, source: data.source, dvc: Vec::new() });
+    let data = file.data.map(|data| {
+        let FileData { name, version, source, sha256 } = data;
+        Data { name, sha256, version, source, dvc: Vec::new() }
+    });
+    let stated = |text: Option<String>| text.filter(|text| !text.is_empty());
+    let mut git = file.git;
+    if let Some(commit) = stated(file.git_commit) {
+        git.get_or_insert_default().commit.get_or_insert(commit);
+    }
+    let mut training = training;
+    if let Some(run) = stated(file.training_run) {
+        training.get_or_insert_default().run.get_or_insert(run);
+    }
     let lineage = Lineage {
         owner: file.owner,
-        git: file.git,
+        git,
         data,
         training,
         datasets: file.datasets,
+        frameworks: file.frameworks,
         claimed_approvals: file.approvals.into_iter().map(claim).collect(),
         ..Lineage::default()
     };
@@ -407,6 +434,8 @@ impl Lineage {
         }
         if let Some(theirs) = registry.data {
             let ours = self.data.get_or_insert_default();
+            fill(&mut ours.name, theirs.name, "data.name", &mut conflicts);
+            fill(&mut ours.sha256, theirs.sha256, "data.sha256", &mut conflicts);
             fill(&mut ours.version, theirs.version, "data.version", &mut conflicts);
             fill(&mut ours.source, theirs.source, "data.source", &mut conflicts);
             if ours.dvc.is_empty() {
@@ -433,6 +462,9 @@ impl Lineage {
                 self.datasets.push(dataset);
             }
         }
+        for (name, version) in registry.frameworks {
+            self.frameworks.entry(name).or_insert(version);
+        }
         self.registry = self.registry.or(registry.registry);
         self.conflicts.extend(conflicts);
         self.bounded()
@@ -451,7 +483,8 @@ impl Lineage {
             [&mut git.commit, &mut git.repository, &mut git.branch].into_iter().for_each(cut);
         }
         if let Some(data) = &mut self.data {
-            [&mut data.version, &mut data.source].into_iter().for_each(cut);
+            let texts = [&mut data.name, &mut data.sha256, &mut data.version, &mut data.source];
+            texts.into_iter().for_each(cut);
             data.dvc.truncate(ENTRIES_MAX);
         }
         if let Some(training) = &mut self.training {
@@ -461,6 +494,8 @@ impl Lineage {
             let parameters = std::mem::take(&mut training.parameters);
             training.parameters = bounded_map(parameters, |value| short(&value));
         }
+        let frameworks = std::mem::take(&mut self.frameworks);
+        self.frameworks = bounded_map(frameworks, |value| short(&value));
         self.datasets.truncate(ENTRIES_MAX);
         for dataset in &mut self.datasets {
             dataset.name = short(&dataset.name);

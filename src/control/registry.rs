@@ -48,6 +48,11 @@ pub use life::Record;
 use life::Known;
 use load::Accept;
 
+/// Looks at the source at the start, while versions are still being written.
+const START_LOOKS_MAX: usize = 3;
+/// Longest wait between two of them.
+const START_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(3);
+
 type Done<'a> = Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>>;
 
 /// What the gateway remembers of a version, so that it can serve it again without its source.
@@ -209,12 +214,20 @@ impl Registry {
     /// When the source itself cannot be read.
     pub async fn load_all(&self) -> std::io::Result<()> {
         let source = Arc::clone(&self.shared.source);
-        let listing = source.list().await.map_err(|error| {
-            let source = source.describe();
-            tracing::error!(source, %error, "the model repository cannot be read");
-            std::io::Error::other(error.to_string())
-        })?;
-        self.reconcile(&listing, &Call::own("start", "found in the repository")).await;
+        let call = Call::own("start", "found in the repository");
+        for look in 0..START_LOOKS_MAX {
+            let listing = source.list().await.map_err(|error| {
+                let source = source.describe();
+                tracing::error!(source, %error, "the model repository cannot be read");
+                std::io::Error::other(error.to_string())
+            })?;
+            self.reconcile(&listing, &call).await;
+            match listing.recheck.filter(|_| look + 1 < START_LOOKS_MAX) {
+                // What was written just now is as good as there.
+                Some(soon) => tokio::time::sleep(soon.min(START_WAIT_MAX)).await,
+                None => break,
+            }
+        }
         self.settle().await;
         Ok(())
     }
@@ -460,8 +473,7 @@ impl Shared {
         when: impl FnOnce(&Record) -> bool,
     ) {
         let mut models = self.models.lock();
-        let record =
-            models.get_mut(model).and_then(|known| known.versions.get_mut(&version));
+        let record = models.get_mut(model).and_then(|known| known.versions.get_mut(&version));
         if let Some(record) = record.filter(|record| when(record)) {
             record.enter(state, reason);
         }
