@@ -235,7 +235,13 @@ impl Inner {
         }
     }
 
-    fn event(&self, action: &str, model: Option<&ModelName>, subject: &str, call: &Call) -> NewEvent {
+    fn event(
+        &self,
+        action: &str,
+        model: Option<&ModelName>,
+        subject: &str,
+        call: &Call,
+    ) -> NewEvent {
         NewEvent {
             actor: call.actor.clone(),
             action: action.to_owned(),

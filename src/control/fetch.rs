@@ -187,7 +187,8 @@ impl Cache {
         names.retain(|name| name != MODEL_FILE);
         names.sort();
         names.insert(0, MODEL_FILE.to_owned());
-        let open = |name: String| Source::open(name.clone(), File::open(home.join(&name))?, u64::MAX);
+        let open =
+            |name: String| Source::open(name.clone(), File::open(home.join(&name))?, u64::MAX);
         let sources: Vec<Source> = names.into_iter().map(open).collect::<Result<_, _>>()?;
         if digest_of(&sources) != *digest.as_bytes() {
             return Ok(None);

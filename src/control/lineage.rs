@@ -494,6 +494,8 @@ impl Lineage {
             let parameters = std::mem::take(&mut training.parameters);
             training.parameters = bounded_map(parameters, |value| short(&value));
         }
+        let frameworks = std::mem::take(&mut self.frameworks);
+        self.frameworks = bounded_map(frameworks, |value| short(&value));
         self.datasets.truncate(ENTRIES_MAX);
         for dataset in &mut self.datasets {
             dataset.name = short(&dataset.name);

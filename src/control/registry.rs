@@ -473,8 +473,7 @@ impl Shared {
         when: impl FnOnce(&Record) -> bool,
     ) {
         let mut models = self.models.lock();
-        let record =
-            models.get_mut(model).and_then(|known| known.versions.get_mut(&version));
+        let record = models.get_mut(model).and_then(|known| known.versions.get_mut(&version));
         if let Some(record) = record.filter(|record| when(record)) {
             record.enter(state, reason);
         }

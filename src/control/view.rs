@@ -12,7 +12,9 @@ use crate::domain::{Label, ModelName, Traffic, Version};
 pub use crate::shadow::Snapshot as ShadowView;
 
 /// Where a version is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Life {
     Discovered,

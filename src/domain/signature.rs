@@ -87,7 +87,8 @@ impl Signature {
         for (role, ours, theirs) in
             [("input", &self.inputs, &other.inputs), ("output", &self.outputs, &other.outputs)]
         {
-            if let Some(extra) = theirs.iter().find(|spec| !ours.iter().any(|s| s.name == spec.name))
+            if let Some(extra) =
+                theirs.iter().find(|spec| !ours.iter().any(|s| s.name == spec.name))
             {
                 return Some(format!("it has {role} '{}' besides", extra.name));
             }

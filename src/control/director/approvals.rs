@@ -91,8 +91,7 @@ impl Inner {
                 words.remove(0);
             }
             let enough = self.is_enough(&words, digest, submitter.as_deref());
-            let mut puts =
-                vec![books::put(Kind::Approval, name.clone(), &words, doc.expect())?];
+            let mut puts = vec![books::put(Kind::Approval, name.clone(), &words, doc.expect())?];
             if enough && !known.body.cleared {
                 let body = VersionDoc { cleared: true, ..known.body.clone() };
                 puts.push(books::put(Kind::Version, name.clone(), &body, known.expect())?);

@@ -53,7 +53,8 @@ impl Overseer for Inner {
             first_seen: same.map_or_else(now, |doc| doc.body.first_seen),
             said: Said::now(by),
         };
-        let expect = known.cloned().map_or(crate::control::store::Expect::Absent, |doc| doc.expect());
+        let expect =
+            known.cloned().map_or(crate::control::store::Expect::Absent, |doc| doc.expect());
         let name = books::version_name(model, version);
         let decided = Decided {
             action: "version.loaded",

@@ -64,8 +64,12 @@ impl Desk for RolloutDesk {
         let (rollout, decision) = (change.rollout.clone(), change.decision.clone());
         let call = change.call.clone();
         inner.run(move |inner| {
-            let change =
-                Change { before: before.as_ref(), rollout: &rollout, decision: &decision, call: &call };
+            let change = Change {
+                before: before.as_ref(),
+                rollout: &rollout,
+                decision: &decision,
+                call: &call,
+            };
             inner.apply(change)
         })
     }
@@ -133,7 +137,8 @@ impl Inner {
         };
         let label = books.labels.body.labels.iter().find(|(label, _)| label.as_str() == "stable");
         let stable = before.stable(label.map(|(_, entry)| entry.version));
-        let stable = stable.filter(|stable| *stable != candidate).or(label.map(|(_, at)| at.version));
+        let stable =
+            stable.filter(|stable| *stable != candidate).or(label.map(|(_, at)| at.version));
         let Some(stable) = stable else {
             return Err(Refusal::Conflict(format!("nothing of '{model}' serves to compare with")));
         };
@@ -231,7 +236,12 @@ impl Inner {
         Ok(shadows.snapshot(model, table.models.get(model).unwrap_or(&none)))
     }
 
-    fn shadow_totals(&self, model: &ModelName, candidate: Version, stable: Version) -> ShadowTotals {
+    fn shadow_totals(
+        &self,
+        model: &ModelName,
+        candidate: Version,
+        stable: Version,
+    ) -> ShadowTotals {
         let pair = self.shadows.get().and_then(|shadows| shadows.pair(model, candidate, stable));
         let Some(pair) = pair else { return ShadowTotals::default() };
         let served = self.board.served(model, candidate);
@@ -262,16 +272,24 @@ impl Inner {
         let model = &rollout.model;
         let _one = self.writing.lock();
         let books = self.books(model);
-        let mut puts =
-            vec![books::put(Kind::Rollout, rollout.id.clone(), rollout, expect(&books, &rollout.id))?];
+        let mut puts = vec![books::put(
+            Kind::Rollout,
+            rollout.id.clone(),
+            rollout,
+            expect(&books, &rollout.id),
+        )?];
         let table = decision.traffic.clone().filter(|_| !decision.dry_run);
         let in_force = books.traffic.body.traffic.clone();
         if let Some(table) = &table {
-            if !before.unwrap_or(rollout).owns(in_force.as_ref()) {
+            let owned = match before {
+                Some(before) => before.owns(in_force.as_ref()),
+                None => in_force.as_ref().is_none_or(|table| *table == rollout.before),
+            };
+            if !owned {
                 let (expected, current) = (rollout.id.clone(), "a table set by hand".to_owned());
                 return Err(Refusal::Stale { expected, current });
             }
-            let doc = self.rollout_table(model, &books, table, rollout, call);
+            let doc = rollout_table(&books, table, rollout, call);
             puts.push(books::put(Kind::Traffic, model.as_str(), &doc, books.traffic.expect())?);
             if decision.action == Action::Promote
                 && let Some(labels) = moved_stable(&books, rollout.candidate, call)
@@ -282,7 +300,10 @@ impl Inner {
         }
         let event = NewEvent {
             actor: call.actor.clone(),
-            action: format!("rollout.{}", decision.action.as_str()),
+            action: match before {
+                None => "rollout.start".to_owned(),
+                Some(_) => format!("rollout.{}", decision.action.as_str()),
+            },
             model: Some(model.clone()),
             subject: rollout.id.clone(),
             outcome: EventOutcome::Done,
@@ -320,26 +341,19 @@ impl Inner {
         self.tell(made.events);
         Ok(())
     }
+}
 
-    fn rollout_table(
-        &self,
-        model: &ModelName,
-        books: &Books,
-        table: &Traffic,
-        rollout: &Rollout,
-        call: &Call,
-    ) -> TrafficDoc {
-        let now = self.in_force(model, books);
-        let good = match now.filter(|now| settled(now) && now.weights != table.weights) {
-            Some(now) => Some(now),
-            None => books.traffic.body.good.clone(),
-        };
-        TrafficDoc {
-            traffic: Some(table.clone()),
-            salt: rollout.salt(),
-            good,
-            said: Some(Said::now(call)),
-        }
+fn rollout_table(books: &Books, table: &Traffic, rollout: &Rollout, call: &Call) -> TrafficDoc {
+    // What it began with, without what it added to it.
+    let good = match settled(&rollout.before) && rollout.before.weights != table.weights {
+        true => Some(rollout.before.clone()),
+        false => books.traffic.body.good.clone(),
+    };
+    TrafficDoc {
+        traffic: Some(table.clone()),
+        salt: rollout.salt(),
+        good,
+        said: Some(Said::now(call)),
     }
 }
 

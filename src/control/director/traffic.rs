@@ -98,8 +98,7 @@ impl Inner {
             Some(now) if settled(&now) && Some(&now) != traffic.as_ref() => Some(now),
             _ => before.good.clone(),
         };
-        let doc =
-            TrafficDoc { traffic: traffic.clone(), salt, good, said: Some(Said::now(call)) };
+        let doc = TrafficDoc { traffic: traffic.clone(), salt, good, said: Some(Said::now(call)) };
         let put = books::put(Kind::Traffic, model.as_str(), &doc, books.traffic.expect())?;
         let decided = Decided {
             action,
@@ -175,13 +174,17 @@ impl Inner {
 
     pub(super) fn labelled(&self, books: &Books, label: &Label) -> Result<Version, Refusal> {
         let entry = books.labels.body.labels.get(label);
-        entry.map(|entry| entry.version).ok_or_else(|| {
-            Refusal::Conflict(format!("no version has the label '{label}'"))
-        })
+        entry
+            .map(|entry| entry.version)
+            .ok_or_else(|| Refusal::Conflict(format!("no version has the label '{label}'")))
     }
 
     /// A version that may take traffic.
-    pub(super) fn ready(&self, model: &ModelName, version: Version) -> Result<Arc<Served>, Refusal> {
+    pub(super) fn ready(
+        &self,
+        model: &ModelName,
+        version: Version,
+    ) -> Result<Arc<Served>, Refusal> {
         let served = self.board.served(model, version);
         match served {
             Some(_) if self.board.is_held(model, version) => {

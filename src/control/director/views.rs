@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::books::{Books, version_name};
 use super::Inner;
+use super::books::{Books, version_name};
 use crate::control::call::{Refusal, Versioned};
 use crate::control::registry::Record;
 use crate::control::view::{ModelView, VersionView};
@@ -31,9 +31,8 @@ impl Inner {
         model: &ModelName,
         version: Version,
     ) -> Result<Versioned<VersionView>, Refusal> {
-        let missing = || {
-            Refusal::NotFound(format!("version {} is not known", version_name(model, version)))
-        };
+        let missing =
+            || Refusal::NotFound(format!("version {} is not known", version_name(model, version)));
         let record = self.registry.record(model, version).ok_or_else(missing)?;
         let books = self.books(model);
         let in_force = self.in_force(model, &books);

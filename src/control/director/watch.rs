@@ -57,8 +57,11 @@ impl Director {
             }
             match source.list().await {
                 Ok(listing) => {
-                    pause = every;
-                    inner.take(&listing, &Call::own("registry-watcher", "found in the source")).await;
+                    // What was still being written may be there before the next look is due.
+                    pause = listing.recheck.map_or(every, |soon| soon.min(every));
+                    inner
+                        .take(&listing, &Call::own("registry-watcher", "found in the source"))
+                        .await;
                 }
                 Err(error) => {
                     pause = (pause * 2).min(BACKOFF_MAX).max(every);

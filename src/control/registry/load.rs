@@ -166,7 +166,8 @@ impl Shared {
         let loaded: Vec<Version> =
             self.board.loaded(model).iter().map(|served| served.version).collect();
         let Some(policy) = Shelf::new(self, model).policy(None)? else { return Ok(()) };
-        let mut kept: BTreeSet<Version> = scan::chosen(&loaded, Some(&policy)).into_iter().collect();
+        let mut kept: BTreeSet<Version> =
+            scan::chosen(&loaded, Some(&policy)).into_iter().collect();
         kept.extend(listed.labels.values());
         self.retire_others(model, &kept, call);
         Ok(())
@@ -209,9 +210,10 @@ impl Shared {
             other => refused(&other),
         })?;
         let manifest = manifest_of(&place.repository, model, brought.config.as_deref())?;
-        let there = place.repository.versions(&folder).map_err(|error| {
-            Failure::invalid(format!("its folder cannot be read: {error}"))
-        })?;
+        let there = place
+            .repository
+            .versions(&folder)
+            .map_err(|error| Failure::invalid(format!("its folder cannot be read: {error}")))?;
         let policy = manifest.settings.versions.clone().or_else(|| self.retention());
         let chosen = scan::chosen(&there, policy.as_ref());
         if chosen.is_empty() {
@@ -452,8 +454,7 @@ impl Shared {
         });
         let before_bytes = resident_bytes();
         progress(Life::Loading);
-        let served =
-            self.preparer.load(model, version, &checked, settings, &self.observer)?;
+        let served = self.preparer.load(model, version, &checked, settings, &self.observer)?;
         progress(Life::Warming);
         let held = resident_bytes().saturating_sub(before_bytes);
         self.with_record(model, version, |record| record.memory_measured = Some(held));
@@ -497,11 +498,8 @@ impl Shared {
         settings: &ModelSettings,
         strict: bool,
     ) -> Result<Check, Problem> {
-        let check = |outcome, detail: String| Check {
-            name: "io_signature".to_owned(),
-            outcome,
-            detail,
-        };
+        let check =
+            |outcome, detail: String| Check { name: "io_signature".to_owned(), outcome, detail };
         let table = self.board.table();
         let now = table.pick(model, None).ok().map(|pick| pick.served);
         let now = now.filter(|now| now.version != version);

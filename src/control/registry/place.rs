@@ -99,11 +99,7 @@ impl Shared {
     }
 
     /// A place made of the files that a client sent.
-    pub(super) fn brought(
-        &self,
-        model: &ModelName,
-        brought: &Override,
-    ) -> Result<Place, Failure> {
+    pub(super) fn brought(&self, model: &ModelName, brought: &Override) -> Result<Place, Failure> {
         let staging = self.staging()?;
         place_files(&staging.path().join(model.as_str()), &brought.files)?;
         let repository = Repository::of_models(staging.path());
