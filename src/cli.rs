@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 mod check_config;
 mod health;
 mod infer;
+mod list;
 mod models;
 mod serve;
 
@@ -23,7 +24,7 @@ enum Command {
     Serve(Box<serve::Args>),
     /// Validate a configuration, print every problem at once and what is unsafe
     CheckConfig(check_config::Args),
-    /// Inspect a model file or validate a whole repository
+    /// List what a repository has, inspect a model file, validate a whole repository
     Models(models::Args),
     /// Send one request and print the answer
     Infer(infer::Args),
