@@ -431,7 +431,7 @@ async fn refused(response: Response) -> Stop {
     let status = response.status();
     let body = bytes(response).await.unwrap_or_default();
     match serde_json::from_slice::<Value>(&body) {
-        Ok(problem) if problem["code"].is_string() => Stop::Failed(problem_text(&problem)),
+        Ok(problem) if problem["hint"].is_string() => Stop::Failed(problem_text(&problem)),
         _ => Stop::failed(format_args!(
             "the server answered {status}, and not as the admin API does"
         )),

@@ -39,11 +39,10 @@ class Server:
 
     def __init__(self, repository, folder, config=None, wait=True, environment=None):
         self.http, self.grpc, self.metrics, self.admin = (f"{HOST}:{port}" for port in free_ports(4))
-        self.state = folder / "state"
         folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / "log"
+        self.log, self.state = folder / "log", folder / "state"
         arguments = [
-            *(str(BINARY), "serve", "--model-repository", str(repository), "--state-dir", str(folder / "state")),
+            *(str(BINARY), "serve", "--model-repository", str(repository), "--state-dir", str(self.state)),
             *("--http-address", self.http, "--grpc-address", self.grpc, "--metrics-address", self.metrics),
             *("--admin-address", self.admin),
         ]

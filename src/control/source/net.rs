@@ -340,6 +340,11 @@ pub(super) fn failed(what: &str, error: &reqwest::Error) -> SourceError {
 
 /// An error with its causes, without the URL: queries are nobody's business.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    detail(&whole_chain(error))
+}
+
+/// As [`chain`], as long as it is: for what has to be found in it.
+pub(super) fn whole_chain(error: &dyn std::error::Error) -> String {
     let mut text = String::new();
     let mut next = Some(error);
     while let Some(error) = next {
@@ -353,7 +358,7 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
         }
         next = error.source();
     }
-    detail(&text)
+    text
 }
 
 /// A server's text, fit to be repeated.

@@ -301,14 +301,25 @@ pub(super) fn failed(what: &str, error: object_store::Error) -> SourceError {
             SourceError::Answer { what, reason: net::detail(&source.to_string()) }
         }
         error => {
-            let reason = net::chain(&error);
+            let text = net::whole_chain(&error);
+            let reason = net::detail(&text);
             // How the library words what its own retries gave up on.
-            match reason.contains("Error performing") {
-                true => SourceError::Unreachable { what, reason },
-                false => SourceError::Answer { what, reason },
+            match (status_in(&text), text.contains("Error performing")) {
+                (Some((status, detail)), _) => SourceError::Status { what, status, detail },
+                (None, true) => SourceError::Unreachable { what, reason },
+                (None, false) => SourceError::Answer { what, reason },
             }
         }
     }
+}
+
+/// The status that the library tells of, and the store's own word for it.
+fn status_in(text: &str) -> Option<(u16, String)> {
+    let (_, rest) = text.split_once("non-2xx status code: ")?;
+    let status = rest.get(..3)?.parse().ok()?;
+    let code = rest.split_once("<Code>").and_then(|(_, rest)| rest.split_once("</Code>"));
+    let code = code.map(|(code, _)| net::detail(&format!(" ({code})")));
+    Some((status, code.unwrap_or_default()))
 }
 
 /// Gives the library our client.
