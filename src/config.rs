@@ -10,9 +10,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::admit::Clients;
 use crate::domain::ModelName;
+use crate::transport::tls::Tls;
 use crate::{control, gateway, observe, transport};
 
 mod assemble;
@@ -30,6 +33,10 @@ pub struct Config {
     /// Reserved: nothing listens there yet.
     pub admin: SocketAddr,
     pub allow_unauthenticated: bool,
+    /// Of the admin listener; `None`: it speaks plain HTTP.
+    pub admin_tls: Option<Arc<Tls>>,
+    /// What callers of the admin listener with a certificate may do.
+    pub admin_clients: Clients,
     pub control: control::Settings,
     pub transport: transport::Settings,
     pub gateway: gateway::Settings,

@@ -21,6 +21,7 @@ use crate::observe::Observer;
 use crate::panics;
 use crate::route::{Published, RouteTable};
 use crate::shadow::Shadows;
+use crate::transport::tls::{Tls, peer_name};
 
 /// How long rollouts may take to write down where they are.
 const ROLLOUTS_SAVE_MAX: Duration = Duration::from_secs(3);
@@ -101,12 +102,15 @@ impl Release {
         let api = admin::Api::new(Parts {
             desk: Arc::clone(&self.director) as Arc<dyn Desk>,
             gatekeeper: Arc::clone(&self.gatekeeper),
-            clients: crate::admit::Clients::default(),
+            clients: config.admin_clients.clone(),
             hosts: Hosts::new([]),
             drain: self.drain(drain),
             mlflow: self.webhook(config),
         });
-        let served = admin::serve(listener, api, None);
+        if let Some(tls) = &config.admin_tls {
+            tokio::spawn(panics::fatal_async("admin certificates", Arc::clone(tls).follow()));
+        }
+        let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
         tokio::spawn(panics::fatal_async("admin listener", served));
         Ok(())
     }
@@ -141,4 +145,17 @@ impl Release {
             tracing::warn!("the end was not journalled in time");
         }
     }
+}
+
+/// How the admin listener shakes hands, and learns who shows a certificate.
+fn handshakes(tls: &Arc<Tls>) -> admin::Tls {
+    let tls = Arc::clone(tls);
+    Arc::new(move |stream| {
+        let shaking = tls.accept(stream);
+        Box::pin(async move {
+            let stream = shaking.await?;
+            let name = peer_name(&stream);
+            Ok((stream, name))
+        })
+    })
 }

@@ -99,6 +99,74 @@ fn an_open_listener_needs_consent() {
     assert!(config.unsafe_notes.iter().any(|note| note.contains("0.0.0.0:8000")));
 }
 
+/// A folder with a certificate, its key, and what is neither.
+fn certificates() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let params = rcgen::CertificateParams::new(vec!["gateway".to_owned()]).unwrap();
+    let cert = params.self_signed(&key).unwrap();
+    std::fs::write(folder.path().join("cert.pem"), cert.pem()).unwrap();
+    std::fs::write(folder.path().join("key.pem"), key.serialize_pem()).unwrap();
+    std::fs::write(folder.path().join("other.pem"), "hello").unwrap();
+    folder
+}
+
+#[test]
+fn certificates_are_read_with_the_configuration() {
+    let folder = certificates();
+    let at = folder.path().display();
+    let pair = format!("tls_cert = '{at}/cert.pem'\ntls_key = '{at}/key.pem'\n");
+    let ca = format!("client_ca = '{at}/cert.pem'\n");
+    let all = format!(
+        "[server]\n{pair}[admin]\n{pair}{ca}clients = 'cn:alice = admin; dns:ci = deployer a-*'"
+    );
+    let config = from_file(&all, &[], ServeArgs::default()).unwrap();
+    assert!(config.transport.tls.is_some() && config.admin_tls.is_some());
+    assert!(!config.admin_clients.is_empty());
+    let cases = [
+        (format!("[server]\ntls_cert = '{at}/cert.pem'"), "server.tls_key"),
+        (format!("[admin]\ntls_key = '{at}/key.pem'"), "admin.tls_cert"),
+        (
+            format!("[server]\ntls_cert = '{at}/other.pem'\ntls_key = '{at}/key.pem'"),
+            "server.tls_cert",
+        ),
+        (
+            format!("[server]\ntls_cert = '{at}/cert.pem'\ntls_key = '{at}/none.pem'"),
+            "server.tls_cert",
+        ),
+        (format!("[admin]\n{pair}client_ca = '{at}/other.pem'"), "admin.tls_cert"),
+        (format!("[admin]\n{ca}"), "admin.client_ca"),
+        (format!("[admin]\n{pair}clients = 'cn:alice = admin'"), "admin.clients"),
+        (format!("[admin]\n{pair}{ca}clients = 'cn:alice = root'"), "admin.clients"),
+    ];
+    for (file, path) in cases {
+        assert_eq!(paths(from_file(&file, &[], ServeArgs::default())), [path], "{file}");
+    }
+}
+
+#[test]
+fn keys_without_encryption_are_named_as_unsafe() {
+    let folder = certificates();
+    let at = folder.path().display();
+    let notes = |server: &str| {
+        let file = format!(
+            "[auth]\ndata = 'required'\n[repository]\nmodel_control = true\n[server]\n\
+             http_address = '0.0.0.0:8000'\n{server}"
+        );
+        from_file(&file, &[], ServeArgs::default()).unwrap().unsafe_notes
+    };
+    let plain = notes("");
+    assert_eq!(plain.len(), 1, "{plain:?}");
+    assert!(plain[0].starts_with("server.http_address: 0.0.0.0:8000 takes keys"), "{plain:?}");
+    let pair = format!("tls_cert = '{at}/cert.pem'\ntls_key = '{at}/key.pem'\n");
+    assert_eq!(notes(&pair), Vec::<String>::new());
+    let metrics = notes(&format!("{pair}metrics_address = '0.0.0.0:8002'"));
+    assert_eq!(
+        metrics,
+        ["server.metrics_address: 0.0.0.0:8002 is open to everyone who can reach it"]
+    );
+}
+
 #[test]
 fn one_port_is_not_taken_twice() {
     let args =
