@@ -103,10 +103,10 @@ impl Release {
             desk: Arc::clone(&self.director) as Arc<dyn Desk>,
             gatekeeper: Arc::clone(&self.gatekeeper),
             clients: config.admin_clients.clone(),
-            hosts: Hosts::new([]),
+            hosts: Hosts::new(config.admin_hosts.iter().cloned()),
             drain: self.drain(drain),
             mlflow: self.webhook(config),
-        });
+        })?;
         if let Some(tls) = &config.admin_tls {
             tokio::spawn(panics::fatal_async("admin certificates", Arc::clone(tls).follow()));
         }
