@@ -105,10 +105,10 @@ impl Release {
             desk: Arc::clone(&self.director) as Arc<dyn Desk>,
             gatekeeper: Arc::clone(&self.gatekeeper),
             clients: config.admin_clients.clone(),
-            hosts: Hosts::new([]),
+            hosts: Hosts::new(config.admin_hosts.iter().cloned()),
             drain: self.drain(drain),
             mlflow: self.webhook(config),
-        });
+        })?;
         let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
         tokio::spawn(panics::fatal_async("admin listener", served));
         Ok(())
