@@ -21,6 +21,7 @@ ort: ## ONNX Runtime's shared library into .cache/ (nothing to do when it is the
 test: test-rust test-clients ## everything that tests need, then all tests
 
 test-rust: ort ## unit, property and integration tests in Rust
+	@scripts/install-test-packages.sh
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		echo '$(CARGO) nextest run --locked'; $(CARGO) nextest run --locked; \
 	else \
