@@ -35,13 +35,15 @@ test-clients: ort $(STAMP) ## real clients against the built binary
 	$(CARGO) build --locked --bins --tests
 	$(VENV)/bin/python -m pytest -q tests/clients
 
-# Two environments, because the clients want different versions of protobuf.
-$(STAMP): tests/requirements.txt tests/requirements-kserve.txt
+# Three environments, because the clients want different versions of protobuf, and the MLflow server of nearly everything.
+$(STAMP): tests/requirements.txt tests/requirements-kserve.txt tests/requirements-mlflow.txt
 	@echo 'installing the Python clients into $(VENV)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements.txt
 	@$(PYTHON) -m venv $(VENV)/kserve
 	@$(VENV)/kserve/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-kserve.txt
+	@$(PYTHON) -m venv $(VENV)/mlflow
+	@$(VENV)/mlflow/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-mlflow.txt
 	@touch $@
 
 bench: ort ## what each step of a request costs (a release build and a few minutes)

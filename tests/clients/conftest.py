@@ -35,16 +35,16 @@ def free_ports(count):
 
 
 class Server:
-    """A running gateway: `http`, `grpc` and `metrics` are `host:port`."""
+    """A running gateway: `http`, `grpc`, `metrics` and `admin` are `host:port`."""
 
     def __init__(self, repository, folder, config=None, wait=True):
-        self.http, self.grpc, self.metrics, admin = (f"{HOST}:{port}" for port in free_ports(4))
+        self.http, self.grpc, self.metrics, self.admin = (f"{HOST}:{port}" for port in free_ports(4))
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log"
         arguments = [
             *(str(BINARY), "serve", "--model-repository", str(repository), "--state-dir", str(folder / "state")),
             *("--http-address", self.http, "--grpc-address", self.grpc, "--metrics-address", self.metrics),
-            *("--admin-address", admin),
+            *("--admin-address", self.admin),
         ]
         if config:
             (folder / "tidegate.toml").write_text(config)
