@@ -87,6 +87,7 @@ fn completion(arm: Option<Arm>, outcome: Outcome) -> Completion {
         rows: 1,
         batch_size: 1,
         cached: false,
+        shadow_of: None,
         inputs: Vec::new(),
         outputs: Vec::new(),
     }
