@@ -41,24 +41,35 @@ impl Chance {
         self.share() < p
     }
 
-    /// Trials up to and with the first success.
-    fn until(&mut self, p: f64) -> u64 {
-        if p <= 0.0 {
+    /// Trials up to and with the first success of such as succeed with probability `p`, of which
+    /// `ln(1 − p)` is given.
+    fn until(&mut self, ln_miss: f64) -> u64 {
+        if ln_miss >= 0.0 {
             return u64::MAX / 2;
         }
-        let trials = (1.0 - self.share()).ln() / (-p).ln_1p();
-        trials as u64 + 1
+        whole((1.0 - self.share()).ln() / ln_miss) + 1
     }
 
     /// Successes among `n`, one gap after the other.
     fn successes(&mut self, n: u64, p: f64) -> u64 {
-        let (mut at, mut count) = (self.until(p), 0);
+        let ln_miss = (-p).ln_1p();
+        let (mut at, mut count) = (self.until(ln_miss), 0);
         while at <= n {
             count += 1;
-            at += self.until(p);
+            at += self.until(ln_miss);
         }
         count
     }
+}
+
+fn whole(number: f64) -> u64 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "counts of requests, far below 2^53"
+    )]
+    let whole = number as u64;
+    whole
 }
 
 /// The candidate's requests until the evidence is enough; `None` when it never is.
@@ -67,7 +78,8 @@ fn caught_after(chance: &mut Chance, candidate: f64, stable: f64) -> Option<u64>
     let mut before = 0;
     for (share, requests) in COURSE {
         let failing = share * candidate + (1.0 - share) * stable;
-        let mut at = chance.until(failing);
+        let ln_miss = (-failing).ln_1p();
+        let mut at = chance.until(ln_miss);
         // A failure of the stable version only takes evidence away, so looking can wait.
         let mut others = 0;
         while at <= requests {
@@ -76,13 +88,13 @@ fn caught_after(chance: &mut Chance, candidate: f64, stable: f64) -> Option<u64>
                 mixture.add(share, 1, others - 1);
                 others = 0;
                 if mixture.ln() >= (1.0 / ALPHA).ln() {
-                    return Some(before + (at as f64 * share).round() as u64);
+                    return Some(before + whole(at as f64 * share));
                 }
             }
-            at += chance.until(failing);
+            at += chance.until(ln_miss);
         }
         mixture.add(share, 0, others);
-        before += (requests as f64 * share) as u64;
+        before += whole(requests as f64 * share);
     }
     None
 }
