@@ -126,7 +126,7 @@ fn a_split_follows_what_is_loaded_once_it_is_refreshed() {
     routes.refresh();
     let shares: Vec<u16> =
         routes.split.as_ref().unwrap().shares().map(|(_, _, share)| share).collect();
-    assert_eq!(shares, [100, 9900]);
+    assert_eq!(shares, [9900, 100], "the oldest comes last");
     routes.versions.retain(|version, _| version.get() == 2);
     // Not refreshed: nothing is served that is not there.
     assert_eq!(picked(&routes, "", &[]), Err(ErrorKind::Unavailable));

@@ -32,7 +32,7 @@ fn loads_and_unloads_leave_nothing_behind() {
         let after = held.last().unwrap();
         let grown = after.resident_kib.saturating_sub(before.resident_kib);
         eprintln!(
-            "C1 cycles: {cycles} loads and unloads of a model of {MIB} MiB: {before:?} before, {after:?} \
+            "C1 cycles: {cycles} loads and unloads of a model of {MIB} MiB: {before} before, {after} \
              after, {:+.2} KiB a cycle by least squares, {:.2} from end to end",
             slope(&held),
             precise(usize::try_from(grown).unwrap()) / precise(cycles),

@@ -1,8 +1,9 @@
 //! The gateway as a process: started, looked at, killed, started again over the same folders.
 
+use std::fmt;
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,7 +37,17 @@ pub(crate) struct Gateway {
 pub(crate) struct Usage {
     pub(crate) resident_kib: u64,
     pub(crate) threads: u64,
+    /// But for sockets, of which there are as many as clients like.
     pub(crate) descriptors: usize,
+    pub(crate) sockets: usize,
+}
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { resident_kib, threads, descriptors, sockets } = self;
+        let mib = resident_kib / 1024;
+        write!(f, "{mib} MiB, {threads} threads, {descriptors} files and {sockets} sockets")
+    }
 }
 
 impl Gateway {
@@ -142,10 +153,15 @@ impl Gateway {
             let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
             line.trim().trim_end_matches(" kB").parse().unwrap()
         };
+        let open = std::fs::read_dir(process.join("fd")).unwrap().filter_map(Result::ok);
+        let targets = open.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        let is_socket = |target: &PathBuf| target.to_string_lossy().starts_with("socket:");
+        let (sockets, others): (Vec<PathBuf>, Vec<PathBuf>) = targets.partition(is_socket);
         Usage {
             resident_kib: field("VmRSS:"),
             threads: field("Threads:"),
-            descriptors: std::fs::read_dir(process.join("fd")).unwrap().count(),
+            descriptors: others.len(),
+            sockets: sockets.len(),
         }
     }
 

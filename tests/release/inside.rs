@@ -194,7 +194,8 @@ fn a_rollback_that_is_refused_changes_nothing() {
         inside.put(runtime, 2);
         let stale = Call { if_match: Some("\"999\"".to_owned()), ..call(Some("back")) };
         for (name, call) in [("no reason", call(None)), ("another revision", stale)] {
-            let refused = runtime.block_on(async { inside.director.rollback(&model(), call).await });
+            let refused =
+                runtime.block_on(async { inside.director.rollback(&model(), call).await });
             assert!(refused.is_err(), "{name}");
             assert_eq!(answers(&inside.table), Some(2), "{name}");
         }

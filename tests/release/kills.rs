@@ -120,12 +120,7 @@ fn what_was_answered_survives_kill_9() {
             let state = match (&last, &on_its_way) {
                 (Some(last), Some(lost)) => {
                     let state = State::read(&mut admin);
-                    if state != *last && state != *lost {
-                        let view = admin.version(MODEL, GUEST);
-                        let journal = admin.journal();
-                        let tail = &journal[journal.len().saturating_sub(12)..];
-                        panic!("life {life}: {state:?} of {last:?}, {lost:?}: {view:#?} {tail:#?}");
-                    }
+                    assert!(state == *last || state == *lost, "{state:?} of {last:?}, {lost:?}");
                     lost_kept += u32::from(state != *last);
                     serves(runtime, &gateway, &state);
                     state

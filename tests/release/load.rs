@@ -322,11 +322,7 @@ pub(crate) fn times<'a>(answers: impl IntoIterator<Item = &'a Answer>) -> Vec<Du
     answers.into_iter().map(|answer| answer.ended - answer.due).collect()
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a position in a list"
-)]
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a position in a list")]
 pub(crate) fn quantile(times: &[Duration], share: f64) -> Duration {
     let mut sorted = times.to_vec();
     sorted.sort_unstable();

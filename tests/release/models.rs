@@ -87,9 +87,7 @@ pub(crate) fn add(version: u32) -> Vec<u8> {
 /// The last node makes rows of a width that does not divide what there is, if one row is bad.
 pub(crate) fn failing(version: u32, fails: Fails) -> Vec<u8> {
     let bad = match fails {
-        Fails::Always => {
-            [float("limit", 1.5), node("Greater", &["x", "limit"], &["bad"])].concat()
-        }
+        Fails::Always => [float("limit", 1.5), node("Greater", &["x", "limit"], &["bad"])].concat(),
         Fails::OneInTwenty => [
             int("twenty", 20),
             int("seven", 7),
@@ -229,9 +227,7 @@ pub(crate) fn sums(content: &[u8]) -> String {
 /// A samples file with the answer that version `k` gives to `x`.
 #[expect(clippy::cast_precision_loss, reason = "small numbers")]
 pub(crate) fn samples(version: u32, x: u32) -> String {
-    let tensor = |name, value: f32| {
-        serde_json::json!([{"name": name, "datatype": "FP32", "shape": [1, 1], "data": [value]}])
-    };
+    let tensor = |name, value: f32| serde_json::json!([{"name": name, "datatype": "FP32", "shape": [1, 1], "data": [value]}]);
     let (input, output) = (tensor("x", x as f32), tensor("y", (x + version) as f32));
     let sample = serde_json::json!({"request": {"inputs": input}, "response": {"outputs": output}});
     serde_json::json!({"samples": [sample]}).to_string()

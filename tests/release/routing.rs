@@ -10,7 +10,7 @@ use statrs::distribution::{Binomial, DiscreteCDF as _};
 use crate::admin::Admin;
 use crate::checker::{History, Verdict};
 use crate::gateway::Gateway;
-use crate::load::{Answer, Ask, Client, Stop, closed_loop, precise};
+use crate::load::{Answer, Ask, Client, Stop, Wire, closed_loop, precise};
 use crate::{alone, count, models};
 
 const MODEL: &str = "sum";
@@ -213,11 +213,7 @@ struct Seen {
     sticky: HashMap<usize, BTreeMap<usize, u32>>,
 }
 
-fn report(
-    answers: &[(usize, Answer)],
-    history: &History<Table>,
-    deaths: &[(usize, Instant)],
-) {
+fn report(answers: &[(usize, Answer)], history: &History<Table>, deaths: &[(usize, Instant)]) {
     let (mut verdict, mut seen, mut cut) = (Verdict::default(), Seen::default(), 0);
     for (life, answer) in answers {
         verdict.requests += 1;
@@ -358,6 +354,52 @@ fn chance(share: f64, requests: usize, got: usize) -> f64 {
     2.0 * least.min(most)
 }
 
+/// Whoever the new version has answered once is answered by it for as long as its weight only grows,
+/// also where nobody said which version is the stable one, and where the new one gets most.
+#[test]
+fn raising_a_weight_moves_nobody_back() {
+    let root = tempfile::tempdir().unwrap();
+    for version in 1..=2 {
+        models::put(root.path(), MODEL, version, &models::add(version));
+    }
+    alone(|runtime| {
+        let gateway = Gateway::start(root.path(), &[]);
+        let mut admin = gateway.admin();
+        let client = {
+            let _inside = runtime.enter();
+            Client::new(MODEL, gateway.http, gateway.grpc)
+        };
+        let versions = |weight: u32| -> Vec<u32> {
+            let ask = |key: usize| {
+                let headers = vec![("tidegate-sticky-key", format!("user-{key}"))];
+                let asked = Ask { headers, ..Ask::plain(key) };
+                let wire = Wire::of(key + usize::try_from(weight).unwrap());
+                let asked = client.ask(wire, asked, Instant::now());
+                runtime.block_on(asked).ran.unwrap().proven
+            };
+            (0..100).map(ask).collect()
+        };
+        for labelled in [false, true] {
+            if labelled {
+                admin.label(MODEL, "stable", 1).done();
+            }
+            let mut before = vec![1; 100];
+            for weight in [5, 25, 45, 55, 75, 95, 100] {
+                let table = json!({"weights": {"1": 100 - weight, "2": weight}});
+                admin.traffic(MODEL, &table).done();
+                let after = versions(weight);
+                let back = before.iter().zip(&after).filter(|(b, a)| **b == 2 && **a == 1).count();
+                let got = after.iter().filter(|version| **version == 2).count();
+                eprintln!(
+                    "C3: {got} of 100 keys at {weight} %, {back} moved back, labelled: {labelled}"
+                );
+                assert_eq!(back, 0, "at {weight} %, labelled: {labelled}");
+                before = after;
+            }
+        }
+    });
+}
+
 /// The interval is exact: of fair splits, at most one in a thousand is counted as outside.
 #[test]
 fn a_fair_split_is_seldom_outside() {
@@ -367,10 +409,8 @@ fn a_fair_split_is_seldom_outside() {
             let below = if got == 0 { 0.0 } else { binomial.cdf(got as u64 - 1) };
             binomial.cdf(got as u64) - below
         };
-        let outside: f64 = (0..=requests)
-            .filter(|got| chance(share, requests, *got) < OUTSIDE)
-            .map(mass)
-            .sum();
+        let outside: f64 =
+            (0..=requests).filter(|got| chance(share, requests, *got) < OUTSIDE).map(mass).sum();
         assert!(outside <= OUTSIDE, "{share} of {requests}: {outside}");
         let middle = (0..=requests).find(|got| precise(*got) >= share * precise(requests)).unwrap();
         assert!(chance(share, requests, middle) > 0.5);

@@ -14,8 +14,9 @@ const MODEL: &str = "sum";
 const VERSIONS: u32 = 5;
 /// Requests a second that an unoptimised build on two cores answers with time to spare.
 const RATE: usize = 200;
-/// Of load without swaps, to compare with.
+/// Of load without swaps, to compare with; and between two that only move traffic.
 const QUIET: Duration = Duration::from_secs(4);
+const PAUSE: Duration = Duration::from_millis(50);
 /// Swaps until everything was loaded once and memory has found its size.
 const SETTLED: usize = 10;
 /// Resident memory may grow by so much: what the allocator keeps, and the request path's own.
@@ -40,6 +41,20 @@ fn swap(gateway: &Gateway, swaps: usize, history: &mut History<BTreeSet<u32>>) -
         held.push(gateway.usage());
     }
     held
+}
+
+/// As many swaps between two versions that stay loaded, with a pause after each.
+fn move_to_and_fro(gateway: &Gateway, swaps: usize, history: &mut History<BTreeSet<u32>>) {
+    let mut admin = gateway.admin();
+    let now = *history.now().first().unwrap();
+    let other = now % VERSIONS + 1;
+    admin.load(MODEL, other).done();
+    for at in 0..swaps {
+        let next = if at % 2 == 0 { other } else { now };
+        let said = admin.all_to(MODEL, next).done();
+        history.change(said.sent, said.answered, BTreeSet::from([next]));
+        std::thread::sleep(PAUSE);
+    }
 }
 
 /// The answers of requests that were due between two moments.
@@ -73,19 +88,22 @@ fn swaps_under_load_fail_nobody() {
         std::thread::sleep(QUIET);
         let swapping = Instant::now();
         let held = swap(&gateway, swaps, &mut history);
+        let moving = Instant::now();
+        move_to_and_fro(&gateway, swaps, &mut history);
         let ended = Instant::now();
         stop.stop();
         let answers = runtime.block_on(load).unwrap();
 
         let verdict = checker::check(&answers, &history);
-        let beside = quantile(&times(between(&answers, swapping, ended)), 0.99);
-        let alone = quantile(&times(between(&answers, quiet, swapping)), 0.99);
+        let p99 = |from, to| quantile(&times(between(&answers, from, to)), 0.99);
+        let (alone, beside) = (p99(quiet, swapping), p99(swapping, moving));
+        let moved = p99(moving, ended);
         let over = [Wire::Http1, Wire::Http2, Wire::Grpc]
             .map(|wire| answers.iter().filter(|answer| answer.wire == wire).count());
-        let took = (ended - swapping) / u32::try_from(swaps).unwrap();
+        let took = (moving - swapping) / u32::try_from(swaps).unwrap();
         eprintln!(
-            "C1: {} requests ({over:?} over HTTP/1.1, HTTP/2 and gRPC) over {} swaps, each with a load \
-             and an unload ({took:?}): {} failed, {} by a version that was not allowed, {} mislabelled; \
+            "C1: {} requests ({over:?} over HTTP/1.1, HTTP/2 and gRPC) over {} swaps, {swaps} of them \
+             with a load and an unload, one after another ({took:?}): {} failed, {} by a version that was not allowed, {} mislabelled; \
              one table possible for {}",
             verdict.requests,
             history.changes(),
@@ -95,14 +113,16 @@ fn swaps_under_load_fail_nobody() {
             verdict.sure,
         );
         eprintln!(
-            "C1: p99 {beside:?} with swaps, {alone:?} without: {:.2} times, at {rate} requests a second; \
-             the first {SETTLED} swaps took {:?}",
+            "C1: p99 {alone:?} without swaps, {moved:?} ({:.2} times) with one every {PAUSE:?}, {beside:?} \
+             ({:.2} times) with a load and an unload for each; at {rate} requests a second; the first \
+             {SETTLED} took {:?}",
+            moved.as_secs_f64() / alone.as_secs_f64(),
             beside.as_secs_f64() / alone.as_secs_f64(),
             quiet - begun,
         );
         let (before, after) = (first.last().unwrap(), held.last().unwrap());
         eprintln!(
-            "C1: {before:?} before, {after:?} after; resident memory {:+.2} KiB a swap",
+            "C1: {before} before, {after} after; resident memory {:+.2} KiB a swap",
             slope(&held)
         );
         verdict.assert_clean();
@@ -116,9 +136,11 @@ fn swaps_under_load_fail_nobody() {
 /// KiB of resident memory for each more of what was done, by least squares over the second half.
 pub(crate) fn slope(held: &[Usage]) -> f64 {
     let half = &held[held.len() / 2..];
-    let points = || half.iter().enumerate().map(|(at, usage)| {
-        (precise(at), precise(usize::try_from(usage.resident_kib).unwrap()))
-    });
+    let points = || {
+        half.iter()
+            .enumerate()
+            .map(|(at, usage)| (precise(at), precise(usize::try_from(usage.resident_kib).unwrap())))
+    };
     let count = precise(half.len());
     let mean = |of: fn((f64, f64)) -> f64| points().map(of).sum::<f64>() / count;
     let (x_mean, y_mean) = (mean(|point| point.0), mean(|point| point.1));

@@ -64,7 +64,8 @@ fn half_of_a_version_is_never_loaded() {
         assert!(failed[0]["detail"].as_str().unwrap().contains("sample"), "{failed:#?}");
         let loaded = |version: u32| {
             journal.iter().any(|event| {
-                event["action"] == "version.loaded" && event["subject"] == format!("{MODEL}/{version}")
+                event["action"] == "version.loaded"
+                    && event["subject"] == format!("{MODEL}/{version}")
             })
         };
         assert!(loaded(2) && !loaded(3));
