@@ -132,7 +132,7 @@ fn undisturbed(answers: &[Answer]) {
 }
 
 /// A plan that nothing but a guard can end before the test does.
-fn plan(candidate: u32) -> Value {
+pub(crate) fn plan(candidate: u32) -> Value {
     json!({
         "candidate": candidate.to_string(),
         "steps": [{"weight": 20, "bake_s": 600, "min_samples": 1_000_000}, {"weight": 100}],
@@ -142,20 +142,63 @@ fn plan(candidate: u32) -> Value {
     })
 }
 
-/// Starts a rollout and waits for its end; gives its end and the time that took.
-fn roll_out(admin: &mut Admin, candidate: u32) -> (Value, Duration) {
-    let rollouts = format!("/models/{MODEL}/rollouts");
-    let said = admin.call("POST", &rollouts, Some(&plan(candidate))).unwrap().done();
-    let id = said.body["id"].as_str().unwrap().to_owned();
+/// Waits until a rollout was rolled back; gives its end, and the time from `since` to it.
+pub(crate) fn ended(admin: &mut Admin, model: &str, id: &str, since: Instant) -> (Value, Duration) {
     loop {
-        let rollout = admin.get(&format!("{rollouts}/{id}")).done().body;
-        let took = said.answered.elapsed();
+        let rollout = admin.get(&format!("/models/{model}/rollouts/{id}")).done().body;
+        let took = since.elapsed();
         if rollout["state"] == "rolled_back" {
             return (rollout, took);
         }
         assert!(took < PATIENCE, "{rollout:#}");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Starts a rollout and waits for its end; gives its end and the time that took.
+fn roll_out(admin: &mut Admin, candidate: u32) -> (Value, Duration) {
+    let path = format!("/models/{MODEL}/rollouts");
+    let said = admin.call("POST", &path, Some(&plan(candidate))).unwrap().done();
+    ended(admin, MODEL, said.body["id"].as_str().unwrap(), said.answered)
+}
+
+/// An operator who goes back in the middle of a rollout ends it.
+#[test]
+fn a_rollback_by_hand_ends_a_rollout() {
+    let root = tempfile::tempdir().unwrap();
+    for version in 1..=2 {
+        models::put(root.path(), MODEL, version, &models::add(version));
+    }
+    alone(|runtime| {
+        let gateway = Gateway::start(root.path(), &[]);
+        let mut admin = gateway.admin();
+        admin.all_to(MODEL, 1).done();
+        let (stop, client) = (Stop::default(), client(runtime, &gateway));
+        let load = runtime.spawn(open_loop(client, RATE, stop.clone()));
+        let path = format!("/models/{MODEL}/rollouts");
+        let said = admin.call("POST", &path, Some(&plan(2))).unwrap().done();
+        let id = said.body["id"].as_str().unwrap().to_owned();
+        std::thread::sleep(Duration::from_millis(500));
+        let back = admin.post(&format!("/models/{MODEL}:rollback")).done();
+        let rollout = admin.get(&format!("{path}/{id}")).done().body;
+        // One look of the controller: it must not take the candidate up again.
+        std::thread::sleep(Duration::from_millis(1_500));
+        stop.stop();
+        let answers = runtime.block_on(load).unwrap();
+        let by = |answer: &Answer| answer.ran.as_ref().unwrap().proven;
+        let canary = answers.iter().filter(|answer| by(answer) == 2).count();
+        let later = answers.iter().filter(|answer| answer.started > back.answered);
+        assert!(canary > 0 && later.clone().count() > 0);
+        later.for_each(|answer| assert_eq!(by(answer), 1, "{answer:?}"));
+        let ended = admin.get(&format!("{path}/{id}")).done().body;
+        eprintln!(
+            "C2: rolled back by hand after {canary} requests to the candidate; the rollout said {} when \
+             that was answered, {} later: {}",
+            rollout["state"], ended["state"], ended["reason"]["message"]
+        );
+        assert!(["rolled_back", "aborted", "ended"].contains(&ended["state"].as_str().unwrap()));
+        assert_eq!(admin.get(&format!("/models/{MODEL}")).body["rollout"], Value::Null);
+    });
 }
 
 #[test]

@@ -7,11 +7,11 @@ use crate::load::{Client, Stop, open_loop, quantile, times};
 use crate::{alone, count, models};
 
 const RATE: f64 = 150.0;
-const TIMES: usize = 3;
+const TIMES: usize = 2;
 
 #[test]
 fn a_large_model_comes_and_goes_beside() {
-    let mib = count("RELEASE_HEAVY_MIB", 48);
+    let mib = count("RELEASE_HEAVY_MIB", 32);
     let root = tempfile::tempdir().unwrap();
     models::put(root.path(), "sum", 1, &models::add(1));
     // Other bytes each time: a model that was tried before is not tried again.

@@ -108,7 +108,7 @@ fn ask(at: usize) -> Ask {
         Kind::Plain => {}
         Kind::Sticky(key) => {
             // The table's header, and the one that needs none.
-            let name = if at % 2 == 0 { "x-user-id" } else { "tidegate-sticky-key" };
+            let name = if at.is_multiple_of(2) { "x-user-id" } else { "tidegate-sticky-key" };
             ask.headers.push((name, format!("user-{key}")));
         }
         Kind::Beta => {

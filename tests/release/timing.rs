@@ -20,7 +20,7 @@ fn start(root: &std::path::Path) -> Gateway {
 
 #[test]
 fn a_change_of_weights_is_answered_soon() {
-    let changes = count("RELEASE_CHANGES", 200);
+    let changes = count("RELEASE_CHANGES", 100);
     let root = tempfile::tempdir().unwrap();
     alone(|_| {
         let gateway = start(root.path());

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::gateway::Gateway;
+use crate::load::{Client, Stop, open_loop};
 use crate::{alone, models};
 
 const MODEL: &str = "sum";
@@ -87,5 +88,55 @@ fn what_says_that_it_is_whole_is_loaded_at_once() {
         let written = Instant::now();
         admin.until(MODEL, 2, "ready");
         eprintln!("uploads: ready {:?} after SHA256SUMS was written", written.elapsed());
+    });
+}
+
+/// Nobody says anything to the gateway: versions come into the repository, each takes over from the
+/// one before, and that goes.
+#[test]
+fn new_versions_take_over_under_load() {
+    const UPLOADS: u32 = 6;
+    let root = tempfile::tempdir().unwrap();
+    models::put(root.path(), MODEL, 1, &models::add(1));
+    let latest = "[versions]\nlatest = 1\n";
+    std::fs::write(root.path().join("models").join(MODEL).join("tidegate.toml"), latest).unwrap();
+    alone(|runtime| {
+        let gateway = Gateway::start(root.path(), &settings("600000"));
+        let mut admin = gateway.admin();
+        let stop = Stop::default();
+        let client = {
+            let _inside = runtime.enter();
+            Client::new(MODEL, gateway.http, gateway.grpc)
+        };
+        let load = runtime.spawn(open_loop(client, 120.0, stop.clone()));
+        let started = Instant::now();
+        for version in 2..=UPLOADS + 1 {
+            models::put(root.path(), MODEL, version, &models::add(version));
+            admin.until(MODEL, version, "ready");
+        }
+        let took = started.elapsed();
+        stop.stop();
+        let answers = runtime.block_on(load).unwrap();
+        eprintln!(
+            "uploads: {UPLOADS} new versions in {took:?}, {} requests meanwhile: none failed, none was \
+             answered by an older version than one that had ended before it began",
+            answers.len()
+        );
+        let mut by_end: Vec<_> = answers.iter().map(|answer| (answer.ended, answer)).collect();
+        by_end.sort_by_key(|(ended, _)| *ended);
+        let (mut newest, mut next) = (0, by_end.iter().peekable());
+        for answer in &answers {
+            let ran = answer.ran.as_ref().unwrap_or_else(|error| panic!("{error:?}: {answer:?}"));
+            assert_eq!(ran.proven, ran.named);
+            while let Some((_, before)) = next.next_if(|(ended, _)| *ended <= answer.started) {
+                newest = newest.max(before.ran.as_ref().unwrap().proven);
+            }
+            assert!(ran.proven >= newest, "{answer:?} after version {newest}");
+        }
+        // What is kept to go back to, and the one that answers.
+        let view = admin.get(&format!("/models/{MODEL}")).done().body;
+        let versions = view["versions"].as_array().unwrap();
+        let ready = versions.iter().filter(|version| version["state"] == "ready").count();
+        assert_eq!(ready, 2, "{view:#}");
     });
 }
