@@ -104,9 +104,21 @@ pub struct Api {
     open_calls: Semaphore,
 }
 
+/// Nobody could call: the listener would only look as if it was there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the admin API has no keys and no clients with a certificate, make one with 'tidegate keys create'"
+)]
+pub struct NoCredentials;
+
 impl Api {
-    pub fn new(parts: Parts) -> Arc<Self> {
+    /// # Errors
+    /// [`NoCredentials`]: there is no admin API that is open to all.
+    pub fn new(parts: Parts) -> Result<Arc<Self>, NoCredentials> {
         let Parts { desk, gatekeeper, clients, hosts, drain, mlflow } = parts;
+        if gatekeeper.is_empty() && clients.is_empty() {
+            return Err(NoCredentials);
+        }
         let admin = Arc::new(Admin {
             desk,
             known: Known { gatekeeper, clients },
@@ -122,7 +134,7 @@ impl Api {
         admin.document.get_or_init(|| document.into());
         let (calls, open_calls) =
             (Semaphore::new(limits::CALLS_MAX), Semaphore::new(limits::OPEN_CALLS_MAX));
-        Arc::new(Self { admin, hosts, router, doors, calls, open_calls })
+        Ok(Arc::new(Self { admin, hosts, router, doors, calls, open_calls }))
     }
 
     /// Every way in, for tables in tests and documents.
@@ -163,7 +175,9 @@ impl Api {
     ) -> Result<Response<axum::body::Body>, Problem> {
         let uri = request.uri();
         if uri.path_and_query().map_or(0, |text| text.as_str().len()) > limits::URI_BYTES_MAX {
-            return Err(URI_TOO_LONG.because(format!("the limit is {} bytes", limits::URI_BYTES_MAX)));
+            return Err(
+                URI_TOO_LONG.because(format!("the limit is {} bytes", limits::URI_BYTES_MAX))
+            );
         }
         self.hosts.check(uri, request.headers())?;
         let inner = doors::inner_path(uri.path());
@@ -226,7 +240,8 @@ impl Api {
 fn request_id(headers: &HeaderMap) -> String {
     let sent = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
     let right = |id: &&str| {
-        (1..=limits::REQUEST_ID_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
+        (1..=limits::REQUEST_ID_MAX).contains(&id.len())
+            && id.bytes().all(|byte| byte.is_ascii_graphic())
     };
     sent.filter(right).map_or_else(|| Uuid::now_v7().to_string(), ToOwned::to_owned)
 }

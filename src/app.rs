@@ -91,6 +91,9 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
         }
     }));
 
+    if let Some(tls) = &config.transport.tls {
+        tokio::spawn(panics::fatal_async("certificates", Arc::clone(tls).follow()));
+    }
     let mut listeners =
         Listeners::new(Arc::clone(&api)).context("start the threads that serve connections")?;
     for (protocol, address) in [("http", config.http), ("grpc", config.grpc)] {

@@ -10,14 +10,18 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::admit::Clients;
 use crate::domain::ModelName;
+use crate::transport::tls::Tls;
 use crate::{control, gateway, observe, transport};
 
 mod assemble;
 mod layers;
 pub mod schema;
+mod sources;
 
 pub use layers::{Problem, Problems};
 
@@ -30,6 +34,12 @@ pub struct Config {
     /// Reserved: nothing listens there yet.
     pub admin: SocketAddr,
     pub allow_unauthenticated: bool,
+    /// Of the admin listener; `None`: it speaks plain HTTP.
+    pub admin_tls: Option<Arc<Tls>>,
+    /// What callers of the admin listener with a certificate may do.
+    pub admin_clients: Clients,
+    /// Names that the admin listener answers to, beside addresses and `localhost`.
+    pub admin_hosts: Vec<String>,
     pub control: control::Settings,
     pub transport: transport::Settings,
     pub gateway: gateway::Settings,
@@ -65,8 +75,9 @@ pub struct ServeArgs {
     /// Configuration file (TOML)
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Folder of models, <DIR>/<model>/<version>/model.onnx [default: models]
-    #[arg(long, value_name = "DIR")]
+    /// Folder of models, <DIR>/<model>/<version>/model.onnx, or a URL of a bucket or registry
+    /// (s3://, gs://, az://, mlflow+https://) [default: models]
+    #[arg(long, value_name = "DIR|URL")]
     pub model_repository: Option<String>,
     /// Name of the model, when that folder is one model's own: <DIR>/model.onnx
     #[arg(long, value_name = "NAME")]
@@ -83,7 +94,7 @@ pub struct ServeArgs {
     /// Where metrics are served [default: 127.0.0.1:8002]
     #[arg(long, value_name = "IP:PORT")]
     pub metrics_address: Option<String>,
-    /// Reserved for the admin API, not served in this version [default: 127.0.0.1:8003]
+    /// Address of the admin API [default: 127.0.0.1:8003]
     #[arg(long, value_name = "IP:PORT")]
     pub admin_address: Option<String>,
     /// Engine of models that choose none: auto, ort or tract [default: auto]

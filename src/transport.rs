@@ -25,6 +25,7 @@ pub mod metrics;
 pub mod model_config;
 pub mod shm;
 pub mod status;
+pub mod tls;
 pub mod toggles;
 
 /// Body of every answer.
@@ -76,6 +77,8 @@ impl Api {
 pub struct Settings {
     /// Who may call.
     pub auth: auth::Auth,
+    /// Certificates of the data listeners; `None`: they speak plain HTTP.
+    pub tls: Option<Arc<tls::Tls>>,
     /// Largest request body, decoded, in bytes; over it: 413 / RESOURCE_EXHAUSTED.
     pub body_max_bytes: usize,
     /// Most bytes that all requests in progress hold, decoded ones too; 0: by the memory there is.
@@ -129,6 +132,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             auth: auth::Auth::default(),
+            tls: None,
             body_max_bytes: 64 << 20,
             in_flight_bytes_max: 0,
             decode_queue_max: 256,

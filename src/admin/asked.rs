@@ -15,8 +15,8 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
-use utoipa::openapi::schema::{ObjectBuilder, Schema, SchemaType, Type};
 use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{ObjectBuilder, Schema, SchemaType, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::etag::Condition;
@@ -89,10 +89,13 @@ impl Names {
         if let Some(version) = self.version {
             subject = format!("{subject}/{version}");
         }
-        for part in [self.label.as_ref().map(Label::as_str), self.rollout.as_deref(), self.prediction.as_deref()] {
-            if let Some(part) = part {
-                subject = format!("{subject}/{part}");
-            }
+        let parts = [
+            self.label.as_ref().map(Label::as_str),
+            self.rollout.as_deref(),
+            self.prediction.as_deref(),
+        ];
+        for part in parts.into_iter().flatten() {
+            subject = format!("{subject}/{part}");
         }
         subject
     }
@@ -219,7 +222,7 @@ impl<T: ToSchema> PartialSchema for Change<T> {
 impl<T: ToSchema> ToSchema for Change<T> {
     fn name() -> Cow<'static, str> {
         match T::name() {
-            nothing if nothing == "Nothing" => Cow::Borrowed("Reason"),
+            nothing if nothing == "Nothing" => Cow::Borrowed("ChangeReason"),
             of => Cow::Owned(format!("{of}Change")),
         }
     }
@@ -277,7 +280,8 @@ fn is_json(headers: &HeaderMap) -> bool {
     let essence = parts.next().unwrap_or_default();
     essence.eq_ignore_ascii_case("application/json")
         && parts.all(|part| {
-            let charset = part.split_once('=').filter(|(name, _)| name.eq_ignore_ascii_case("charset"));
+            let charset =
+                part.split_once('=').filter(|(name, _)| name.eq_ignore_ascii_case("charset"));
             charset.is_none_or(|(_, set)| set.trim_matches('"').eq_ignore_ascii_case("utf-8"))
         })
 }
@@ -294,8 +298,14 @@ mod tests {
         let of_rollout = Names::read([("model", "iris"), ("rollout", "0190-a.b_c")]).unwrap();
         assert_eq!(of_rollout.subject(), "iris/0190-a.b_c");
         for (key, text) in [
-            ("model", "a b"), ("model", ""), ("version", "07"), ("version", "stable"), ("label", "7"),
-            ("rollout", ""), ("rollout", "a:b"), ("rollout", &"x".repeat(ROLLOUT_ID_MAX + 1)),
+            ("model", "a b"),
+            ("model", ""),
+            ("version", "07"),
+            ("version", "stable"),
+            ("label", "7"),
+            ("rollout", ""),
+            ("rollout", "a:b"),
+            ("rollout", &"x".repeat(ROLLOUT_ID_MAX + 1)),
         ] {
             let problem = Names::read([(key, text)]).unwrap_err();
             assert_eq!(problem.kind, NOT_FOUND, "{key}: {text}");
@@ -311,12 +321,21 @@ mod tests {
             }
             is_json(&headers)
         };
-        for yes in ["application/json", "Application/JSON; charset=UTF-8", "application/json;charset=\"utf-8\""] {
+        for yes in [
+            "application/json",
+            "Application/JSON; charset=UTF-8",
+            "application/json;charset=\"utf-8\"",
+        ] {
             assert!(is(&[yes]), "{yes}");
         }
         for no in [
-            "text/plain", "application/jsonp", "application/json; charset=utf-16", "",
-            "application/x-www-form-urlencoded", "multipart/form-data", "application/problem+json",
+            "text/plain",
+            "application/jsonp",
+            "application/json; charset=utf-16",
+            "",
+            "application/x-www-form-urlencoded",
+            "multipart/form-data",
+            "application/problem+json",
         ] {
             assert!(!is(&[no]), "{no}");
         }
@@ -331,7 +350,12 @@ mod tests {
                 map.insert(name, HeaderValue::from_static(value));
             }
             let body = axum::body::Body::from(vec![b' '; len]);
-            async move { whole(&map, body).await.map(|bytes| bytes.len()).map_err(|problem| problem.kind.code) }
+            async move {
+                whole(&map, body)
+                    .await
+                    .map(|bytes| bytes.len())
+                    .map_err(|problem| problem.kind.code)
+            }
         };
         assert_eq!(kind(BODY_BYTES_MAX, &[]).await, Ok(BODY_BYTES_MAX));
         assert_eq!(kind(BODY_BYTES_MAX + 1, &[]).await, Err("too_large"));

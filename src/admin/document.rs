@@ -103,11 +103,11 @@ pub(super) fn complete(operation: &mut Operation, door: &Door) {
 
 /// Verbs say all in their path.
 fn body_is_optional(door: &Door) -> bool {
-    door.path.contains(':') || door.name.starts_with("gateway.")
+    door.path.contains(':') || matches!(door.name.as_str(), "drain" | "reload")
 }
 
 /// Changes of something that has no tag.
-const STANDALONE: [&str; 3] = ["gateway.drain", "gateway.reload", "rollout.start"];
+const STANDALONE: [&str; 3] = ["drain", "reload", "rollout.start"];
 
 /// `{model}` and the others, in their order.
 fn names(path: &str) -> impl Iterator<Item = &str> {
@@ -186,7 +186,8 @@ fn refusals(door: &Door) -> Vec<u16> {
 
 fn refusal(status: u16) -> Response {
     let of_status = KINDS.iter().filter(|kind| kind.status.as_u16() == status);
-    let codes: Vec<String> = of_status.map(|kind| format!("`{}`: {}", kind.code, kind.title)).collect();
+    let codes: Vec<String> =
+        of_status.map(|kind| format!("`{}`: {}", kind.code, kind.title)).collect();
     let body = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
     let mut answer = ResponseBuilder::new()
         .description(codes.join("; "))

@@ -16,6 +16,7 @@
 use std::sync::Arc;
 
 use axum::Router;
+use axum::extract::rejection::RawPathParamsRejection;
 use axum::extract::{RawPathParams, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -29,7 +30,7 @@ use super::asked::{Asked, Names};
 use super::document;
 use super::gate::{Caller, Needs};
 use super::limits::{ANSWER_MAX, LOAD_ANSWER_MAX};
-use super::problem::{INTERNAL, Problem, TIMEOUT};
+use super::problem::{INTERNAL, NOT_FOUND, Problem, TIMEOUT};
 use crate::control::call::Call;
 
 /// Where the API begins.
@@ -112,8 +113,13 @@ impl Doors {
             }
         }
         if documented {
-            let components = self.api.components.get_or_insert_with(Components::new);
-            components.schemas.extend(schemas);
+            let known = &mut self.api.components.get_or_insert_with(Components::new).schemas;
+            for (name, schema) in schemas {
+                let other = known.get(&name).is_some_and(|known| *known != schema);
+                // The document would show one of them for both.
+                debug_assert!(!other, "two types are called '{name}' in the document");
+                known.insert(name, schema);
+            }
         }
         self
     }
@@ -149,7 +155,7 @@ pub(super) fn inner_path(path: &str) -> Option<String> {
 /// Stands before each handler: may this caller do this to that?
 async fn guard(
     State((admin, door)): State<(Arc<Admin>, Arc<Door>)>,
-    params: RawPathParams,
+    params: Result<RawPathParams, RawPathParamsRejection>,
     mut request: Request,
     next: Next,
 ) -> Response {
@@ -161,7 +167,9 @@ async fn guard(
             _ => INTERNAL.because("the gateway failed at this").into_response(),
         };
     };
-    let names = match Names::read(&params) {
+    // What is no text names nothing either.
+    let named = params.map_err(|_| NOT_FOUND.because("there is no such path"));
+    let names = match named.and_then(|params| Names::read(&params)) {
         Ok(names) => names,
         // Nothing can be so called: a read of it finds nothing, a change of it is refused.
         Err(problem) if !door.change() => return problem.into_response(),
@@ -202,7 +210,8 @@ async fn carried(door: &Door, change: impl Future<Output = Response> + Send + 's
 }
 
 fn too_slow(door: &Door) -> Problem {
-    let mut problem = TIMEOUT.because(format!("no answer within {} s", door.answer_max().as_secs()));
+    let mut problem =
+        TIMEOUT.because(format!("no answer within {} s", door.answer_max().as_secs()));
     // Nothing was refused: it may still be done, and then the journal says so.
     problem.journalled = true;
     problem

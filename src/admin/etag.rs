@@ -92,7 +92,11 @@ impl Condition {
         if tags.iter().any(|tag| !tag.weak && tag.text == current) {
             return Ok(Some(current));
         }
-        let sent = if tags.iter().all(|tag| tag.weak) { "only weak tags, which never match" } else { "another tag" };
+        let sent = if tags.iter().all(|tag| tag.weak) {
+            "only weak tags, which never match"
+        } else {
+            "another tag"
+        };
         Err(STALE.because(format!("the resource is at {current} now, If-Match has {sent}")))
     }
 }
@@ -174,9 +178,8 @@ mod tests {
             (&["\"a b\""], Err("invalid")),
         ];
         for (sent, want) in cases {
-            let got = Condition::of_change(&headers(IF_MATCH, sent)).and_then(|condition| {
-                condition.unwrap().wanted(|| Some(present.to_owned()))
-            });
+            let got = Condition::of_change(&headers(IF_MATCH, sent))
+                .and_then(|condition| condition.unwrap().wanted(|| Some(present.to_owned())));
             let got = got.map_err(|problem| problem.kind.code);
             assert_eq!(got.as_ref().map(Option::as_deref).map_err(|code| *code), *want, "{sent:?}");
         }
@@ -192,7 +195,9 @@ mod tests {
 
     #[test]
     fn a_read_of_what_the_caller_has_is_not_modified() {
-        for (sent, want) in [("\"7\"", true), ("W/\"7\"", true), ("*", true), ("\"6\"", false), ("7", false)] {
+        for (sent, want) in
+            [("\"7\"", true), ("W/\"7\"", true), ("*", true), ("\"6\"", false), ("7", false)]
+        {
             let headers = headers(IF_NONE_MATCH, &[sent]);
             assert_eq!(Condition::not_modified(&headers, "\"7\""), want, "{sent}");
         }

@@ -116,7 +116,11 @@ impl Caller {
                 if self.may(action, model.as_ref()) { Ok(()) } else { Err(self.forbidden(action)) }
             }
             (Needs::Some(action), _) => {
-                if self.principal.may_to_some(action) { Ok(()) } else { Err(self.forbidden(action)) }
+                if self.principal.may_to_some(action) {
+                    Ok(())
+                } else {
+                    Err(self.forbidden(action))
+                }
             }
         }
     }

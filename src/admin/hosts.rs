@@ -52,17 +52,28 @@ fn one_host(uri: &Uri, headers: &HeaderMap) -> Result<Authority, Problem> {
     let in_header = match (named.next(), named.next()) {
         (None, _) => None,
         (Some(value), None) => {
-            let text = value.to_str().unwrap_or_default();
-            Some(text.parse::<Authority>().map_err(|_| invalid("Host: expected a host and a port"))?)
+            let read =
+                value.to_str().ok().and_then(|text| text.parse().ok()).filter(is_host_and_port);
+            Some(read.ok_or_else(|| invalid("Host: expected a host and a port"))?)
         }
         (Some(_), Some(_)) => return Err(invalid("Host: sent twice")),
     };
     match (uri.authority(), in_header) {
         (None, Some(host)) => Ok(host),
-        (Some(host), None) => Ok(host.clone()),
+        (Some(host), None) if is_host_and_port(host) => Ok(host.clone()),
         (Some(host), Some(other)) if *host == other => Ok(other),
-        (Some(_), Some(_)) => Err(invalid("Host: is not what the request line has")),
+        (Some(_), _) => Err(invalid("Host: is not what the request line has")),
         (None, None) => Err(invalid("Host: is missing")),
+    }
+}
+
+/// The parser takes anything behind the last colon for a port, and a name before an `@`.
+fn is_host_and_port(authority: &Authority) -> bool {
+    let port = authority.as_str().strip_prefix(authority.host());
+    match port.map(|port| port.strip_prefix(':')) {
+        Some(Some(port)) => port.parse::<u16>().is_ok(),
+        Some(None) => authority.as_str() == authority.host(),
+        None => false,
     }
 }
 
@@ -99,15 +110,28 @@ mod tests {
     #[test]
     fn names_are_listed_and_addresses_are_not_names() {
         for host in [
-            "127.0.0.1:8003", "localhost", "LOCALHOST:1", "localhost.:1", "[::1]:8003", "10.1.2.3",
-            "gate.example:8003", "Gate.Example",
+            "127.0.0.1:8003",
+            "localhost",
+            "LOCALHOST:1",
+            "localhost.:1",
+            "[::1]:8003",
+            "10.1.2.3",
+            "gate.example:8003",
+            "Gate.Example",
         ] {
             assert_eq!(check("/", &[("host", host)]), Ok(()), "{host}");
         }
-        for host in ["evil.example", "127.0.0.1.evil.example:8003", "gate.example.evil", "local", "0x7f.1"] {
+        for host in
+            ["evil.example", "127.0.0.1.evil.example:8003", "gate.example.evil", "local", "0x7f.1"]
+        {
             assert_eq!(check("/", &[("host", host)]), Err("misdirected"), "{host}");
         }
-        for sent in [&[][..], &[("host", "localhost"), ("host", "localhost")], &[("host", "a b")]] {
+        for host in
+            ["127.0.0.1:80.evil.example", "user@localhost", "localhost:99999", "localhost:", "a b"]
+        {
+            assert_eq!(check("/", &[("host", host)]), Err("invalid"), "{host}");
+        }
+        for sent in [&[][..], &[("host", "localhost"), ("host", "localhost")]] {
             assert_eq!(check("/", sent), Err("invalid"), "{sent:?}");
         }
         assert_eq!(check("http://localhost/", &[]), Ok(()));

@@ -9,7 +9,9 @@
 use std::error::Error as _;
 use std::fmt;
 
-use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    DeserializeOwned, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor,
+};
 use serde_json::{Map, Value};
 
 use super::problem::Problem;
@@ -187,10 +189,15 @@ mod tests {
 
     #[test]
     fn the_reason_is_taken_out_of_any_body() {
-        let (plan, reason) = read::<Plan>(br#"{"steps": [{"weight": 0.1}], "reason": " why "}"#).unwrap();
+        let (plan, reason) =
+            read::<Plan>(br#"{"steps": [{"weight": 0.1}], "reason": " why "}"#).unwrap();
         assert_eq!((plan.steps[0].weight, reason.as_deref()), (0.1, Some("why")));
         assert!(plan.name.is_none());
-        for none in [r#"{"steps": []}"#, r#"{"steps": [], "reason": null}"#, r#"{"steps": [], "reason": "  "}"#] {
+        for none in [
+            r#"{"steps": []}"#,
+            r#"{"steps": [], "reason": null}"#,
+            r#"{"steps": [], "reason": "  "}"#,
+        ] {
             assert_eq!(read::<Plan>(none.as_bytes()).unwrap().1, None, "{none}");
         }
         assert!(problems(r#"{"steps": [], "reason": 1}"#).starts_with("reason: "));
@@ -215,7 +222,8 @@ mod tests {
 
     #[test]
     fn what_has_two_readings_or_no_end_is_refused() {
-        let deep = |levels: usize| format!("{{\"name\": {}{}}}", "[".repeat(levels), "]".repeat(levels));
+        let deep =
+            |levels: usize| format!("{{\"name\": {}{}}}", "[".repeat(levels), "]".repeat(levels));
         let cases = [
             (r#"{"steps": [], "steps": []}"#.to_owned(), "duplicate key 'steps'"),
             (r#"{"steps": [{"weight": 1, "weight": 2}]}"#.to_owned(), "duplicate key 'weight'"),
@@ -232,6 +240,9 @@ mod tests {
             let got = problems(&body);
             assert!(got.starts_with("body: ") && got.contains(want), "{got}");
         }
-        assert!(problems(&deep(DEPTH_MAX - 1)).starts_with("name: "), "the limit itself is allowed");
+        assert!(
+            problems(&deep(DEPTH_MAX - 1)).starts_with("name: "),
+            "the limit itself is allowed"
+        );
     }
 }

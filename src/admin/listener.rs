@@ -27,14 +27,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_rustls::server::TlsStream;
 
+use super::Api;
 use super::gate::Peer;
 use super::limits::{
     AGE_MAX, CONNECTION_WINDOW, CONNECTIONS_MAX, CONNECTIONS_SCARCE, HANDSHAKE_MAX,
     HEADER_BYTES_MAX, HEADER_WAIT_MAX, HEADERS_MAX, IDLE_MAX, IDLE_SCARCE_MAX, LAST_ANSWER_MAX,
-    PING_EVERY, PONG_MAX, RESETS_MAX, SEND_BUFFER_MAX, STALL_MAX, STREAM_WINDOW,
-    STREAMS_MAX,
+    PING_EVERY, PONG_MAX, RESETS_MAX, SEND_BUFFER_MAX, STALL_MAX, STREAM_WINDOW, STREAMS_MAX,
 };
-use super::Api;
 use crate::admit::PeerName;
 
 /// Pause after the operating system had nothing for a connection.
@@ -99,7 +98,9 @@ impl Connection {
             let (api, peer, under_way) = (Arc::clone(&self.api), peer.clone(), activity.begin());
             async move {
                 let answer = api.answer(&peer, request).await;
-                Ok::<_, Infallible>(answer.map(|body| Body::new(Tracked { body, _under_way: under_way })))
+                Ok::<_, Infallible>(
+                    answer.map(|body| Body::new(Tracked { body, _under_way: under_way })),
+                )
             }
         });
         let builder = builder();

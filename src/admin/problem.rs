@@ -9,7 +9,9 @@
 //! - A problem holds nothing of paths, files, stack traces or other principals.
 
 use axum::response::IntoResponse;
-use http::header::{ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{
+    ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE,
+};
 use http::{HeaderValue, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

@@ -5,16 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use http::{HeaderMap, Method, Request, StatusCode};
+use http::{HeaderMap, Request};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 
 use super::problem::PROBLEM_JSON;
 use super::{Api, Door, Hosts, Needs, PREFIX, Parts, Peer};
 use crate::admit::keys::{GrantRecord, KeyRecord};
-use crate::admit::{Action, Clients, Gatekeeper, KeySet, Role, Token};
+use crate::admit::{Clients, Gatekeeper, KeySet, Role, Token};
+use crate::control::call::Refusal;
 
+mod document;
 mod paper;
+mod sockets;
 
 use paper::Paper;
 
@@ -48,67 +51,69 @@ impl Got {
     }
 }
 
+fn key(name: &str, role: Role, models: &[&str]) -> (String, Token, KeyRecord) {
+    let token = Token::generate().unwrap();
+    let models = models.iter().map(ToString::to_string).collect();
+    let record = KeyRecord {
+        id: token.id().to_owned(),
+        name: name.to_owned(),
+        grants: vec![GrantRecord { role, models }],
+        digest: token.digest().to_string(),
+        created_at: jiff::Timestamp::now(),
+        created_by: "test".to_owned(),
+        expires_at: None,
+        revoked_at: None,
+        revoked_by: None,
+    };
+    (name.to_owned(), token, record)
+}
+
+fn hand_out(gatekeeper: &Gatekeeper, keys: &[(String, Token, KeyRecord)]) {
+    let records = keys
+        .iter()
+        .map(|(_, _, record)| (record.id.as_str(), serde_json::to_value(record).unwrap()));
+    let (set, wrong) = KeySet::from_records(records);
+    assert!(wrong.is_empty());
+    gatekeeper.replace(set);
+}
+
 impl Bench {
     /// With a key for each role, named as it is, and `team`: a deployer of `iris` alone.
     fn new() -> Self {
-        let mut bench = Self::without_keys();
-        for role in Role::ALL {
-            bench.add_key(role.as_str(), role, &[]);
-        }
-        bench.add_key("team", Role::Deployer, &["iris"]);
-        bench
+        let mut keys: Vec<_> =
+            Role::ALL.into_iter().map(|role| key(role.as_str(), role, &[])).collect();
+        keys.push(key("team", Role::Deployer, &["iris"]));
+        Self::with(keys, Clients::default()).unwrap()
     }
 
-    fn without_keys() -> Self {
+    fn with(
+        keys: Vec<(String, Token, KeyRecord)>,
+        clients: Clients,
+    ) -> Result<Self, super::NoCredentials> {
         let desk = Arc::new(Paper::new());
         let gatekeeper = Arc::new(Gatekeeper::default());
+        hand_out(&gatekeeper, &keys);
         let drained = Arc::clone(&desk);
         let api = Api::new(Parts {
             desk: Arc::clone(&desk) as _,
             gatekeeper: Arc::clone(&gatekeeper),
-            clients: Clients::default(),
+            clients,
             hosts: Hosts::new(["gate.example".to_owned()]),
             drain: Box::new(move |call| {
-                drained.write_down("gateway.drain", None, &call);
+                drained.write_down("drain", None, &call);
                 Box::pin(async { Ok(()) })
             }),
             mlflow: Some(Box::new(|headers, _| match headers.get("x-mlflow-signature") {
                 Some(right) if right == "right" => Ok(()),
-                _ => Err(crate::control::call::Refusal::Forbidden("the signature is wrong".to_owned())),
+                _ => Err(Refusal::Forbidden("the signature is wrong".to_owned())),
             })),
-        });
-        Self { api, desk, gatekeeper, keys: Vec::new() }
-    }
-
-    fn add_key(&mut self, name: &str, role: Role, models: &[&str]) {
-        let token = Token::generate().unwrap();
-        let record = KeyRecord {
-            id: token.id().to_owned(),
-            name: name.to_owned(),
-            grants: vec![GrantRecord { role, models: models.iter().map(ToString::to_string).collect() }],
-            digest: token.digest().to_string(),
-            created_at: jiff::Timestamp::now(),
-            created_by: "test".to_owned(),
-            expires_at: None,
-            revoked_at: None,
-            revoked_by: None,
-        };
-        self.keys.push((name.to_owned(), token, record));
-        self.hand_out();
-    }
-
-    fn hand_out(&self) {
-        let records = self.keys.iter().map(|(_, _, record)| {
-            (record.id.as_str(), serde_json::to_value(record).unwrap())
-        });
-        let (set, wrong) = KeySet::from_records(records);
-        assert!(wrong.is_empty());
-        self.gatekeeper.replace(set);
+        })?;
+        Ok(Self { api, desk, gatekeeper, keys })
     }
 
     fn revoke(&mut self, name: &str) {
         self.keys.retain(|(known, ..)| known != name);
-        self.hand_out();
+        hand_out(&self.gatekeeper, &self.keys);
     }
 
     fn token(&self, name: &str) -> String {
@@ -128,8 +133,18 @@ impl Bench {
     }
 
     /// As the role or key `who`; nobody for an empty name.
-    async fn call(&self, who: &str, method: &str, path: &str, body: &Value, more: &[(&str, &str)]) -> Got {
-        let mut request = Request::builder().method(method).uri(format!("{PREFIX}{path}")).header("host", "localhost");
+    async fn call(
+        &self,
+        who: &str,
+        method: &str,
+        path: &str,
+        body: &Value,
+        more: &[(&str, &str)],
+    ) -> Got {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(format!("{PREFIX}{path}"))
+            .header("host", "localhost");
         if !who.is_empty() {
             request = request.header("authorization", format!("Bearer {}", self.token(who)));
         }
@@ -174,8 +189,12 @@ fn body(door: &Door) -> Value {
     }
 }
 
-fn is_change(door: &Door) -> bool {
-    door.method != Method::GET
+#[test]
+fn without_anybody_who_may_call_there_is_no_api() {
+    assert_eq!(Bench::with(Vec::new(), Clients::default()).err(), Some(super::NoCredentials));
+    let clients: Clients = "cn:alice = viewer".parse().unwrap();
+    assert!(Bench::with(Vec::new(), clients).is_ok());
+    assert!(Bench::with(vec![key("a", Role::Viewer, &[])], Clients::default()).is_ok());
 }
 
 #[tokio::test]
@@ -192,10 +211,14 @@ async fn every_route_and_every_role() {
         let open = door.needs == Needs::Nothing;
         let nobody = call("").await;
         match door.name.as_str() {
-            "gateway.health" => assert_eq!(nobody.status, 200),
+            "health" => assert_eq!(nobody.status, 200),
             // By its own signature.
             "webhook.mlflow" => assert_eq!(nobody.code(), "forbidden"),
-            _ => assert_eq!((nobody.status, nobody.code().as_str()), (401, "unauthenticated"), "{path}"),
+            _ => assert_eq!(
+                (nobody.status, nobody.code().as_str()),
+                (401, "unauthenticated"),
+                "{path}"
+            ),
         }
         cells += 1;
         for role in Role::ALL {
@@ -234,17 +257,38 @@ async fn every_route_and_every_role() {
 async fn nothing_but_the_open_routes_is_answered_to_strangers() {
     let bench = Bench::new();
     let paths = [
-        "/admin/v1/models", "/admin/v1/MODELS", "/admin/v1//models", "/admin/v1/models/", "/admin/v1/",
-        "/admin/v1", "/", "/metrics", "/v2/health/live", "/admin/v1/models/iris/~rollback",
-        "/admin/v1/health/../models", "/admin/v1/%6dodels", "/admin/v1/models?token=x",
-        "/admin/v1/health/", "/admin/v1/none", "/admin/v1/openapi.json", "/admin/v1/health:x",
+        "/admin/v1/models",
+        "/admin/v1/MODELS",
+        "/admin/v1//models",
+        "/admin/v1/models/",
+        "/admin/v1/",
+        "/admin/v1",
+        "/",
+        "/metrics",
+        "/v2/health/live",
+        "/admin/v1/models/iris/~rollback",
+        "/admin/v1/health/../models",
+        "/admin/v1/%6dodels",
+        "/admin/v1/models?token=x",
+        "/admin/v1/health/",
+        "/admin/v1/none",
+        "/admin/v1/openapi.json",
+        "/admin/v1/health:x",
     ];
-    let bad = ["", "Bearer", "Bearer x", "Basic YWRtaW46YWRtaW4=", "Bearer tg_0123456789abcdef.x", "Negotiate x"];
+    let bad = [
+        "",
+        "Bearer",
+        "Bearer x",
+        "Basic YWRtaW46YWRtaW4=",
+        "Bearer tg_0123456789abcdef.x",
+        "Negotiate x",
+    ];
     let mut probes = 0;
     for path in paths {
         for method in ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"] {
             for credential in bad {
-                let mut request = Request::builder().method(method).uri(path).header("host", "localhost");
+                let mut request =
+                    Request::builder().method(method).uri(path).header("host", "localhost");
                 if !credential.is_empty() {
                     request = request.header("authorization", credential);
                 }
@@ -260,7 +304,11 @@ async fn nothing_but_the_open_routes_is_answered_to_strangers() {
     eprintln!("{probes} probes, 0 answered");
     assert!(bench.desk.changes().is_empty());
     let journalled = bench.desk.refusals();
-    assert_eq!(journalled.len(), super::limits::STRANGERS_JOURNALLED_MAX as usize, "the others are counted");
+    assert_eq!(
+        journalled.len(),
+        super::limits::STRANGERS_JOURNALLED_MAX as usize,
+        "the others are counted"
+    );
     assert!(journalled[0].contains("from 127.0.0.1"), "{journalled:?}");
 }
 
@@ -315,13 +363,24 @@ async fn lists_show_what_their_reader_may_see() {
         events.iter().map(|event| event["action"].as_str().unwrap().to_owned()).collect()
     };
     let all = bench.get("auditor", "/journal").await;
-    assert_eq!(actions(&all), ["gateway.reload", "traffic.put", "label.put"], "the newest first");
+    assert_eq!(actions(&all), ["reload", "traffic.put", "label.put"], "the newest first");
     assert_eq!(actions(&bench.get("team", "/journal").await), ["label.put"]);
-    let filtered = bench.get("auditor", "/journal?action=traffic.&actor=ci&outcome=done&limit=5").await;
+    let filtered =
+        bench.get("auditor", "/journal?action=traffic.&actor=ci&outcome=done&limit=5").await;
     assert_eq!(actions(&filtered), ["traffic.put"]);
     assert!(actions(&bench.get("auditor", "/journal?outcome=refused").await).is_empty());
     assert_eq!(actions(&bench.get("auditor", "/journal?model=iris").await), ["label.put"]);
-    for wrong in ["limit=0", "limit=501", "limit=x", "model=a%20b", "after=1&before=2", "nothing=1", "outcome=maybe", "after=-1", "limit=1&limit=2"] {
+    for wrong in [
+        "limit=0",
+        "limit=501",
+        "limit=x",
+        "model=a%20b",
+        "after=1&before=2",
+        "nothing=1",
+        "outcome=maybe",
+        "after=-1",
+        "limit=1&limit=2",
+    ] {
         let got = bench.get("auditor", &format!("/journal?{wrong}")).await;
         assert_eq!((got.status, got.code().as_str()), (400, "invalid"), "{wrong}");
     }
@@ -333,7 +392,9 @@ async fn a_journal_is_read_page_by_page_in_both_directions() {
     for at in 0..250 {
         bench.desk.journal_one("traffic.put", if at % 5 == 0 { "iris" } else { "risk" });
     }
-    for (direction, who, want) in [("before", "auditor", 250), ("after", "auditor", 250), ("before", "team", 50)] {
+    for (direction, who, want) in
+        [("before", "auditor", 250), ("after", "auditor", 250), ("before", "team", 50)]
+    {
         let mut seqs = Vec::new();
         let mut path = "/journal?limit=7".to_owned();
         if direction == "after" {
@@ -386,32 +447,70 @@ async fn changes_say_who_why_and_on_what_condition() {
 async fn reasons_come_in_the_body_or_the_header() {
     let bench = Bench::new();
     let rollback = "/models/iris:rollback";
-    bench.call("admin", "POST", rollback, &Value::Null, &[("tidegate-reason", "from a header")]).await;
-    bench.call("admin", "POST", rollback, &json!({"reason": "from a body"}), &[("tidegate-reason", "no")]).await;
-    bench.call("admin", "DELETE", "/models/iris/traffic", &Value::Null, &[("tidegate-reason", "away")]).await;
+    bench
+        .call("admin", "POST", rollback, &Value::Null, &[("tidegate-reason", "from a header")])
+        .await;
+    bench
+        .call(
+            "admin",
+            "POST",
+            rollback,
+            &json!({"reason": "from a body"}),
+            &[("tidegate-reason", "no")],
+        )
+        .await;
+    bench
+        .call(
+            "admin",
+            "DELETE",
+            "/models/iris/traffic",
+            &Value::Null,
+            &[("tidegate-reason", "away")],
+        )
+        .await;
     bench.call("admin", "POST", rollback, &json!({}), &[]).await;
-    let reasons: Vec<String> = bench.desk.changes().iter().map(|change| {
-        change.split(": ").nth(1).unwrap().split(" (").next().unwrap().to_owned()
-    }).collect();
+    let reasons: Vec<String> = bench
+        .desk
+        .changes()
+        .iter()
+        .map(|change| change.split(": ").nth(1).unwrap().split(" (").next().unwrap().to_owned())
+        .collect();
     assert_eq!(reasons, ["from a header", "from a body", "away", "-"]);
     bench.desk.want_reasons();
     let got = bench.call("admin", "POST", rollback, &json!({}), &[]).await;
     assert_eq!((got.status, got.code().as_str()), (400, "needs_reason"));
     let long = "x".repeat(2001);
-    let got = bench.call("admin", "POST", rollback, &Value::Null, &[("tidegate-reason", &long)]).await;
+    let got =
+        bench.call("admin", "POST", rollback, &Value::Null, &[("tidegate-reason", &long)]).await;
     assert_eq!((got.status, got.code().as_str()), (400, "invalid"));
 }
 
 #[tokio::test]
 async fn reads_have_tags_and_are_not_sent_twice() {
     let bench = Bench::new();
-    for path in ["/models", "/models/iris", "/models/iris/versions/2", "/models/iris/labels", "/models/iris/traffic", "/models/iris/rollouts", "/models/iris/rollouts/r-1", "/models/iris/versions/2/approvals", "/models/iris/shadow"] {
+    for path in [
+        "/models",
+        "/models/iris",
+        "/models/iris/versions/2",
+        "/models/iris/labels",
+        "/models/iris/traffic",
+        "/models/iris/rollouts",
+        "/models/iris/rollouts/r-1",
+        "/models/iris/versions/2/approvals",
+        "/models/iris/shadow",
+    ] {
         let first = bench.get("viewer", path).await;
         let tag = first.header("etag").to_owned();
         assert!(first.status == 200 && tag.starts_with('"') && tag.ends_with('"'), "{path}: {tag}");
-        let again = bench.call("viewer", "GET", path, &Value::Null, &[("if-none-match", &tag)]).await;
-        assert_eq!((again.status, again.body.len(), again.header("etag")), (304, 0, &*tag), "{path}");
-        let other = bench.call("viewer", "GET", path, &Value::Null, &[("if-none-match", "\"x\"")]).await;
+        let again =
+            bench.call("viewer", "GET", path, &Value::Null, &[("if-none-match", &tag)]).await;
+        assert_eq!(
+            (again.status, again.body.len(), again.header("etag")),
+            (304, 0, &*tag),
+            "{path}"
+        );
+        let other =
+            bench.call("viewer", "GET", path, &Value::Null, &[("if-none-match", "\"x\"")]).await;
         assert_eq!(other.status, 200, "{path}");
     }
 }
@@ -432,7 +531,12 @@ async fn bodies_are_json_and_nothing_else() {
     };
     let table = r#"{"weights": {"1": 1}}"#.to_owned();
     assert_eq!(send(Some("application/json"), table.clone()).await.status, 200);
-    for other in [None, Some("text/plain"), Some("application/x-www-form-urlencoded"), Some("multipart/form-data")] {
+    for other in [
+        None,
+        Some("text/plain"),
+        Some("application/x-www-form-urlencoded"),
+        Some("multipart/form-data"),
+    ] {
         let got = send(other, table.clone()).await;
         assert_eq!((got.status, got.code().as_str()), (415, "unsupported_media"), "{other:?}");
     }
@@ -440,7 +544,10 @@ async fn bodies_are_json_and_nothing_else() {
     assert_eq!(send(Some("application/json"), big).await.status, 413);
     for (body, path) in [
         (r#"{"weights": {"1": 1}, "weight": {}}"#, "weight: unknown field"),
-        (r#"{"weights": {"1": 1}, "rules": [{"name": "a", "header": "b", "equal": "c", "version": "1"}]}"#, "rules[0].equal: unknown field"),
+        (
+            r#"{"weights": {"1": 1}, "rules": [{"name": "a", "header": "b", "equal": "c", "version": "1"}]}"#,
+            "rules[0].equal: unknown field",
+        ),
         (r#"{"weights": {"1": "x"}}"#, "weights.1: "),
         (r#"{"weights": {"one": 1}}"#, "weights"),
         (r#"{"weights": {"1": 1, "1": 2}}"#, "body: duplicate key"),
@@ -470,11 +577,16 @@ async fn browsers_of_other_sites_have_no_effect() {
         &[("host", "localhost"), ("sec-fetch-site", "same-site")],
         &[("host", "localhost"), ("host", "localhost")],
         &[],
-        &[("host", "localhost"), ("origin", "http://evil.example"), ("access-control-request-method", "POST")],
+        &[
+            ("host", "localhost"),
+            ("origin", "http://evil.example"),
+            ("access-control-request-method", "POST"),
+        ],
     ];
     for (at, headers) in cases.iter().enumerate() {
         let method = if at == 9 { "OPTIONS" } else { "POST" };
-        let mut request = Request::builder().method(method).uri(format!("{PREFIX}/models/iris:rollback"));
+        let mut request =
+            Request::builder().method(method).uri(format!("{PREFIX}/models/iris:rollback"));
         request = request.header("authorization", &token);
         for (name, value) in *headers {
             request = request.header(*name, *value);
@@ -509,7 +621,11 @@ async fn every_refusal_has_one_form() {
     for (method, path, status, code) in cases {
         let got = bench.call("admin", method, path, &Value::Null, &[]).await;
         let body = got.json();
-        assert_eq!((got.status, body["code"].as_str().unwrap_or("?")), (status, code), "{method} {path}");
+        assert_eq!(
+            (got.status, body["code"].as_str().unwrap_or("?")),
+            (status, code),
+            "{method} {path}"
+        );
         assert_eq!(got.header("content-type"), PROBLEM_JSON);
         assert_eq!(body["status"], status);
         assert_eq!(body["request_id"], got.header("x-request-id"));
@@ -525,10 +641,13 @@ async fn every_refusal_has_one_form() {
 #[tokio::test]
 async fn an_id_that_is_none_is_replaced() {
     let bench = Bench::new();
-    let got = bench.call("viewer", "GET", "/models", &Value::Null, &[("x-request-id", "has blanks")]).await;
+    let got = bench
+        .call("viewer", "GET", "/models", &Value::Null, &[("x-request-id", "has blanks")])
+        .await;
     assert_eq!(got.header("x-request-id").len(), 36);
     let long = "x".repeat(129);
-    let got = bench.call("viewer", "GET", "/models", &Value::Null, &[("x-request-id", &long)]).await;
+    let got =
+        bench.call("viewer", "GET", "/models", &Value::Null, &[("x-request-id", &long)]).await;
     assert_eq!(got.header("x-request-id").len(), 36);
 }
 
@@ -597,7 +716,9 @@ async fn events_come_in_order_from_the_cursor_and_are_for_their_reader() {
     assert_eq!(next(&mut team, 2).await, [1, 4], "of its model only");
     assert_eq!(next(&mut now, 1).await, [4], "from now on");
     for wrong in ["x", "-1", "99999999999999999999"] {
-        let got = bench.call("auditor", "GET", "/events", &Value::Null, &[("last-event-id", wrong)]).await;
+        let got = bench
+            .call("auditor", "GET", "/events", &Value::Null, &[("last-event-id", wrong)])
+            .await;
         assert_eq!(got.status, 400, "{wrong}");
     }
 }
@@ -641,136 +762,4 @@ async fn a_stream_ends_with_its_key() {
     bench.revoke("auditor");
     let ended = tokio::time::timeout(Duration::from_secs(5), body.frame()).await;
     assert!(ended.unwrap().is_none(), "within 5 s");
-}
-
-#[tokio::test]
-async fn clients_with_a_certificate_are_whom_the_configuration_names() {
-    // Names of certificates are made by `admit::peer`; here only who they are counts.
-    let bench = Bench::new();
-    let request = || {
-        let request = Request::builder().uri(format!("{PREFIX}/models")).header("host", "localhost");
-        request.body(Body::empty()).unwrap()
-    };
-    let answer = bench.api.answer(&Bench::peer(), request()).await;
-    assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
-}
-
-/// Operations of the document: `POST /models/{model}:rollback`.
-fn documented(document: &Value) -> BTreeSet<String> {
-    let paths = document["paths"].as_object().unwrap();
-    let operations = paths.iter().flat_map(|(path, item)| {
-        item.as_object().unwrap().keys().map(move |method| format!("{} {path}", method.to_uppercase()))
-    });
-    operations.collect()
-}
-
-#[test]
-fn the_document_and_the_routes_are_the_same() {
-    let bench = Bench::without_keys();
-    let document: Value = serde_json::from_slice(&bench.api.document()).unwrap();
-    assert_eq!(document["openapi"], "3.1.0");
-    assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
-    assert_eq!(document["servers"][0]["url"], PREFIX);
-    assert_eq!(document["components"]["securitySchemes"]["bearer"]["scheme"], "bearer");
-    let doors = bench.api.doors().iter().filter(|door| door.documented);
-    let routes: BTreeSet<String> = doors.map(|door| format!("{} {}", door.method, door.path)).collect();
-    assert_eq!(documented(&document), routes);
-    assert!(routes.contains("POST /models/{model}/versions/{version}:load"));
-    assert!(routes.contains("POST /models/{model}:rollback"));
-    assert!(!routes.iter().any(|route| route.contains("drift")));
-}
-
-#[test]
-fn each_operation_documents_what_it_answers() {
-    let bench = Bench::without_keys();
-    let document: Value = serde_json::from_slice(&bench.api.document()).unwrap();
-    let mut ids = BTreeSet::new();
-    for door in bench.api.doors().iter().filter(|door| door.documented) {
-        let operation = &document["paths"][&door.path][door.method.as_str().to_lowercase()];
-        let name = &door.name;
-        assert!(ids.insert(name.clone()), "{name}");
-        assert_eq!(operation["operationId"], **name);
-        assert!(operation["summary"].is_string(), "{name}");
-        let answers = operation["responses"].as_object().unwrap();
-        assert!(answers.keys().any(|status| status.starts_with('2')), "{name}");
-        for (status, answer) in answers.iter().filter(|(status, _)| status.as_str() >= "400") {
-            let schema = &answer["content"][PROBLEM_JSON]["schema"]["$ref"];
-            assert_eq!(schema, "#/components/schemas/Problem", "{name} {status}");
-        }
-        let open = door.needs == Needs::Nothing;
-        assert_eq!(answers.contains_key("401"), !open, "{name}");
-        assert_eq!(operation["security"], if open { json!([{}]) } else { json!([{"bearer": []}]) }, "{name}");
-        let parameters = operation["parameters"].as_array().unwrap();
-        let named = |what: &str| parameters.iter().any(|each| each["name"] == what);
-        assert!(door.path.split('{').skip(1).all(|rest| named(rest.split('}').next().unwrap())), "{name}");
-        assert_eq!(named("tidegate-reason"), is_change(door) && !open, "{name}");
-        if is_change(door) && door.method != Method::DELETE {
-            assert!(operation["requestBody"]["content"]["application/json"].is_object(), "{name}");
-        }
-    }
-}
-
-#[test]
-fn every_reference_of_the_document_leads_somewhere() {
-    fn refs<'a>(value: &'a Value, into: &mut Vec<&'a str>) {
-        match value {
-            Value::Object(members) => {
-                for (key, value) in members {
-                    match value.as_str() {
-                        Some(target) if key == "$ref" => into.push(target),
-                        _ => refs(value, into),
-                    }
-                }
-            }
-            Value::Array(all) => all.iter().for_each(|value| refs(value, into)),
-            _ => {}
-        }
-    }
-    let bench = Bench::without_keys();
-    let document: Value = serde_json::from_slice(&bench.api.document()).unwrap();
-    let mut all = Vec::new();
-    refs(&document, &mut all);
-    assert!(all.len() > 50);
-    for target in all {
-        let found = document.pointer(target.trim_start_matches('#'));
-        assert!(found.is_some(), "{target} is not there");
-    }
-    let traffic = &document["components"]["schemas"]["TrafficChange"];
-    assert!(traffic["properties"]["reason"].is_object() && traffic["properties"]["weights"].is_object());
-    assert_eq!(traffic["additionalProperties"], false, "unknown fields are refused");
-    assert!(document["components"]["schemas"]["Traffic"]["properties"]["reason"].is_null());
-}
-
-#[test]
-fn needs_are_what_the_page_for_people_says() {
-    let page = include_str!("../../docs/admin-api.md");
-    let bench = Bench::without_keys();
-    for door in bench.api.doors() {
-        let roles = match door.needs {
-            Needs::Nothing => "anybody".to_owned(),
-            Needs::Credential => "any key".to_owned(),
-            Needs::Right(action) | Needs::Some(action) => roles(action),
-        };
-        let row = format!("| `{} {}` | {roles} |", door.method, door.path);
-        assert!(page.contains(&row), "docs/admin-api.md lacks a row that begins with '{row}'");
-    }
-    for kind in super::problem::KINDS {
-        let row = format!("| {} | `{}` |", kind.status.as_u16(), kind.code);
-        assert!(page.contains(&row), "docs/admin-api.md lacks a row that begins with '{row}'");
-    }
-}
-
-fn roles(action: Action) -> String {
-    let roles = Role::ALL.into_iter().filter(|role| role.may(action));
-    roles.map(|role| role.to_string()).collect::<Vec<_>>().join(", ")
-}
-
-/// A rollout as the state store keeps it.
-fn rollout_json() -> Value {
-    json!({
-        "id": "r-1", "model": "iris", "candidate": "2", "stable": "1",
-        "plan": {"candidate": "2", "steps": [{"weight": 5}]}, "state": "step", "step": 0,
-        "reason": null, "weight": 5.0, "waiting_for": [], "started_at": "2026-11-25T10:00:00Z",
-        "started_by": "ci", "started_for": null, "before": {"weights": {"1": 100}},
-    })
 }

@@ -23,6 +23,7 @@ use crate::observe::Observer;
 use crate::panics;
 use crate::route::{Published, RouteTable};
 use crate::shadow::Shadows;
+use crate::transport::tls::{Tls, peer_name};
 
 /// How long rollouts may take to write down where they are.
 const ROLLOUTS_SAVE_MAX: Duration = Duration::from_secs(3);
@@ -103,12 +104,12 @@ impl Release {
         let api = admin::Api::new(Parts {
             desk: Arc::clone(&self.director) as Arc<dyn Desk>,
             gatekeeper: Arc::clone(&self.gatekeeper),
-            clients: crate::admit::Clients::default(),
-            hosts: Hosts::new([]),
+            clients: config.admin_clients.clone(),
+            hosts: Hosts::new(config.admin_hosts.iter().cloned()),
             drain: self.drain(drain),
             mlflow: self.webhook(config),
-        });
-        let served = admin::serve(listener, api, None);
+        })?;
+        let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
         tokio::spawn(panics::fatal_async("admin listener", served));
         Ok(())
     }
@@ -143,6 +144,20 @@ impl Release {
             tracing::warn!("the end was not journalled in time");
         }
     }
+}
+
+/// Handshakes with the certificates of this moment, which follow their files.
+fn handshakes(tls: &Arc<Tls>) -> admin::Tls {
+    tokio::spawn(panics::fatal_async("admin certificates", Arc::clone(tls).follow()));
+    let tls = Arc::clone(tls);
+    Arc::new(move |stream| {
+        let accepted = tls.accept(stream);
+        Box::pin(async move {
+            let stream = accepted.await?;
+            let name = peer_name(&stream);
+            Ok((stream, name))
+        })
+    })
 }
 
 /// Who is told of rollouts and asked about them, if anybody is.

@@ -52,7 +52,12 @@ pub(super) use examples;
 #[derive(clap::Args)]
 pub(super) struct Connection {
     /// Address of the admin API
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8003", help_heading = "Connection")]
+    #[arg(
+        long,
+        value_name = "URL",
+        default_value = "http://127.0.0.1:8003",
+        help_heading = "Connection"
+    )]
     address: String,
     /// File with a token, and nothing else
     #[arg(long, value_name = "FILE", help_heading = "Connection")]
@@ -128,7 +133,11 @@ pub(super) fn finish(work: Result<String, Stop>) -> ExitCode {
 }
 
 /// The answer for people, or as it came.
-pub(super) fn shown(connection: &Connection, answer: &Answer, text: impl FnOnce(&Value) -> String) -> String {
+pub(super) fn shown(
+    connection: &Connection,
+    answer: &Answer,
+    text: impl FnOnce(&Value) -> String,
+) -> String {
     match connection.json {
         true => format!("{:#}\n", answer.body),
         false => text(&answer.body),
@@ -167,7 +176,9 @@ impl Client {
             let roots = Certificate::from_pem_bundle(&pem)
                 .ok()
                 .filter(|roots| !roots.is_empty())
-                .ok_or_else(|| Stop::usage(format_args!("'{}' has no certificates", path.display())))?;
+                .ok_or_else(|| {
+                Stop::usage(format_args!("'{}' has no certificates", path.display()))
+            })?;
             http = http.tls_certs_only(roots);
         }
         if let (Some(cert), Some(key)) = (&connection.cert, &connection.key) {
@@ -390,7 +401,8 @@ async fn answer(response: Response) -> Result<Answer, Stop> {
     if !response.status().is_success() {
         return Err(refused(response).await);
     }
-    let etag = response.headers().get("etag").and_then(|tag| tag.to_str().ok()).map(ToOwned::to_owned);
+    let etag =
+        response.headers().get("etag").and_then(|tag| tag.to_str().ok()).map(ToOwned::to_owned);
     let bytes = bytes(response).await?;
     let body = serde_json::from_slice(&bytes)
         .map_err(|error| Stop::failed(format_args!("the answer is not JSON: {error}")))?;
@@ -406,7 +418,9 @@ async fn bytes(mut response: Response) -> Result<Vec<u8>, Stop> {
         })?;
         let Some(chunk) = chunk else { return Ok(all) };
         if all.len() + chunk.len() > ANSWER_BYTES_MAX {
-            return Err(Stop::failed(format_args!("the answer has more than {ANSWER_BYTES_MAX} bytes")));
+            return Err(Stop::failed(format_args!(
+                "the answer has more than {ANSWER_BYTES_MAX} bytes"
+            )));
         }
         all.extend_from_slice(&chunk);
     }
@@ -417,20 +431,17 @@ async fn refused(response: Response) -> Stop {
     let status = response.status();
     let body = bytes(response).await.unwrap_or_default();
     match serde_json::from_slice::<Value>(&body) {
-        Ok(problem) if problem["code"].is_string() => Stop::Failed(problem_text(&problem)),
-        _ => Stop::failed(format_args!("the server answered {status}, and not as the admin API does")),
+        Ok(problem) if problem["hint"].is_string() => Stop::Failed(problem_text(&problem)),
+        _ => Stop::failed(format_args!(
+            "the server answered {status}, and not as the admin API does"
+        )),
     }
 }
 
 fn problem_text(problem: &Value) -> String {
     let text = |name: &str| table::plain(problem[name].as_str().unwrap_or_default());
-    let mut out = format!(
-        "{} ({} {}): {}",
-        text("title"),
-        problem["status"],
-        text("code"),
-        text("detail")
-    );
+    let mut out =
+        format!("{} ({} {}): {}", text("title"), problem["status"], text("code"), text("detail"));
     let problems: Vec<String> = problem["problems"]
         .as_array()
         .into_iter()
@@ -457,14 +468,22 @@ mod tests {
         assert_eq!(of("http://127.0.0.1:8003"), Ok("http://127.0.0.1:8003".to_owned()));
         assert_eq!(of("https://gate/"), Ok("https://gate".to_owned()));
         assert_eq!(of("http://[::1]:1"), Ok("http://[::1]:1".to_owned()));
-        for wrong in ["gate:8003", "ftp://gate", "http://", "http://gate/admin", "http://a:b@gate", "http://gate?x"] {
+        for wrong in [
+            "gate:8003",
+            "ftp://gate",
+            "http://",
+            "http://gate/admin",
+            "http://a:b@gate",
+            "http://gate?x",
+        ] {
             assert_eq!(of(wrong), Err(true), "{wrong}");
         }
     }
 
     #[test]
     fn tags_are_quoted_once() {
-        for (text, want) in [("7", "\"7\""), ("\"7\"", "\"7\""), ("*", "*"), ("W/\"7\"", "W/\"7\"")] {
+        for (text, want) in [("7", "\"7\""), ("\"7\"", "\"7\""), ("*", "*"), ("W/\"7\"", "W/\"7\"")]
+        {
             assert_eq!(quoted(text), want);
         }
     }
@@ -488,7 +507,9 @@ mod tests {
     fn a_token_is_one_line() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
-        for (text, right) in [("tg_a.b\n", true), ("tg_a.b", true), ("", false), ("a b", false), ("a\nb", false)] {
+        for (text, right) in
+            [("tg_a.b\n", true), ("tg_a.b", true), ("", false), ("a b", false), ("a\nb", false)]
+        {
             std::fs::write(&path, text).unwrap();
             assert_eq!(one_line(&path).is_ok(), right, "{text:?}");
         }

@@ -6,12 +6,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, anyhow, ensure};
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, StatusCode, Uri};
+use http::header::AUTHORIZATION;
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use serde_json::{Value, json};
 
+use crate::admit::Secret;
 use crate::domain::{ModelName, VersionRef};
 
 mod data;
@@ -25,6 +27,7 @@ const VALUES_SHOWN_MAX: usize = 16;
 #[command(after_help = "Examples:\n  tidegate infer iris --random\n  \
                   tidegate infer iris --version 1 --input request.json --json\n  \
                   tidegate infer topics --random --shape tokens=1,12\n\n\
+                  A key's token is taken from the variable TIDEGATE_TOKEN.\n\
                   Exit code: 0 an answer came, 1 the server refused or cannot be reached, \
                   2 wrong usage")]
 #[command(group = clap::ArgGroup::new("source").required(true).args(["input", "random"]))]
@@ -55,6 +58,9 @@ fn parse_version(text: &str) -> Result<VersionRef, crate::domain::NameError> {
     VersionRef::parse(text)?.ok_or(crate::domain::NameError::BadVersion)
 }
 
+/// Holds a token for a gateway that asks for one. Not an argument: those can be seen by others.
+const TOKEN_VARIABLE: &str = "TIDEGATE_TOKEN";
+
 /// Why there is no answer, by exit code.
 enum Stop {
     Usage(anyhow::Error),
@@ -62,7 +68,8 @@ enum Stop {
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
-    let (code, error) = match exchange(args) {
+    let token = std::env::var(TOKEN_VARIABLE).ok().filter(|token| !token.is_empty());
+    let (code, error) = match exchange(args, token.map(Secret::new).as_ref()) {
         Ok(answer) => match answer.print(args.json, &mut std::io::stdout().lock()) {
             Ok(()) => return ExitCode::SUCCESS,
             Err(error) => (1, error.into()),
@@ -75,18 +82,26 @@ pub(super) fn run(args: &Args) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn exchange(args: &Args) -> Result<Answer, Stop> {
+fn exchange(args: &Args, token: Option<&Secret<String>>) -> Result<Answer, Stop> {
     if args.url.scheme_str() != Some("http") || args.url.host().is_none() {
         let url = &args.url;
         return Err(Stop::Usage(anyhow!("expected a URL like http://127.0.0.1:8000, got '{url}'")));
     }
+    let credential = token.map(credential).transpose().map_err(Stop::Usage)?;
     let prepared = match &args.input {
         Some(path) => Some(from_file(path).map_err(Stop::Usage)?),
         None => None,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Stop::Failed(error.into()))?;
-    runtime.block_on(send(args, prepared))
+    runtime.block_on(send(args, prepared, credential.as_ref()))
+}
+
+fn credential(token: &Secret<String>) -> anyhow::Result<HeaderValue> {
+    let value = HeaderValue::try_from(format!("Bearer {}", token.expose().trim()));
+    let mut value = value.map_err(|_| anyhow!("{TOKEN_VARIABLE} holds no token"))?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 /// What is posted; `json_len` is set when tensors follow the JSON.
@@ -120,7 +135,11 @@ fn from_file(path: &std::path::Path) -> anyhow::Result<Prepared> {
     Ok(Prepared { body, json_len: None })
 }
 
-async fn send(args: &Args, prepared: Option<Prepared>) -> Result<Answer, Stop> {
+async fn send(
+    args: &Args,
+    prepared: Option<Prepared>,
+    credential: Option<&HeaderValue>,
+) -> Result<Answer, Stop> {
     let base = args.url.to_string();
     let mut path = format!("{}/v2/models/{}", base.trim_end_matches('/'), args.model);
     if let Some(version) = &args.model_version {
@@ -130,16 +149,26 @@ async fn send(args: &Args, prepared: Option<Prepared>) -> Result<Answer, Stop> {
         Some(prepared) => prepared,
         None => {
             let nothing = Prepared { body: Vec::new(), json_len: None };
-            let metadata = call(Method::GET, &path, nothing).await.map_err(Stop::Failed)?;
+            let metadata = call(Method::GET, &path, nothing, credential).await;
+            let metadata = metadata.map_err(Stop::Failed)?;
             let arrays = data::made_up(&metadata.body, &args.shape).map_err(Stop::Usage)?;
             Prepared::new(&arrays)
         }
     };
-    call(Method::POST, &format!("{path}/infer"), prepared).await.map_err(Stop::Failed)
+    let path = format!("{path}/infer");
+    call(Method::POST, &path, prepared, credential).await.map_err(Stop::Failed)
 }
 
-async fn call(method: Method, url: &str, prepared: Prepared) -> anyhow::Result<Answer> {
+async fn call(
+    method: Method,
+    url: &str,
+    prepared: Prepared,
+    credential: Option<&HeaderValue>,
+) -> anyhow::Result<Answer> {
     let mut request = Request::builder().method(method).uri(url);
+    if let Some(credential) = credential {
+        request = request.header(AUTHORIZATION, credential);
+    }
     request = match prepared.json_len {
         Some(len) => request
             .header("content-type", "application/octet-stream")
@@ -248,9 +277,13 @@ mod tests {
         assert!(parse(&["../iris", "--random"]).is_err());
         assert!(parse(&["iris", "--random", "--version", "../1"]).is_err());
         let https = parse(&["iris", "--random", "--url", "https://127.0.0.1"]).unwrap();
-        assert!(matches!(exchange(&https), Err(Stop::Usage(_))));
+        assert!(matches!(exchange(&https, None), Err(Stop::Usage(_))));
         let missing = parse(&["iris", "--input", "/nonexistent.json"]).unwrap();
-        assert!(matches!(exchange(&missing), Err(Stop::Usage(_))));
+        assert!(matches!(exchange(&missing, None), Err(Stop::Usage(_))));
+        let right = parse(&["iris", "--random"]).unwrap();
+        let no_token = Secret::new("a\nb".to_owned());
+        let Err(Stop::Usage(error)) = exchange(&right, Some(&no_token)) else { unreachable!() };
+        assert_eq!(error.to_string(), "TIDEGATE_TOKEN holds no token");
     }
 
     #[test]
@@ -258,7 +291,7 @@ mod tests {
         // A port that was free a moment ago.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let args = parse(&["iris", "--random", "--url", &format!("http://127.0.0.1:{port}")]);
-        assert!(matches!(exchange(&args.unwrap()), Err(Stop::Failed(_))));
+        assert!(matches!(exchange(&args.unwrap(), None), Err(Stop::Failed(_))));
     }
 
     #[test]
@@ -271,11 +304,14 @@ mod tests {
             [metadata, answer].map(|body| reply(&listener, body))
         });
         let args = parse(&["iris", "--version", "2", "--random", "--url", &url]).unwrap();
-        let Ok(answer) = exchange(&args) else { unreachable!("the server answers") };
+        let token = Secret::new("tg_1.x\n".to_owned());
+        let Ok(answer) = exchange(&args, Some(&token)) else { unreachable!("the server answers") };
         let requests = server.join().unwrap();
         assert!(requests[0].starts_with("GET /v2/models/iris/versions/2 HTTP/1.1"));
         assert!(requests[1].starts_with("POST /v2/models/iris/versions/2/infer HTTP/1.1"));
         assert!(requests[1].contains("inference-header-content-length: "));
+        let shown = "authorization: Bearer tg_1.x\r\n";
+        assert!(requests.iter().all(|request| request.contains(shown)), "{requests:?}");
         let mut out = Vec::new();
         answer.print(false, &mut out).unwrap();
         let out = String::from_utf8(out).unwrap();

@@ -65,7 +65,9 @@ fn journal(args: &Args) -> Result<String, Stop> {
     }
     let body = serde_json::json!({"events": events, "next": cursor});
     let answer = Answer { etag: None, body };
-    Ok(shown(&args.connection, &answer, |body| table(body["events"].as_array().map_or(&[], Vec::as_slice))))
+    Ok(shown(&args.connection, &answer, |body| {
+        table(body["events"].as_array().map_or(&[], Vec::as_slice))
+    }))
 }
 
 impl Args {

@@ -146,9 +146,9 @@ pub(super) fn run(args: &Args) -> ExitCode {
             }
             Err(stop) => finish(Err(stop)),
         },
-        Command::Start(args) => finish(start(args).map(|(_, answer)| {
-            shown(&args.connection, &answer, view::text)
-        })),
+        Command::Start(args) => {
+            finish(start(args).map(|(_, answer)| shown(&args.connection, &answer, view::text)))
+        }
         Command::Status(args) => finish(status(args)),
         Command::List(args) => finish(list(args)),
         Command::Watch(args) => match found(args) {
@@ -255,7 +255,8 @@ fn list(args: &List) -> Result<String, Stop> {
 }
 
 fn table(body: &Value) -> String {
-    let mut table = Table::new(["id", "candidate", "stable", "state", "weight", "started", "by", "ended"]);
+    let mut table =
+        Table::new(["id", "candidate", "stable", "state", "weight", "started", "by", "ended"]);
     for rollout in body["rollouts"].as_array().into_iter().flatten() {
         table.row([
             cell(&rollout["id"]),
@@ -306,7 +307,10 @@ mod tests {
     #[test]
     fn a_plan_is_what_the_flags_say() {
         assert_eq!(plan("iris 2"), Ok(json!({"candidate": "2"})));
-        assert_eq!(plan("iris canary --dry-run"), Ok(json!({"candidate": "canary", "dry_run": true})));
+        assert_eq!(
+            plan("iris canary --dry-run"),
+            Ok(json!({"candidate": "canary", "dry_run": true}))
+        );
         let steps = json!([{"weight": 5.0, "bake_s": 9}, {"weight": 100.0, "bake_s": 9}]);
         let whole = json!({
             "candidate": "2", "shadow": {"percent": 50.0, "bake_s": 9, "samples": 7}, "steps": steps,
@@ -333,7 +337,13 @@ mod tests {
 
     #[test]
     fn what_is_no_plan_is_wrong_usage() {
-        for words in ["iris", "iris 0", "iris 2 --steps a", "iris 2 --shadow-samples 1", "iris --file a --bake 1"] {
+        for words in [
+            "iris",
+            "iris 0",
+            "iris 2 --steps a",
+            "iris 2 --shadow-samples 1",
+            "iris --file a --bake 1",
+        ] {
             assert!(plan(words).is_err(), "{words}");
         }
         for wrong in ["", "a/b", "a:b", &"x".repeat(129)] {

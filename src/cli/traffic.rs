@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::{Map, Value, json};
 
-use super::admin::table::{Table, cell, change, number};
+use super::admin::table::{Table, cell, change, number, plain};
 use super::admin::{Answer, Client, Connection, Stop, Why, examples, finish, read_json, shown};
 use crate::domain::{Label, ModelName, Version, VersionRef};
 
@@ -115,7 +115,9 @@ fn weight(text: &str) -> Result<(Version, f64), String> {
 
 /// `beta:x-beta==1:2`, `staff:x-mail^=staff-:canary`
 fn rule(text: &str) -> Result<Value, String> {
-    let wrong = || format!("expected NAME:HEADER==VALUE:VERSION or NAME:HEADER^=START:VERSION, got '{text}'");
+    let wrong = || {
+        format!("expected NAME:HEADER==VALUE:VERSION or NAME:HEADER^=START:VERSION, got '{text}'")
+    };
     let (name, rest) = text.split_once(':').ok_or_else(wrong)?;
     let (test, version) = rest.rsplit_once(':').ok_or_else(wrong)?;
     let exact = test.find("==").unwrap_or(usize::MAX);
@@ -167,7 +169,8 @@ impl Set {
             }
         }
         let shadows = self.shadow.iter();
-        let shadows = shadows.map(|(version, percent)| json!({"version": version.to_string(), "percent": percent}));
+        let shadows = shadows
+            .map(|(version, percent)| json!({"version": version.to_string(), "percent": percent}));
         let shadows: Vec<Value> = shadows.collect();
         let sticky = match (&self.sticky_header, &self.sticky_parameter) {
             (Some(header), _) => json!({"header": header}),
@@ -203,7 +206,50 @@ fn rollback(args: &Clear) -> Result<String, Stop> {
 
 fn shadow(args: &Get) -> Result<String, Stop> {
     let answer = Client::open(&args.connection)?.get(&format!("/models/{}/shadow", args.model))?;
-    Ok(shown(&args.connection, &answer, |body| format!("{body:#}\n")))
+    Ok(shown(&args.connection, &answer, shadows))
+}
+
+fn shadows(body: &Value) -> String {
+    let mut table = Table::new([
+        "shadow",
+        "of",
+        "beside",
+        "output",
+        "compared",
+        "agreed",
+        "largest difference",
+    ]);
+    let mut notes = String::new();
+    for shadow in body["shadows"].as_array().into_iter().flatten() {
+        let version = cell(&shadow["version"]);
+        let share = number(&shadow["percent"]);
+        let share = if share.is_empty() { "none now".to_owned() } else { format!("{share} %") };
+        for pair in shadow["pairs"].as_array().into_iter().flatten() {
+            for output in pair["outputs"].as_array().into_iter().flatten() {
+                let agreed = json!(output["agreement"].as_f64().unwrap_or(0.0) * 100.0);
+                table.row([
+                    version.clone(),
+                    share.clone(),
+                    cell(&pair["primary"]),
+                    cell(&output["name"]),
+                    cell(&output["compared"]),
+                    format!("{} %", number(&agreed)),
+                    cell(&output["max_abs"]["max"]),
+                ]);
+            }
+        }
+        let outcomes = shadow["outcomes"].as_object().into_iter().flatten();
+        let outcomes = outcomes.filter(|(_, count)| count.as_u64().is_some_and(|count| count > 0));
+        let outcomes =
+            outcomes.map(|(outcome, count)| format!("{} {}", cell(count), plain(outcome)));
+        let outcomes = outcomes.collect::<Vec<_>>().join(", ");
+        let outcomes = if outcomes.is_empty() { "no copies yet".to_owned() } else { outcomes };
+        notes += &format!("version {version}, {share} of the requests: {outcomes}\n");
+    }
+    match notes.is_empty() {
+        true => "no shadows\n".to_owned(),
+        false => table.text() + &notes,
+    }
 }
 
 fn view(connection: &Connection, answer: &Answer) -> String {
@@ -222,7 +268,7 @@ fn view(connection: &Connection, answer: &Answer) -> String {
             out += &format!("changed: {}\n", change(&body["changed"]));
         }
         if let Some(etag) = &answer.etag {
-            out += &format!("etag: {}\n", super::admin::table::plain(etag));
+            out += &format!("etag: {}\n", plain(etag));
         }
         out
     })
@@ -241,7 +287,7 @@ fn table(traffic: &Value) -> String {
     let mut out = table.text();
     for kind in ["header", "parameter"] {
         if let Some(name) = traffic["sticky"][kind].as_str() {
-            out += &format!("sticky: {kind} {}\n", super::admin::table::plain(name));
+            out += &format!("sticky: {kind} {}\n", plain(name));
         }
     }
     for rule in traffic["rules"].as_array().into_iter().flatten() {
@@ -333,14 +379,42 @@ mod tests {
     #[test]
     fn what_is_no_table_is_wrong_usage() {
         for words in [
-            "iris", "iris 1", "iris 1=x", "iris 1=-1", "iris 1=NaN", "iris 0=1", "iris stable=1",
-            "iris 1=1 --file x", "iris 1=1 --rule beta", "iris 1=1 --rule beta:x-beta=1:2",
-            "iris 1=1 --rule 7:x==1:2", "iris 1=1 --rule beta:==1:2", "iris 1=1 --rule beta:x==1:",
-            "iris 1=1 --sticky-header a --sticky-parameter b", "a/b 1=1",
+            "iris",
+            "iris 1",
+            "iris 1=x",
+            "iris 1=-1",
+            "iris 1=NaN",
+            "iris 0=1",
+            "iris stable=1",
+            "iris 1=1 --file x",
+            "iris 1=1 --rule beta",
+            "iris 1=1 --rule beta:x-beta=1:2",
+            "iris 1=1 --rule 7:x==1:2",
+            "iris 1=1 --rule beta:==1:2",
+            "iris 1=1 --rule beta:x==1:",
+            "iris 1=1 --sticky-header a --sticky-parameter b",
+            "a/b 1=1",
         ] {
             assert!(set_of(words).is_err(), "{words}");
         }
         assert!(set_of("iris 1=1 1=2").unwrap().table(&Value::Null).is_err());
+    }
+
+    #[test]
+    fn shadows_are_shown_beside_what_they_shadow() {
+        assert_eq!(shadows(&json!({"model": "iris", "shadows": []})), "no shadows\n");
+        let body = json!({"shadows": [{
+            "version": "3", "percent": 10.0, "outcomes": {"compared": 7, "failed": 0, "busy": 2},
+            "pairs": [{"primary": "1", "outputs": [
+                {"name": "y", "compared": 7, "agreement": 0.857, "max_abs": {"max": 0.5}},
+            ]}],
+        }]});
+        assert_eq!(
+            shadows(&body),
+            "shadow  of    beside  output  compared  agreed  largest difference\n\
+             3       10 %  1       y       7         85.7 %  0.5\n\
+             version 3, 10 % of the requests: 2 busy, 7 compared\n"
+        );
     }
 
     #[test]

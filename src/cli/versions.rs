@@ -6,9 +6,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::admin::table::{Table, cell, change, number, plain, short_digest, time};
-use super::admin::{
-    Client, Connection, LOAD_ANSWER_MAX, Stop, Why, examples, finish, shown,
-};
+use super::admin::{Client, Connection, LOAD_ANSWER_MAX, Stop, Why, examples, finish, shown};
 use crate::domain::{Digest, ModelName, Version};
 
 #[derive(clap::Args)]
@@ -107,8 +105,9 @@ fn list(args: &List) -> Result<String, Stop> {
 }
 
 fn table(models: &[Value]) -> String {
-    let mut table =
-        Table::new(["model", "version", "state", "weight", "arms", "labels", "digest", "engine", "changed"]);
+    let mut table = Table::new([
+        "model", "version", "state", "weight", "arms", "labels", "digest", "engine", "changed",
+    ]);
     let mut notes = String::new();
     for model in models {
         let name = cell(&model["name"]);

@@ -2,14 +2,18 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::Config;
 use super::layers::{Layers, Problems};
+use super::{Config, sources};
+use crate::admit::Clients;
+use crate::control::source::Location;
 use crate::domain::{EngineChoice, ModelName};
 use crate::observe::{AccessLog, Otlp, log};
 use crate::transport::auth::Auth;
 use crate::transport::intake::memory_limit;
+use crate::transport::tls::{Files, Tls};
 use crate::{cache, control, gateway, observe, shadow, transport};
 
 /// Address space that a trial may have however small the container is.
@@ -23,6 +27,9 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         metrics: from.address("server.metrics_address"),
         admin: from.address("server.admin_address"),
         allow_unauthenticated: from.flag("server.allow_unauthenticated"),
+        admin_tls: tls(from, "admin"),
+        admin_clients: admin_clients(from),
+        admin_hosts: admin_hosts(from),
         control: control_settings(from),
         transport: transport_settings(from),
         gateway: gateway_settings(from),
@@ -49,6 +56,57 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
     config.unsafe_notes = unsafe_notes(&config);
     config.unsafe_notes.extend(layers.notes);
     Ok(config)
+}
+
+/// The certificates of a section, read here so that a wrong one is a problem like any other.
+fn tls(from: &mut Layers, section: &str) -> Option<Arc<Tls>> {
+    let path = |name: &str| format!("{section}.{name}");
+    let (cert, key) = (path("tls_cert"), path("tls_key"));
+    // The data plane knows its callers by their keys.
+    let ca = (section == "admin").then(|| from.text("admin.client_ca")).flatten();
+    let pair = match (from.text(&cert), from.text(&key)) {
+        (Some(cert), Some(key)) => Some((cert, key)),
+        (None, None) => None,
+        (given, _) => {
+            let (missing, other) = if given.is_none() { (cert, key) } else { (key, cert) };
+            from.problems.add(missing, format!("is expected beside {other}"));
+            return None;
+        }
+    };
+    let Some((cert_file, key_file)) = pair else {
+        if ca.is_some() {
+            from.problems.add("admin.client_ca", format!("has no effect without {cert}"));
+        }
+        return None;
+    };
+    let client_ca = ca.map(PathBuf::from);
+    let opened = Tls::open(Files { cert: cert_file.into(), key: key_file.into(), client_ca });
+    opened.map_err(|error| from.problems.add(cert, error.to_string())).ok()
+}
+
+/// Names between commas, without ports.
+fn admin_hosts(from: &mut Layers) -> Vec<String> {
+    let text = from.text("admin.hosts").unwrap_or_default();
+    let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
+    let names: Vec<String> = names.map(ToOwned::to_owned).collect();
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    for name in names.iter().filter(|name| !name.bytes().all(plain)) {
+        let message = format!("expected names of hosts between commas, got '{name}'");
+        from.problems.add("admin.hosts", message);
+    }
+    names
+}
+
+fn admin_clients(from: &mut Layers) -> Clients {
+    let Some(text) = from.text("admin.clients") else { return Clients::default() };
+    if from.text("admin.client_ca").is_none() {
+        from.problems.add("admin.clients", "has no effect without admin.client_ca");
+    }
+    let parsed = text.parse::<Clients>();
+    parsed.unwrap_or_else(|error| {
+        from.problems.add("admin.clients", error.to_string());
+        Clients::default()
+    })
 }
 
 fn gateway_settings(from: &mut Layers) -> gateway::Settings {
@@ -81,13 +139,16 @@ fn gateway_settings(from: &mut Layers) -> gateway::Settings {
 }
 
 fn control_settings(from: &mut Layers) -> control::Settings {
-    let repository = from.text("repository.path").unwrap_or_default();
-    if repository.contains("://") {
-        let message = format!("is '{repository}', only local folders are served in this version");
-        from.problems.add("repository.path", message);
-    }
+    let path = from.text("repository.path").unwrap_or_default();
+    let location = sources::location(from, &path);
     let state_dir = from.text("server.state_dir").unwrap_or_default();
-    let mut settings = control::Settings::new(repository, state_dir);
+    let mut settings = match &location {
+        Some(Location::Folder(folder)) => control::Settings::new(folder, state_dir),
+        // Not a folder: shown in messages only.
+        _ => control::Settings::new(path, state_dir),
+    };
+    settings.source = sources::settings(from, location);
+    settings.trusted_keys = sources::trusted_keys(from);
     settings.engine = match from.text("engine.engine").as_deref() {
         Some("ort") => EngineChoice::Ort,
         Some("tract") => EngineChoice::Tract,
@@ -173,6 +234,7 @@ fn transport_settings(from: &mut Layers) -> transport::Settings {
             required: from.text("auth.data").as_deref() == Some("required"),
             ..Auth::default()
         },
+        tls: tls(from, "server"),
         body_max_bytes: from.size("server.body_max_bytes"),
         in_flight_bytes_max: from.size("server.in_flight_bytes_max"),
         decode_queue_max: from.size("server.decode_queue_max"),
@@ -278,12 +340,29 @@ fn check_listeners(config: &Config, problems: &mut Problems) {
 
 fn unsafe_notes(config: &Config) -> Vec<String> {
     let mut notes = Vec::new();
-    for (path, address) in &listeners(config)[..3] {
-        if !address.ip().is_loopback() {
-            notes.push(format!("{path}: {address} is open to everyone who can reach it"));
-        }
+    let transport = &config.transport;
+    for (at, (path, address)) in listeners(config)[..3].iter().enumerate() {
+        // The third is for metrics, which need no key.
+        let keys = at < 2 && transport.auth.required;
+        let why = match (keys, &transport.tls) {
+            _ if address.ip().is_loopback() => continue,
+            (true, Some(_)) => continue,
+            (true, None) => {
+                "takes keys over connections that are not encrypted; set server.tls_cert, or see \
+                 that what is in front of it speaks TLS"
+            }
+            (false, _) => "is open to everyone who can reach it",
+        };
+        notes.push(format!("{path}: {address} {why}"));
     }
-    if config.transport.model_control {
+    if !config.admin.ip().is_loopback() && config.admin_tls.is_none() {
+        notes.push(format!(
+            "server.admin_address: {} takes tokens over connections that are not encrypted; set \
+             admin.tls_cert, or see that what is in front of it speaks TLS",
+            config.admin
+        ));
+    }
+    if transport.model_control && !transport.auth.required {
         notes.push("repository.model_control: every caller can load and unload models".to_owned());
     }
     if config.system_shared_memory {
@@ -293,6 +372,7 @@ fn unsafe_notes(config: &Config) -> Vec<String> {
                 .to_owned(),
         );
     }
+    notes.extend(sources::unsafe_notes(&config.control.source));
     if !config.control.probe_enabled {
         notes.push(
             "probe.enabled: models are loaded without a trial in a child process first".to_owned(),

@@ -13,6 +13,9 @@ use super::schema::{self, Key, Kind};
 /// Largest configuration file that is read.
 const FILE_SIZE_MAX: u64 = 1 << 20;
 
+/// Read by the commands over the admin API, which often run where the gateway does.
+const OF_THE_CLI: &str = "TIDEGATE_ADMIN_TOKEN";
+
 /// One thing that is wrong, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
@@ -119,7 +122,7 @@ impl Layers {
         for (name, text) in environment {
             if let Some(key) = keys.get(&name) {
                 self.set(key, from_text(key.kind, text), name);
-            } else if name.starts_with("TIDEGATE_") {
+            } else if name.starts_with("TIDEGATE_") && name != OF_THE_CLI {
                 // Not a problem: orchestrators inject variables named after services.
                 self.notes.push(format!("environment variable {name} is no key and has no effect"));
             }

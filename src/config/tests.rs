@@ -99,6 +99,74 @@ fn an_open_listener_needs_consent() {
     assert!(config.unsafe_notes.iter().any(|note| note.contains("0.0.0.0:8000")));
 }
 
+/// A folder with a certificate, its key, and what is neither.
+fn certificates() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let params = rcgen::CertificateParams::new(vec!["gateway".to_owned()]).unwrap();
+    let cert = params.self_signed(&key).unwrap();
+    std::fs::write(folder.path().join("cert.pem"), cert.pem()).unwrap();
+    std::fs::write(folder.path().join("key.pem"), key.serialize_pem()).unwrap();
+    std::fs::write(folder.path().join("other.pem"), "hello").unwrap();
+    folder
+}
+
+#[test]
+fn certificates_are_read_with_the_configuration() {
+    let folder = certificates();
+    let at = folder.path().display();
+    let pair = format!("tls_cert = '{at}/cert.pem'\ntls_key = '{at}/key.pem'\n");
+    let ca = format!("client_ca = '{at}/cert.pem'\n");
+    let all = format!(
+        "[server]\n{pair}[admin]\n{pair}{ca}clients = 'cn:alice = admin; dns:ci = deployer a-*'"
+    );
+    let config = from_file(&all, &[], ServeArgs::default()).unwrap();
+    assert!(config.transport.tls.is_some() && config.admin_tls.is_some());
+    assert!(!config.admin_clients.is_empty());
+    let cases = [
+        (format!("[server]\ntls_cert = '{at}/cert.pem'"), "server.tls_key"),
+        (format!("[admin]\ntls_key = '{at}/key.pem'"), "admin.tls_cert"),
+        (
+            format!("[server]\ntls_cert = '{at}/other.pem'\ntls_key = '{at}/key.pem'"),
+            "server.tls_cert",
+        ),
+        (
+            format!("[server]\ntls_cert = '{at}/cert.pem'\ntls_key = '{at}/none.pem'"),
+            "server.tls_cert",
+        ),
+        (format!("[admin]\n{pair}client_ca = '{at}/other.pem'"), "admin.tls_cert"),
+        (format!("[admin]\n{ca}"), "admin.client_ca"),
+        (format!("[admin]\n{pair}clients = 'cn:alice = admin'"), "admin.clients"),
+        (format!("[admin]\n{pair}{ca}clients = 'cn:alice = root'"), "admin.clients"),
+    ];
+    for (file, path) in cases {
+        assert_eq!(paths(from_file(&file, &[], ServeArgs::default())), [path], "{file}");
+    }
+}
+
+#[test]
+fn keys_without_encryption_are_named_as_unsafe() {
+    let folder = certificates();
+    let at = folder.path().display();
+    let notes = |server: &str| {
+        let file = format!(
+            "[auth]\ndata = 'required'\n[repository]\nmodel_control = true\n[server]\n\
+             http_address = '0.0.0.0:8000'\n{server}"
+        );
+        from_file(&file, &[], ServeArgs::default()).unwrap().unsafe_notes
+    };
+    let plain = notes("");
+    assert_eq!(plain.len(), 1, "{plain:?}");
+    assert!(plain[0].starts_with("server.http_address: 0.0.0.0:8000 takes keys"), "{plain:?}");
+    let pair = format!("tls_cert = '{at}/cert.pem'\ntls_key = '{at}/key.pem'\n");
+    assert_eq!(notes(&pair), Vec::<String>::new());
+    let metrics = notes(&format!("{pair}metrics_address = '0.0.0.0:8002'"));
+    assert_eq!(
+        metrics,
+        ["server.metrics_address: 0.0.0.0:8002 is open to everyone who can reach it"]
+    );
+}
+
 #[test]
 fn one_port_is_not_taken_twice() {
     let args =
@@ -160,4 +228,69 @@ fn hooks_need_an_address_that_is_safe_and_a_key_that_is_elsewhere() {
     assert!(!problems.to_string().contains("hunter2"), "{problems}");
     assert_eq!(problems.0.len(), 2);
     assert_eq!(read("[hooks]\nsecret = 'env:KEY'\n").unwrap().unsafe_notes.len(), 1);
+}
+
+#[test]
+fn models_may_come_from_elsewhere() {
+    let file = "
+        [repository]
+        path = 'mlflow+http://ml.example.com:5000/?models=iris'
+        poll_ms = 500
+        allowed_hosts = 'minio.example.com:9000, [::1]:80'
+        store_endpoint = 'https://minio.example.com:9000'
+        store_key_id = 'env:KEY_ID'
+        store_secret = 'file:/run/secrets/key'
+        mlflow_username = 'env:ML_USER'
+        mlflow_password = 'env:ML_PASSWORD'
+        mlflow_stable_alias = 'champion'
+        mlflow_artifacts = 's3://models/prod,gs://others'
+        trusted_keys = 'RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3'
+    ";
+    let config = from_file(file, &[], ServeArgs::default()).unwrap();
+    let source = &config.control.source;
+    let location = source.location.as_ref().unwrap().to_string();
+    assert_eq!(location, "mlflow+http://ml.example.com:5000/?models=iris");
+    assert_eq!(source.poll, Duration::from_millis(500));
+    assert_eq!(source.quiet, Duration::from_secs(2));
+    assert_eq!(source.allowed_hosts.len(), 2);
+    assert_eq!(source.mlflow.artifacts.len(), 2);
+    assert!(!config.control.trusted_keys.is_empty());
+    assert!(config.unsafe_notes[0].contains("without TLS"), "{:?}", config.unsafe_notes);
+    let folder = from_file("[repository]\npath = 'file:///srv/models'", &[], ServeArgs::default());
+    assert_eq!(folder.unwrap().control.repository, PathBuf::from("/srv/models"));
+}
+
+#[test]
+fn a_secret_in_the_wrong_place_is_not_repeated() {
+    let file = "
+        [repository]
+        path = 's3://AKIA:hunter2@bucket'
+        trusted_keys = 'nonsense'
+        allowed_hosts = 'minio'
+        store_endpoint = 'https://u:hunter2@minio:9000'
+        store_key_id = 'file:/run/id'
+        store_token = 'hunter2'
+        mlflow_password = 'hunter2'
+        mlflow_stable_alias = '7'
+        mlflow_token = 'hunter2'
+        mlflow_artifacts = 'file:///etc'
+    ";
+    let problems = from_file(file, &[], ServeArgs::default()).unwrap_err();
+    assert!(!problems.to_string().contains("hunter2"), "{problems}");
+    let mut got = paths(Err(problems));
+    got.sort();
+    got.dedup();
+    let expected = [
+        "repository.allowed_hosts",
+        "repository.mlflow_artifacts",
+        "repository.mlflow_password",
+        "repository.mlflow_stable_alias",
+        "repository.mlflow_token",
+        "repository.path",
+        "repository.store_endpoint",
+        "repository.store_key_id",
+        "repository.store_token",
+        "repository.trusted_keys",
+    ];
+    assert_eq!(got, expected);
 }

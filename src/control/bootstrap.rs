@@ -12,7 +12,8 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use rustix::fs::OFlags;
+use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
+use rustix::io::Errno;
 
 use super::keys::{self, By, KeyError, NewKey};
 use super::store::{Kind, Store, StoreError};
@@ -89,7 +90,7 @@ fn read(path: &Path) -> io::Result<Option<Token>> {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         // A symbolic link: not of our making.
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
+        Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
             return Ok(None);
         }
         Err(error) => return Err(error),
@@ -114,14 +115,15 @@ fn write(path: &Path, token: &Token) -> io::Result<Token> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
     file.write_all(format!("{}\n", token.text().expose()).as_bytes())?;
     file.sync_all()?;
-    let linked = fs::hard_link(&aside, path);
-    fs::remove_file(&aside)?;
-    match linked {
+    match renameat_with(CWD, &aside, CWD, path, RenameFlags::NOREPLACE) {
         Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            return read(path)?.ok_or(error);
+        Err(Errno::EXIST) => {
+            fs::remove_file(&aside)?;
+            return read(path)?.ok_or_else(|| Errno::EXIST.into());
         }
-        Err(error) => return Err(error),
+        // A file system that cannot: nobody else is to be expected on such a one.
+        Err(Errno::INVAL | Errno::NOSYS) => fs::rename(&aside, path)?,
+        Err(error) => return Err(error.into()),
     }
     if let Some(folder) = path.parent() {
         File::open(folder)?.sync_all()?;

@@ -34,6 +34,7 @@ pub enum Life {
 
 /// One step of a version's life.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = LifeStep)]
 pub struct Step {
     pub state: Life,
     #[schema(value_type = String, format = DateTime)]

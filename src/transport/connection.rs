@@ -1,7 +1,7 @@
 //! One connection of the data plane: HTTP/1.1, HTTP/2 and gRPC told apart, and its limits.
 //!
 //! ```text
-//! connection ─ admit (per client) ─ first bytes ─▶ HTTP/1 or HTTP/2 ─▶ respond ─▶ http · grpc
+//! connection ─ admit (per client) ─ TLS ─ first bytes ─▶ HTTP/1 or HTTP/2 ─▶ respond ─▶ http · grpc
 //!                                                    ▲ timed by drive, from what watch says
 //! ```
 //!
@@ -33,6 +33,7 @@ use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use self::bodies::{AnswerBody, Pace, Paced};
 use self::peers::{Counted, Peers};
 use self::socket::{First, Socket};
+use self::stream::Stream;
 use self::watch::{Limits, Open, Seen, Watch};
 use super::grpc::Grpc;
 use super::{Api, Body, Settings, accept, http as rest};
@@ -44,6 +45,7 @@ mod head;
 mod lines;
 mod peers;
 mod socket;
+mod stream;
 mod watch;
 
 pub(super) use bodies::TooSlow;
@@ -211,7 +213,7 @@ impl Graceful {
 /// Serves one connection until it ends.
 pub(super) async fn connection(
     front: Arc<Front>,
-    mut stream: TcpStream,
+    stream: TcpStream,
     peer: SocketAddr,
     watcher: Watcher,
 ) {
@@ -219,9 +221,11 @@ pub(super) async fn connection(
         tracing::debug!(%peer, %error, "socket options were not set");
     }
     let born = Instant::now();
-    let first = match first_bytes(&front, &mut stream, born).await {
-        Some(Ok(Some(first))) => first,
-        Some(Ok(None) | Err(_)) => return,
+    let opened = in_header_time(&front, born, open(&front, stream)).await;
+    let (stream, first) = match opened {
+        Some(Ok(Some(opened))) => opened,
+        Some(Ok(None)) => return,
+        Some(Err(error)) => return tracing::debug!(%peer, %error, "connection not opened"),
         None => return front.closed(CloseReason::HeaderTimeout),
     };
     let http2 = first.is_http2();
@@ -250,18 +254,29 @@ pub(super) async fn connection(
     }
 }
 
-/// `None` when they do not come in time.
-async fn first_bytes(
+/// Shakes hands where that is wanted, and reads until it is clear which protocol the peer speaks;
+/// `None` when it closed before.
+async fn open(front: &Front, stream: TcpStream) -> std::io::Result<Option<(Stream, First)>> {
+    let mut stream = match &front.api.settings.tls {
+        None => Stream::Plain(stream),
+        Some(tls) => Stream::Tls(Box::new(tls.accept(stream).await?)),
+    };
+    let first = First::read(&mut stream).await?;
+    Ok(first.map(|first| (stream, first)))
+}
+
+/// `None` when it is not done by the time for a head, which may become shorter meanwhile.
+async fn in_header_time<T>(
     front: &Front,
-    stream: &mut TcpStream,
     born: Instant,
-) -> Option<std::io::Result<Option<First>>> {
-    let mut reading = pin!(First::read(stream));
+    opening: impl Future<Output = T>,
+) -> Option<T> {
+    let mut opening = pin!(opening);
     loop {
         let left = front.limits().header().checked_sub(born.elapsed())?;
         let wait = left.min(front.limits.look());
-        if let Ok(read) = timeout(wait, reading.as_mut()).await {
-            return Some(read);
+        if let Ok(opened) = timeout(wait, opening.as_mut()).await {
+            return Some(opened);
         }
     }
 }

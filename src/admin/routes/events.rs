@@ -178,7 +178,9 @@ impl Reader {
                 }
                 Ok(Err(RecvError::Lagged(missed))) => {
                     self.behind = true;
-                    return Some(format!("event: lagged\ndata: {{\"missed\":{missed}}}\n\n").into());
+                    return Some(
+                        format!("event: lagged\ndata: {{\"missed\":{missed}}}\n\n").into(),
+                    );
                 }
                 // The director is gone: the process ends.
                 Ok(Err(RecvError::Closed)) => return None,

@@ -38,14 +38,14 @@ pub(super) struct HintView {
 }
 
 /// Whether the admin API answers; says nothing of models. Needs no credential.
-#[utoipa::path(get, path = "/health", operation_id = "gateway.health", tag = "gateway",
+#[utoipa::path(get, path = "/health", operation_id = "health", tag = "gateway",
     responses((status = 200, description = "It answers.", body = HealthView)))]
 pub(super) async fn health() -> Response {
     json(StatusCode::OK, &HealthView { status: "ok", version: env!("CARGO_PKG_VERSION") })
 }
 
 /// This document.
-#[utoipa::path(get, path = "/openapi.json", operation_id = "gateway.openapi", tag = "gateway",
+#[utoipa::path(get, path = "/openapi.json", operation_id = "openapi", tag = "gateway",
     responses((status = 200, description = "OpenAPI 3.1.", body = serde_json::Value)))]
 pub(super) async fn openapi(State(admin): State<Arc<Admin>>) -> Response {
     let document = admin.document.get().cloned().unwrap_or_default();
@@ -56,11 +56,11 @@ pub(super) async fn openapi(State(admin): State<Arc<Admin>>) -> Response {
     answer
 }
 
-/// Stop promising: the gateway is not ready from now on, so that load balancers look away. It goes
-/// on answering what comes; ending the process is for who started it.
-#[utoipa::path(post, path = "/drain", operation_id = "gateway.drain", tag = "gateway",
+/// Drain, as SIGTERM does: not ready at once, so that load balancers look away; what is under way is
+/// finished; then the process ends.
+#[utoipa::path(post, path = "/drain", operation_id = "drain", tag = "gateway",
     request_body(content = Reason, description = "May be empty."),
-    responses((status = 202, description = "It is not ready any more.", body = DrainView)))]
+    responses((status = 202, description = "It has begun.", body = DrainView)))]
 pub(super) async fn drain(
     State(admin): State<Arc<Admin>>,
     asked: Asked,
@@ -71,7 +71,7 @@ pub(super) async fn drain(
 }
 
 /// Look at the source of models now, instead of at the next poll.
-#[utoipa::path(post, path = "/reload", operation_id = "gateway.reload", tag = "gateway",
+#[utoipa::path(post, path = "/reload", operation_id = "reload", tag = "gateway",
     request_body(content = Reason, description = "May be empty."),
     responses((status = 200, description = "What was found.", body = ReloadView)))]
 pub(super) async fn reload(

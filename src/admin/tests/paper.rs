@@ -12,13 +12,13 @@ use tokio::sync::broadcast;
 
 use crate::control::call::{Call, Refusal, Versioned};
 use crate::control::desk::{Desk, Labels, Pending};
-use crate::control::rollout::{Command, Plan, Rollout};
+use crate::control::rollout::{Command, Now, Plan, Rollout, Start};
 use crate::control::store::{Event, EventOutcome, EventQuery};
 use crate::control::view::{
     ApprovalRequest, ApprovalsView, Follow, Life, ModelView, ReloadView, ShadowView, TrafficView,
     VersionView,
 };
-use crate::domain::{Digest, Label, ModelName, Traffic, Version};
+use crate::domain::{Digest, Label, ModelName, Traffic, Version, VersionRef};
 
 /// Events that a reader of the feed may lag behind.
 const EVENTS_MAX: usize = 64;
@@ -110,7 +110,7 @@ impl Paper {
     pub(super) fn journal_three(&self) {
         self.journal_one("label.put", "iris");
         self.journal_one("traffic.put", "risk");
-        self.journal_one("gateway.reload", "");
+        self.journal_one("reload", "");
     }
 
     fn etag(&self) -> String {
@@ -201,7 +201,17 @@ fn model_view(model: &str) -> ModelView {
 }
 
 fn rollout() -> Rollout {
-    serde_json::from_value(super::rollout_json()).unwrap()
+    let start = Start {
+        model: name("iris"),
+        candidate: version(2),
+        stable: version(1),
+        plan: Plan::of("2".parse().map(VersionRef::Number).unwrap()),
+        before: Traffic::all_to(version(1)),
+    };
+    let now = Now { at: Timestamp::UNIX_EPOCH, monotonic: Duration::ZERO };
+    let (mut rollout, _) = Rollout::start(start, now, &Call::own("ci", "test"));
+    "r-1".clone_into(&mut rollout.id);
+    rollout
 }
 
 fn now<'a, T: Send + 'a>(done: Result<T, Refusal>) -> Pending<'a, T> {
@@ -342,7 +352,11 @@ impl Desk for Paper {
         now(self.change(&action, model, &call).map(|()| self.tagged(rollout())))
     }
 
-    fn approvals(&self, model: &ModelName, _: Version) -> Result<Versioned<ApprovalsView>, Refusal> {
+    fn approvals(
+        &self,
+        model: &ModelName,
+        _: Version,
+    ) -> Result<Versioned<ApprovalsView>, Refusal> {
         self.known(model).map(|()| self.tagged(approvals()))
     }
 
@@ -391,12 +405,12 @@ impl Desk for Paper {
     }
 
     fn reload(&self, call: Call) -> Pending<'_, ReloadView> {
-        self.write_down("gateway.reload", None, &call);
+        self.write_down("reload", None, &call);
         now(Ok(ReloadView { models: 2, versions: 4 }))
     }
 
     fn shadow(&self, model: &ModelName) -> Result<ShadowView, Refusal> {
-        self.known(model).map(|()| ShadowView::default())
+        self.known(model).map(|()| ShadowView { model: model.clone(), shadows: Vec::new() })
     }
 
     fn webhook_hint(&self) {

@@ -43,7 +43,8 @@ impl Table {
 /// Text without control characters and without those that reorder it.
 pub(in crate::cli) fn plain(text: &str) -> String {
     let harmful = |char: char| {
-        char.is_control() || matches!(char, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        char.is_control()
+            || matches!(char, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
     text.chars().map(|char| if harmful(char) { '\u{fffd}' } else { char }).collect()
 }
@@ -113,7 +114,13 @@ mod tests {
 
     #[test]
     fn cells_are_short() {
-        for (value, want) in [(json!(95.0), "95"), (json!(0.5), "0.5"), (json!(33.333), "33.33"), (json!(null), ""), (json!(100), "100")] {
+        for (value, want) in [
+            (json!(95.0), "95"),
+            (json!(0.5), "0.5"),
+            (json!(33.333), "33.33"),
+            (json!(null), ""),
+            (json!(100), "100"),
+        ] {
             assert_eq!(number(&value), want);
         }
         assert_eq!(short_digest(&json!("sha256:0123456789abcdef")), "0123456789ab");

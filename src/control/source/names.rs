@@ -111,7 +111,7 @@ mod tests {
             assert_eq!(check(good), Ok(()), "{good}");
         }
         let long = "x".repeat(256);
-        let longer = ["y".repeat(200); 6].join("/");
+        let longer = vec!["y".repeat(200); 6].join("/");
         let deep = ["d"; 9].join("/");
         let bad = [
             "",

@@ -9,10 +9,10 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep};
 
 use super::lines::Lines;
+use super::stream::Stream;
 use super::watch::Watch;
 
 /// What an HTTP/2 client says first.
@@ -29,7 +29,7 @@ pub(super) struct First {
 
 impl First {
     /// Reads until it is clear which protocol the peer speaks; `None` when it closed before.
-    pub(super) async fn read(stream: &mut TcpStream) -> io::Result<Option<Self>> {
+    pub(super) async fn read(stream: &mut Stream) -> io::Result<Option<Self>> {
         let mut first = Self { bytes: [0; PREFACE.len()], len: 0 };
         while first.len < PREFACE.len() {
             match stream.read(&mut first.bytes[first.len..]).await? {
@@ -55,7 +55,7 @@ impl First {
 
 /// A stream that notes its progress.
 pub(super) struct Socket {
-    stream: TcpStream,
+    stream: Stream,
     first: Option<First>,
     /// Of HTTP/1.
     lines: Option<Lines>,
@@ -65,7 +65,7 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    pub(super) fn new(stream: TcpStream, first: First, watch: Arc<Watch>) -> Self {
+    pub(super) fn new(stream: Stream, first: First, watch: Arc<Watch>) -> Self {
         let lines = (!first.is_http2()).then(Lines::default);
         let mut socket = Self { stream, first: None, lines, watch, linger: None };
         socket.came(&first.bytes[..first.len]);
@@ -95,7 +95,7 @@ impl Socket {
         Poll::Ready(())
     }
 
-    fn wrote(&self, written: &Poll<io::Result<usize>>) {
+    fn wrote<T>(&self, written: &Poll<io::Result<T>>) {
         match written {
             Poll::Ready(Ok(_)) => self.watch.wrote(),
             Poll::Ready(Err(_)) => {}
@@ -160,7 +160,11 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        if self.stream.holds_back() {
+            self.wrote(&flushed);
+        }
+        flushed
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
