@@ -147,7 +147,8 @@ impl Rollout {
             true => Stage::PendingHook { hook: HookKind::ConfirmRollout },
             false => rollout.first_stage(),
         };
-        let decision = rollout.enter(first, &By { at: now.at, actor: &call.actor }, None);
+        let reason = call.reason.as_ref().map(|said| Reason::new(Cause::Person, said));
+        let decision = rollout.enter(first, &By { at: now.at, actor: &call.actor }, reason);
         (rollout, decision)
     }
 
@@ -261,7 +262,6 @@ impl Rollout {
         let actor = last.map_or_else(|| CONTROLLER.to_owned(), |last| last.by.clone());
         let reason = self.reason.clone();
         self.record(to, &By { at: now.at, actor: &actor }, action, reason);
-        self.waiting_for.clear();
         self.ended_at = Some(now.at);
     }
 
@@ -474,7 +474,10 @@ impl Rollout {
         };
         let guards = self.guards.clone();
         let mut decision = if next < self.plan.steps.len() {
-            self.enter(Stage::Step { step: next }, by, None)
+            let Progress { ms, samples, .. } = self.progress;
+            let message = format!("{samples} requests in {} s, every guard passes", ms / 1000);
+            let reason = Reason::new(Cause::Advanced, message);
+            self.enter(Stage::Step { step: next }, by, Some(reason))
         } else if self.plan.on_pass == OnPass::Pause {
             let message =
                 "every step has passed; resume or promote to give the candidate everything";
@@ -619,6 +622,9 @@ impl Rollout {
     /// Changes the state, and writes down that it did.
     fn record(&mut self, to: State, by: &By<'_>, action: Action, reason: Option<Reason>) {
         let from = std::mem::replace(&mut self.state, to);
+        if to.ended() {
+            self.waiting_for.clear();
+        }
         self.note(from, by, action, reason.clone(), self.progress);
         self.reason = reason;
     }

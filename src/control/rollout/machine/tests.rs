@@ -224,6 +224,8 @@ fn a_good_candidate_takes_every_step_when_it_is_due_and_is_promoted() {
     assert_eq!(weights, [5.0, 50.0, 100.0, 100.0]);
     let by: Vec<&str> = sim.rollout.history.iter().map(|one| &*one.by).collect();
     assert_eq!(by, ["alice", CONTROLLER, CONTROLLER, CONTROLLER]);
+    let reason = sim.decisions[1].reason.as_ref().unwrap();
+    assert_eq!(reason.message, "200 requests in 20 s, every guard passes");
     assert!(sim.decisions[1].guards.iter().all(|report| report.outcome == GuardOutcome::Pass));
 }
 
