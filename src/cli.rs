@@ -9,9 +9,10 @@ mod approvals;
 mod check_config;
 mod health;
 mod infer;
-mod keys;
 mod journal;
+mod keys;
 mod labels;
+mod list;
 mod models;
 mod rollout;
 mod serve;
@@ -31,7 +32,7 @@ enum Command {
     Serve(Box<serve::Args>),
     /// Validate a configuration, print every problem at once and what is unsafe
     CheckConfig(check_config::Args),
-    /// Inspect a model file or validate a whole repository
+    /// List what a repository has, inspect a model file, validate a whole repository
     Models(models::Args),
     /// Send one request and print the answer
     Infer(infer::Args),

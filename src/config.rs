@@ -21,6 +21,7 @@ use crate::{control, gateway, observe, transport};
 mod assemble;
 mod layers;
 pub mod schema;
+mod sources;
 
 pub use layers::{Problem, Problems};
 
@@ -46,6 +47,8 @@ pub struct Config {
     pub engine_memory_max: Option<usize>,
     /// What is demanded of releases.
     pub release: control::director::Policy,
+    /// Who is told of rollouts, and asked about them.
+    pub hooks: Option<control::hooks::Settings>,
     pub system_shared_memory: bool,
     pub observe: observe::Settings,
     pub log_format: observe::log::Format,
@@ -72,8 +75,9 @@ pub struct ServeArgs {
     /// Configuration file (TOML)
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Folder of models, <DIR>/<model>/<version>/model.onnx [default: models]
-    #[arg(long, value_name = "DIR")]
+    /// Folder of models, <DIR>/<model>/<version>/model.onnx, or a URL of a bucket or registry
+    /// (s3://, gs://, az://, mlflow+https://) [default: models]
+    #[arg(long, value_name = "DIR|URL")]
     pub model_repository: Option<String>,
     /// Name of the model, when that folder is one model's own: <DIR>/model.onnx
     #[arg(long, value_name = "NAME")]

@@ -45,10 +45,10 @@ mod version;
 pub mod view;
 mod yaml;
 
+pub use director::Director;
 pub use fetch::FetchError;
 pub use inspect::{EngineTrial, Inspection, Verdict, inspect, validate};
 pub use probe::ProbeError;
-pub use director::Director;
 pub use registry::Registry;
 pub use signature::{SignatureError, Signed, TrustedKeys};
 pub use switchboard::Switchboard;

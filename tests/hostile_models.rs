@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidegate::control::{ProbeLimits, Registry, Settings};
+use tidegate::control::{ProbeLimits, Registry, Settings, Switchboard, source};
 use tidegate::domain::{EngineChoice, ModelControl, ModelName, VersionState};
 use tidegate::engine::Engines;
 use tidegate::observe::Observer;
@@ -121,13 +121,15 @@ fn registry(root: &Path) -> (Arc<Registry>, Arc<Published<RouteTable>>) {
             wall_max: Duration::from_secs(30),
         },
         probe_program: Some(env!("CARGO_BIN_EXE_tidegate").into()),
+        source: source::Settings { quiet: Duration::ZERO, ..source::Settings::default() },
         ..Settings::new(root.join("models"), root.join("state"))
     };
     let engines = Arc::new(Engines::open(EngineChoice::Tract, None).unwrap());
     let table = Arc::new(Published::new(RouteTable::default()));
-    let registry =
-        Registry::new(settings, engines, Arc::clone(&table), Arc::new(Observer::default()));
-    (registry, table)
+    let source = source::open(&settings).unwrap();
+    let board = Arc::new(Switchboard::new(Arc::clone(&table), None));
+    let observer = Arc::new(Observer::default());
+    (Registry::new(settings, engines, source, board, observer), table)
 }
 
 #[tokio::test(flavor = "multi_thread")]

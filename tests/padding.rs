@@ -7,9 +7,10 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Deserialize;
-use tidegate::control::{Registry, Settings};
+use tidegate::control::{Registry, Settings, Switchboard, source};
 use tidegate::domain::{
     Answer, CallMeta, DataType, EngineChoice, Failure, InferRequest, Inputs, ModelControl,
     ModelName, NamedTensor, Protocol, RouteHeaders, Shape, Tensor,
@@ -62,12 +63,15 @@ impl Serving {
             engine,
             threads: 2,
             probe_enabled: false,
+            source: source::Settings { quiet: Duration::ZERO, ..source::Settings::default() },
             ..Settings::new(root.path().join("models"), root.path().join("state"))
         };
         let engines = Arc::new(Engines::open(engine, None).unwrap());
         let table = Arc::new(Published::new(RouteTable::default()));
         let observer = Arc::new(Observer::default());
-        let registry = Registry::new(settings, engines, Arc::clone(&table), Arc::clone(&observer));
+        let source = source::open(&settings).unwrap();
+        let board = Arc::new(Switchboard::new(Arc::clone(&table), None));
+        let registry = Registry::new(settings, engines, source, board, Arc::clone(&observer));
         registry.load_all().await.unwrap();
         let control = Arc::clone(&registry) as Arc<dyn ModelControl>;
         let gateway = Gateway::new(table, observer, control, gateway::Settings::default());

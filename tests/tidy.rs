@@ -19,8 +19,12 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("batch", &["domain", "engine", "observe", "panics"]),
     ("cache", &["domain"]),
     ("route", &["domain", "batch", "observe"]),
-    ("gateway", &["domain", "route", "batch", "cache", "observe"]),
-    ("control", &["domain", "admit", "engine", "batch", "route", "observe", "proto"]),
+    ("shadow", &["domain", "route", "batch", "observe", "panics"]),
+    ("gateway", &["domain", "route", "batch", "cache", "shadow", "observe"]),
+    (
+        "control",
+        &["domain", "admit", "engine", "batch", "route", "shadow", "observe", "panics", "proto"],
+    ),
     ("transport", &["domain", "admit", "gateway", "route", "batch", "observe", "panics", "proto"]),
     ("admin", &["domain", "admit", "control", "observe", "panics", "route", "gateway"]),
     (
@@ -32,12 +36,14 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "batch",
             "cache",
             "route",
+            "shadow",
             "gateway",
             "observe",
             "control",
             "transport",
         ],
     ),
+    ("admin", &["domain", "admit", "control", "observe", "route", "gateway", "panics"]),
     (
         "app",
         &[
@@ -47,6 +53,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "engine",
             "batch",
             "route",
+            "shadow",
             "gateway",
             "observe",
             "control",

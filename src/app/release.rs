@@ -13,6 +13,8 @@ use crate::admit::Gatekeeper;
 use crate::config::Config;
 use crate::control::call::{Call, Refusal};
 use crate::control::desk::Desk;
+use crate::control::hooks::Hooks;
+use crate::control::rollout::controller::Callout;
 use crate::control::source::{Source, Webhooks};
 use crate::control::store::{SqliteStore, Store};
 use crate::control::{Director, Registry, Switchboard, bootstrap, keys, source};
@@ -88,7 +90,7 @@ impl Release {
         self.director.set_shadows(shadows);
         let watched = keys::watch_keys(Arc::clone(&self.store), Arc::clone(&self.gatekeeper));
         tokio::spawn(panics::fatal_async("keys", watched));
-        let controller = self.director.rollouts(None);
+        let controller = self.director.rollouts(callout(config, observer)?);
         if let Some(handle) = self.director.rollout_handle() {
             let handle = handle.clone();
             observer.add_families(Box::new(move || handle.families()));
@@ -107,9 +109,6 @@ impl Release {
             drain: self.drain(drain),
             mlflow: self.webhook(config),
         })?;
-        if let Some(tls) = &config.admin_tls {
-            tokio::spawn(panics::fatal_async("admin certificates", Arc::clone(tls).follow()));
-        }
         let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
         tokio::spawn(panics::fatal_async("admin listener", served));
         Ok(())
@@ -147,15 +146,26 @@ impl Release {
     }
 }
 
-/// How the admin listener shakes hands, and learns who shows a certificate.
+/// Handshakes with the certificates of this moment, which follow their files.
 fn handshakes(tls: &Arc<Tls>) -> admin::Tls {
+    tokio::spawn(panics::fatal_async("admin certificates", Arc::clone(tls).follow()));
     let tls = Arc::clone(tls);
     Arc::new(move |stream| {
-        let shaking = tls.accept(stream);
+        let accepted = tls.accept(stream);
         Box::pin(async move {
-            let stream = shaking.await?;
+            let stream = accepted.await?;
             let name = peer_name(&stream);
             Ok((stream, name))
         })
     })
+}
+
+/// Who is told of rollouts and asked about them, if anybody is.
+fn callout(config: &Config, observer: &Observer) -> anyhow::Result<Option<Arc<dyn Callout>>> {
+    let Some(settings) = config.hooks.clone() else { return Ok(None) };
+    let (hooks, courier) = Hooks::new(settings).context("open the webhooks")?;
+    tokio::spawn(panics::fatal_async("webhooks", courier.run()));
+    let shown = hooks.clone();
+    observer.add_families(Box::new(move || shown.families()));
+    Ok(Some(Arc::new(hooks)))
 }

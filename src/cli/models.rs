@@ -20,6 +20,8 @@ pub(super) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Command {
+    /// List the models and versions of a folder, bucket or registry, without serving
+    List(super::list::List),
     /// Show a model file's signature, operators, digest, and which engines can run it
     #[command(after_help = "Example:\n  tidegate models inspect models/iris/1/model.onnx")]
     Inspect(Inspect),
@@ -84,6 +86,7 @@ fn engine(text: &str) -> Result<EngineChoice, String> {
 
 pub(super) fn run(args: &Args) -> ExitCode {
     let done = match &args.command {
+        Command::List(args) => super::list::run(args),
         Command::Inspect(args) => inspect(args),
         Command::Validate(args) => validate(args),
     };
@@ -162,7 +165,7 @@ impl Drop for Scratch {
 }
 
 /// A reader that stopped reading (`| head`) is no error.
-fn print(text: &str) -> io::Result<()> {
+pub(super) fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Config;
 use super::layers::{Layers, Problems};
+use super::{Config, sources};
 use crate::admit::Clients;
+use crate::control::source::Location;
 use crate::domain::{EngineChoice, ModelName};
 use crate::observe::{AccessLog, Otlp, log};
 use crate::transport::auth::Auth;
@@ -39,6 +40,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
             mb => Some(mb << 20),
         },
         release: release_policy(from),
+        hooks: hook_settings(from),
         system_shared_memory: from.flag("server.system_shared_memory"),
         observe: observe_settings(from),
         log_format: log_format(from),
@@ -137,13 +139,16 @@ fn gateway_settings(from: &mut Layers) -> gateway::Settings {
 }
 
 fn control_settings(from: &mut Layers) -> control::Settings {
-    let repository = from.text("repository.path").unwrap_or_default();
-    if repository.contains("://") {
-        let message = format!("is '{repository}', only local folders are served in this version");
-        from.problems.add("repository.path", message);
-    }
+    let path = from.text("repository.path").unwrap_or_default();
+    let location = sources::location(from, &path);
     let state_dir = from.text("server.state_dir").unwrap_or_default();
-    let mut settings = control::Settings::new(repository, state_dir);
+    let mut settings = match &location {
+        Some(Location::Folder(folder)) => control::Settings::new(folder, state_dir),
+        // Not a folder: shown in messages only.
+        _ => control::Settings::new(path, state_dir),
+    };
+    settings.source = sources::settings(from, location);
+    settings.trusted_keys = sources::trusted_keys(from);
     settings.engine = match from.text("engine.engine").as_deref() {
         Some("ort") => EngineChoice::Ort,
         Some("tract") => EngineChoice::Tract,
@@ -168,6 +173,33 @@ fn control_settings(from: &mut Layers) -> control::Settings {
     settings.model_name = model_name(from, "repository.model_name");
     settings.default_model = model_name(from, "models.default");
     settings
+}
+
+fn hook_settings(from: &mut Layers) -> Option<control::hooks::Settings> {
+    let (url, secret) = (from.text("hooks.url"), from.text("hooks.secret"));
+    let timeout = from.millis("hooks.timeout_ms");
+    let attempts_max = u32::try_from(from.number("hooks.attempts_max")).unwrap_or(u32::MAX);
+    let queue_max = from.size("hooks.queue_max");
+    if url.is_none() && secret.is_some() {
+        from.notes.push("hooks.secret has no effect without hooks.url".to_owned());
+    }
+    let url = control::hooks::parse_url(&url?);
+    let url = url.map_err(|problem| from.problems.add("hooks.url", problem)).ok();
+    let secret: Option<control::secret::SecretRef> = match secret {
+        Some(text) => {
+            let parsed = text.parse::<control::secret::SecretRef>();
+            parsed.map_err(|error| from.problems.add("hooks.secret", error.to_string())).ok()
+        }
+        None => {
+            let message =
+                "expected where the key of hooks.url's signatures is: env:NAME or file:PATH";
+            from.problems.add("hooks.secret", message);
+            None
+        }
+    };
+    let (url, secret) = (url?, secret?);
+    let backoff = Duration::from_secs(1);
+    Some(control::hooks::Settings { url, secret, timeout, attempts_max, backoff, queue_max })
 }
 
 fn release_policy(from: &mut Layers) -> control::director::Policy {
@@ -340,6 +372,7 @@ fn unsafe_notes(config: &Config) -> Vec<String> {
                 .to_owned(),
         );
     }
+    notes.extend(sources::unsafe_notes(&config.control.source));
     if !config.control.probe_enabled {
         notes.push(
             "probe.enabled: models are loaded without a trial in a child process first".to_owned(),

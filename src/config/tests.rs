@@ -213,3 +213,84 @@ fn the_documentation_has_every_key_and_no_other() {
         .collect();
     assert_eq!(documented(), expected);
 }
+
+#[test]
+fn hooks_need_an_address_that_is_safe_and_a_key_that_is_elsewhere() {
+    let read = |text: &str| from_file(text, &[], ServeArgs::default());
+    assert!(read("").unwrap().hooks.is_none());
+    let good = "[hooks]\nurl = 'https://ci.example/hooks'\nsecret = 'env:KEY'\ntimeout_ms = 700\n";
+    let hooks = read(good).unwrap().hooks.unwrap();
+    assert_eq!(hooks.url.as_str(), "https://ci.example/hooks");
+    assert_eq!((hooks.timeout.as_millis(), hooks.attempts_max, hooks.queue_max), (700, 8, 256));
+    assert_eq!(paths(read("[hooks]\nurl = 'https://ci.example/'\n")), ["hooks.secret"]);
+    let plain = "[hooks]\nurl = 'http://ci.example/'\nsecret = 'hunter2hunter2hunter2'\n";
+    let problems = read(plain).unwrap_err();
+    assert!(!problems.to_string().contains("hunter2"), "{problems}");
+    assert_eq!(problems.0.len(), 2);
+    assert_eq!(read("[hooks]\nsecret = 'env:KEY'\n").unwrap().unsafe_notes.len(), 1);
+}
+
+#[test]
+fn models_may_come_from_elsewhere() {
+    let file = "
+        [repository]
+        path = 'mlflow+http://ml.example.com:5000/?models=iris'
+        poll_ms = 500
+        allowed_hosts = 'minio.example.com:9000, [::1]:80'
+        store_endpoint = 'https://minio.example.com:9000'
+        store_key_id = 'env:KEY_ID'
+        store_secret = 'file:/run/secrets/key'
+        mlflow_username = 'env:ML_USER'
+        mlflow_password = 'env:ML_PASSWORD'
+        mlflow_stable_alias = 'champion'
+        mlflow_artifacts = 's3://models/prod,gs://others'
+        trusted_keys = 'RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3'
+    ";
+    let config = from_file(file, &[], ServeArgs::default()).unwrap();
+    let source = &config.control.source;
+    let location = source.location.as_ref().unwrap().to_string();
+    assert_eq!(location, "mlflow+http://ml.example.com:5000/?models=iris");
+    assert_eq!(source.poll, Duration::from_millis(500));
+    assert_eq!(source.quiet, Duration::from_secs(2));
+    assert_eq!(source.allowed_hosts.len(), 2);
+    assert_eq!(source.mlflow.artifacts.len(), 2);
+    assert!(!config.control.trusted_keys.is_empty());
+    assert!(config.unsafe_notes[0].contains("without TLS"), "{:?}", config.unsafe_notes);
+    let folder = from_file("[repository]\npath = 'file:///srv/models'", &[], ServeArgs::default());
+    assert_eq!(folder.unwrap().control.repository, PathBuf::from("/srv/models"));
+}
+
+#[test]
+fn a_secret_in_the_wrong_place_is_not_repeated() {
+    let file = "
+        [repository]
+        path = 's3://AKIA:hunter2@bucket'
+        trusted_keys = 'nonsense'
+        allowed_hosts = 'minio'
+        store_endpoint = 'https://u:hunter2@minio:9000'
+        store_key_id = 'file:/run/id'
+        store_token = 'hunter2'
+        mlflow_password = 'hunter2'
+        mlflow_stable_alias = '7'
+        mlflow_token = 'hunter2'
+        mlflow_artifacts = 'file:///etc'
+    ";
+    let problems = from_file(file, &[], ServeArgs::default()).unwrap_err();
+    assert!(!problems.to_string().contains("hunter2"), "{problems}");
+    let mut got = paths(Err(problems));
+    got.sort();
+    got.dedup();
+    let expected = [
+        "repository.allowed_hosts",
+        "repository.mlflow_artifacts",
+        "repository.mlflow_password",
+        "repository.mlflow_stable_alias",
+        "repository.mlflow_token",
+        "repository.path",
+        "repository.store_endpoint",
+        "repository.store_key_id",
+        "repository.store_token",
+        "repository.trusted_keys",
+    ];
+    assert_eq!(got, expected);
+}

@@ -44,6 +44,7 @@ mod views;
 mod watch;
 
 use books::{Books, Doc};
+use versions::Hands;
 
 /// Events that a reader of the feed may lag behind; then it is told and reads the journal.
 const EVENTS_MAX: usize = 1024;
@@ -83,6 +84,8 @@ struct Inner {
     writing: Mutex<()>,
     /// Guards the copy of what the store holds; held for moments only.
     books: RwLock<BTreeMap<ModelName, Books>>,
+    /// What operators are loading and unloading now; held for moments only.
+    hands: Mutex<Hands>,
     events: broadcast::Sender<Arc<Event>>,
     /// Somebody says that the source has something new.
     hint: Notify,
@@ -131,6 +134,7 @@ impl Director {
             policy,
             writing: Mutex::default(),
             books: RwLock::new(books),
+            hands: Mutex::default(),
             events,
             hint: Notify::new(),
             observer,

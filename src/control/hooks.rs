@@ -29,16 +29,17 @@ use url::{Host, Url};
 
 use super::rollout::controller::{Answering, Callout, Notice};
 use super::rollout::{HookAnswer, HookKind, Rollout};
+use super::secret::{SecretError, SecretRef};
 use crate::observe::page::{Family, Kind};
 
-mod secret;
+mod signature;
 
-pub use secret::{SecretError, SecretRef};
+pub use signature::KeyError;
+
+use signature::Key;
 
 /// Type of an event: this and the hook's word.
 pub const TYPE_PREFIX: &str = "dev.tidegate.rollout.";
-/// First wait before another try; each further one is twice as long.
-const BACKOFF_MIN: Duration = Duration::from_secs(1);
 /// Longest wait between two tries, whatever the receiver asks for.
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// Bytes of an answer that are read for what it says.
@@ -55,6 +56,8 @@ pub struct Settings {
     pub timeout: Duration,
     /// Tries of one delivery, the first included.
     pub attempts_max: u32,
+    /// First wait before another try; each further one is twice as long, up to a minute.
+    pub backoff: Duration,
     /// Deliveries that wait for the ones before them.
     pub queue_max: usize,
 }
@@ -85,9 +88,11 @@ pub fn parse_url(text: &str) -> Result<Url, String> {
 
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
-    #[error("hooks.secret: {0}")]
+    #[error(transparent)]
     Secret(#[from] SecretError),
-    #[error("hooks: no HTTP client: {0}")]
+    #[error("the secret {0}")]
+    Key(#[from] KeyError),
+    #[error("no HTTP client: {0}")]
     Client(#[from] reqwest::Error),
 }
 
@@ -156,7 +161,7 @@ impl Hooks {
     /// # Errors
     /// When the secret cannot be read, or no client can be made.
     pub fn new(settings: Settings) -> Result<(Self, Courier), HookError> {
-        settings.secret.read()?;
+        key(&settings)?;
         // Whoever comes first installs it; it is the same for all.
         drop(rustls::crypto::ring::default_provider().install_default());
         let mut client = reqwest::Client::builder()
@@ -228,7 +233,7 @@ impl Sender {
 
     /// Tries until it is answered or has been tried often enough.
     async fn deliver(&self, delivery: &Delivery) -> HookAnswer {
-        let mut wait = BACKOFF_MIN;
+        let mut wait = self.settings.backoff;
         let mut attempt = 1;
         loop {
             let (why, asked) = match self.attempt(delivery).await {
@@ -256,12 +261,12 @@ impl Sender {
     }
 
     async fn attempt(&self, delivery: &Delivery) -> Attempt {
-        let secret = match self.settings.secret.read() {
-            Ok(secret) => secret,
+        let key = match key(&self.settings) {
+            Ok(key) => key,
             Err(error) => return Attempt::Again(error.to_string(), None),
         };
         let timestamp = jiff::Timestamp::now().as_second().to_string();
-        let signature = secret.sign(&delivery.id, &timestamp, &delivery.body);
+        let signature = key.sign(&delivery.id, &timestamp, &delivery.body);
         let request = self
             .client
             .post(self.settings.url.clone())
@@ -279,11 +284,8 @@ impl Sender {
         if status.is_success() {
             return Attempt::Go;
         }
-        let later = [
-            StatusCode::REQUEST_TIMEOUT,
-            StatusCode::TOO_EARLY,
-            StatusCode::TOO_MANY_REQUESTS,
-        ];
+        let later =
+            [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
         if !status.is_client_error() || later.contains(&status) {
             let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
             let asked = seconds.and_then(|text| text.trim().parse().ok()).map(Duration::from_secs);
@@ -292,6 +294,10 @@ impl Sender {
         let said = said(response).await.map_or_else(String::new, |said| format!(": {said}"));
         Attempt::No(format!("status {}{said}", status.as_u16()))
     }
+}
+
+fn key(settings: &Settings) -> Result<Key, HookError> {
+    Ok(Key::of(&settings.secret.read()?)?)
 }
 
 /// The `reason` of an answer that is JSON and has one.

@@ -57,10 +57,13 @@ pub struct Lineage {
     /// Where the version's files and its registry say different things.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub conflicts: Vec<String>,
+    /// What was not understood.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct Git {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
@@ -114,8 +117,9 @@ pub enum DvcRole {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct Training {
+    /// Id of a run, or what it was in words.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -138,7 +142,7 @@ pub struct Training {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct Dataset {
     pub name: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -151,7 +155,7 @@ pub struct Dataset {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct ClaimedApproval {
     pub by: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -177,35 +181,48 @@ pub struct Registered {
     pub tags: BTreeMap<String, String>,
 }
 
-/// `lineage.toml`.
+/// `lineage.toml`. Keys that mean nothing here are noted: teams write more down than we read.
 #[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 struct File {
     owner: Option<String>,
     /// Short for `git.commit`.
     git_commit: Option<String>,
     /// Short for `training.run`.
     training_run: Option<String>,
-    git: Option<Git>,
-    data: Option<FileData>,
-    training: Option<FileTraining>,
+    git: FileGit,
+    data: FileData,
+    training: FileTraining,
     datasets: Vec<Dataset>,
-    approvals: Vec<FileApproval>,
-    /// Versions of what it was made with.
     frameworks: BTreeMap<String, String>,
+    approvals: Vec<FileApproval>,
+    #[serde(flatten)]
+    rest: BTreeMap<String, toml::Value>,
 }
 
 #[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
+struct FileGit {
+    commit: Option<String>,
+    repository: Option<String>,
+    branch: Option<String>,
+    #[serde(flatten)]
+    rest: BTreeMap<String, toml::Value>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
 struct FileData {
     name: Option<String>,
     version: Option<String>,
     source: Option<String>,
     sha256: Option<String>,
+    #[serde(flatten)]
+    rest: BTreeMap<String, toml::Value>,
 }
 
 #[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 struct FileTraining {
     run: Option<String>,
     url: Option<String>,
@@ -214,11 +231,12 @@ struct FileTraining {
     started_at: Option<toml::Value>,
     ended_at: Option<toml::Value>,
     metrics: BTreeMap<String, f64>,
-    parameters: BTreeMap<String, String>,
+    parameters: BTreeMap<String, toml::Value>,
+    #[serde(flatten)]
+    rest: BTreeMap<String, toml::Value>,
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
 struct FileApproval {
     by: String,
     at: Option<toml::Value>,
@@ -294,45 +312,53 @@ pub fn from_toml(text: &str) -> Result<Lineage, LineageError> {
             syntax(format!("{key}: expected a time like 2026-01-31T09:30:00Z, got '{text}'"))
         })
     };
-    let training = match file.training {
-        None => None,
-        Some(training) => Some(Training {
-            started_at: time("training.started_at", training.started_at)?,
-            ended_at: time("training.ended_at", training.ended_at)?,
-            run: training.run,
-            url: training.url,
-            user: training.user,
-            entry_point: training.entry_point,
-            metrics: training.metrics,
-            parameters: training.parameters,
-        }),
+    let named = |text: Option<String>| text.filter(|text| !text.is_empty());
+    let parameters = file.training.parameters.iter();
+    let training = Training {
+        run: named(file.training.run).or(named(file.training_run)),
+        url: named(file.training.url),
+        user: named(file.training.user),
+        entry_point: named(file.training.entry_point),
+        started_at: time("training.started_at", file.training.started_at)?,
+        ended_at: time("training.ended_at", file.training.ended_at)?,
+        metrics: file.training.metrics,
+        parameters: parameters.map(|(name, value)| (name.clone(), shown(value))).collect(),
+    };
+    let git = Git {
+        commit: named(file.git.commit).or(named(file.git_commit)),
+        repository: named(file.git.repository),
+        branch: named(file.git.branch),
+    };
+    let data = Data {
+        name: named(file.data.name),
+        version: named(file.data.version),
+        source: named(file.data.source),
+        sha256: named(file.data.sha256),
+        dvc: Vec::new(),
     };
     let claim = |approval: FileApproval| ClaimedApproval {
         by: approval.by,
         at: approval.at.as_ref().map(shown),
         comment: approval.comment,
     };
-    let data = file.data.map(|data| {
-        let FileData { name, version, source, sha256 } = data;
-        Data { name, sha256, version, source, dvc: Vec::new() }
+    let unknown = [
+        ("", file.rest),
+        ("git.", file.git.rest),
+        ("data.", file.data.rest),
+        ("training.", file.training.rest),
+    ];
+    let unknown = unknown.into_iter().flat_map(|(section, rest)| {
+        rest.into_keys().map(move |key| format!("{section}{}", short(&key)))
     });
-    let stated = |text: Option<String>| text.filter(|text| !text.is_empty());
-    let mut git = file.git;
-    if let Some(commit) = stated(file.git_commit) {
-        git.get_or_insert_default().commit.get_or_insert(commit);
-    }
-    let mut training = training;
-    if let Some(run) = stated(file.training_run) {
-        training.get_or_insert_default().run.get_or_insert(run);
-    }
     let lineage = Lineage {
-        owner: file.owner,
-        git,
-        data,
-        training,
+        owner: named(file.owner),
+        git: (git != Git::default()).then_some(git),
+        data: (data != Data::default()).then_some(data),
+        training: (training != Training::default()).then_some(training),
         datasets: file.datasets,
         frameworks: file.frameworks,
         claimed_approvals: file.approvals.into_iter().map(claim).collect(),
+        notes: unknown.map(|key| format!("{LINEAGE_FILE}: '{key}' means nothing here")).collect(),
         ..Lineage::default()
     };
     Ok(lineage.bounded())
@@ -466,6 +492,7 @@ impl Lineage {
             self.frameworks.entry(name).or_insert(version);
         }
         self.registry = self.registry.or(registry.registry);
+        self.notes.extend(registry.notes);
         self.conflicts.extend(conflicts);
         self.bounded()
     }
@@ -514,7 +541,10 @@ impl Lineage {
             let tags = std::mem::take(&mut registered.tags);
             registered.tags = bounded_map(tags, |value| short(&value));
         }
+        let frameworks = std::mem::take(&mut self.frameworks);
+        self.frameworks = bounded_map(frameworks, |value| short(&value));
         self.conflicts.truncate(ENTRIES_MAX);
+        self.notes.truncate(ENTRIES_MAX);
         self
     }
 }
@@ -549,15 +579,21 @@ mod tests {
 
     const FULL: &str = r#"
         owner = "risk@example.com"
+        training_run = "r-17"
+        ticket = "RISK-9"
         [git]
         commit = "4f3c2b1a"
         repository = "https://example.com/risk.git"
         [data]
+        name = "claims"
         version = "2026-01"
+        rows = 17
         [training]
-        run = "r-17"
         started_at = 2026-01-31T09:30:00Z
         metrics = { auc = 0.91 }
+        parameters = { depth = 3, kind = "tree" }
+        [frameworks]
+        onnx = "1.22.0"
         [[datasets]]
         name = "claims"
         digest = "ab12"
@@ -567,21 +603,35 @@ mod tests {
     "#;
 
     #[test]
-    fn the_file_is_read_whole_and_strictly() {
+    fn the_file_is_read_whole() {
         let lineage = from_toml(FULL).unwrap();
         assert_eq!(lineage.owner.as_deref(), Some("risk@example.com"));
         assert_eq!(lineage.git.as_ref().unwrap().commit.as_deref(), Some("4f3c2b1a"));
         let training = lineage.training.as_ref().unwrap();
+        assert_eq!(training.run.as_deref(), Some("r-17"));
         assert_eq!(training.started_at.unwrap().to_string(), "2026-01-31T09:30:00Z");
-        assert_eq!(training.metrics["auc"], 0.91);
+        assert_eq!((training.metrics["auc"], &*training.parameters["depth"]), (0.91, "3"));
+        assert_eq!(lineage.frameworks["onnx"], "1.22.0");
         assert_eq!(lineage.claimed_approvals[0].at.as_deref(), Some("2026-02-01T10:00:00Z"));
+        assert_eq!(lineage.notes.len(), 2, "{:?}", lineage.notes);
         let json = serde_json::to_string(&lineage).unwrap();
         assert_eq!(serde_json::from_str::<Lineage>(&json).unwrap(), lineage);
-        for bad in ["owner = 1", "[git]\ncomit = 'x'", "nonsense", "[training]\nended_at = 'x'"] {
+        for bad in ["owner = 1", "git_commit = ['x']", "nonsense", "[training]\nended_at = 'x'"] {
             assert!(from_toml(bad).is_err(), "{bad}");
         }
         let long = format!("owner = '{}'", "x".repeat(5000));
         assert_eq!(from_toml(&long).unwrap().owner.unwrap().len(), TEXT_MAX);
+        assert!(from_toml("git_commit = ''\n[data]").unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_repository_s_own_models_say_where_they_come_from() {
+        let models = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+        let folder = Folder::open(&models.join("iris/2")).unwrap();
+        let lineage = read(&folder).unwrap();
+        assert_eq!(lineage.owner.as_deref(), Some("Tidegate maintainers"));
+        assert_eq!(lineage.data.unwrap().name.as_deref(), Some("iris"));
+        assert!(lineage.notes.is_empty(), "{:?}", lineage.notes);
     }
 
     #[test]

@@ -85,6 +85,9 @@ pub trait Overseer: Send + Sync {
     /// Versions that stay loaded whatever the retention says.
     fn named(&self, model: &ModelName) -> BTreeSet<Version>;
 
+    /// Does something while nothing is decided: what [`Overseer::named`] says then, holds.
+    fn undisturbed(&self, work: &mut dyn FnMut());
+
     /// Remembers a version before it is put in service.
     ///
     /// # Errors
@@ -122,6 +125,10 @@ impl Overseer for Nobody {
 
     fn named(&self, _model: &ModelName) -> BTreeSet<Version> {
         BTreeSet::new()
+    }
+
+    fn undisturbed(&self, work: &mut dyn FnMut()) {
+        work();
     }
 
     fn remember(
@@ -237,12 +244,15 @@ impl Registry {
     pub async fn restore(&self, remembered: Vec<(ModelName, Vec<Version>)>) {
         let work = remembered.into_iter().map(|(model, versions)| {
             move |shared: Arc<Shared>| {
+                // All at once: a canary that came first would get what is not its own.
+                shared.board.set_closed(&model, true);
                 for version in versions.into_iter().rev() {
                     if let Err(error) = shared.restore(&model, version) {
                         let reason = error.message;
                         tracing::warn!(%model, %version, reason, "version not restored");
                     }
                 }
+                shared.board.set_closed(&model, false);
                 Ok(())
             }
         });

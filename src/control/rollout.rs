@@ -39,6 +39,8 @@ pub mod plan;
 mod tables;
 
 #[cfg(test)]
+pub(super) use machine::tests as machine_tests;
+#[cfg(test)]
 mod simulation;
 
 pub use controller::{Change, Controller, Desk, Handle};

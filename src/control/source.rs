@@ -34,6 +34,8 @@ use crate::domain::{Label, ModelName, Version};
 mod difference;
 mod directory;
 mod download;
+#[cfg(test)]
+mod faults;
 mod location;
 mod mlflow;
 mod names;

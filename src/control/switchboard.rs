@@ -35,6 +35,8 @@ struct Lines {
     held: BTreeSet<Version>,
     labels: HashMap<Label, Version>,
     traffic: Option<InForce>,
+    /// Its versions are still being put back: in no table until all of them are there.
+    closed: bool,
 }
 
 /// A traffic table, and what its sticky keys are hashed with.
@@ -82,6 +84,12 @@ impl Switchboard {
         });
     }
 
+    /// Keeps a model out of the table, or lets it in. With some of its versions only, those would get
+    /// what is the others'.
+    pub(super) fn set_closed(&self, model: &ModelName, closed: bool) {
+        self.change(model, |lines| lines.closed = closed);
+    }
+
     pub(super) fn set_traffic(&self, model: &ModelName, traffic: Option<InForce>) {
         self.change(model, |lines| lines.traffic = traffic);
     }
@@ -121,7 +129,8 @@ impl Switchboard {
             None => drop(next.models.remove(model)),
         }
         // What is kept of a model without versions is what somebody said of it.
-        if lines.served.is_empty() && lines.labels.is_empty() && lines.traffic.is_none() {
+        let said = !lines.labels.is_empty() || lines.traffic.is_some() || lines.closed;
+        if lines.served.is_empty() && !said {
             models.remove(model);
         }
         let mut names = next.models.keys();
@@ -139,7 +148,7 @@ impl Lines {
         let open = self.served.iter().filter(|(version, _)| !self.held.contains(version));
         let versions: BTreeMap<Version, Arc<Served>> =
             open.map(|(version, served)| (*version, Arc::clone(served))).collect();
-        if versions.is_empty() {
+        if versions.is_empty() || self.closed {
             return None;
         }
         let mut routes =

@@ -61,12 +61,15 @@ pub enum PrepareError {
 impl PrepareError {
     /// Whether the same bytes may fare better another time.
     pub(super) fn is_passing(&self) -> bool {
-        match self {
-            Self::State(_) | Self::Workers(_) | Self::NoCopy(_) => true,
-            Self::Fetch(FetchError::Io(_) | FetchError::Changed { .. }) | Self::Samples(_) => true,
-            Self::Probe(ProbeError::TimedOut(_) | ProbeError::Start(_)) => true,
-            _ => false,
-        }
+        matches!(
+            self,
+            Self::State(_)
+                | Self::Workers(_)
+                | Self::NoCopy(_)
+                | Self::Fetch(FetchError::Io(_) | FetchError::Changed { .. })
+                | Self::Samples(_)
+                | Self::Probe(ProbeError::TimedOut(_) | ProbeError::Start(_))
+        )
     }
 }
 

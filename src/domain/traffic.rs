@@ -252,17 +252,25 @@ impl Traffic {
     }
 
     /// Versions and shares in the order in which they take the buckets: canaries by number, and
-    /// then the stable version, which gets what is left.
+    /// then the labelled version, or else the oldest, which gets what is left. Who has most has no
+    /// part in the order: it would turn round, and everyone change sides, when a canary gets more
+    /// than half.
     ///
     /// It is the place where a share ends that is rounded, not the share: with each share rounded
     /// for itself (or by the largest remainder), raising one weight could move the places of others
     /// by a bucket, and users with them.
     pub fn shares_beside(&self, labelled: Option<Version>) -> Vec<(Version, u16)> {
-        let Some(stable) = self.stable(labelled) else { return Vec::new() };
-        let canaries = self.weights.iter().filter(|(version, _)| **version != stable);
-        let stable = self.weights.get_key_value(&stable);
+        if self.stable(labelled).is_none() {
+            return Vec::new();
+        }
+        let labelled = labelled.and_then(|version| self.weights.get_key_value(&version));
+        let last = labelled.or(self.weights.first_key_value());
+        let others = self
+            .weights
+            .iter()
+            .filter(|(version, _)| last.is_none_or(|(last, _)| last != *version));
         let order: Vec<(Version, f64)> =
-            canaries.chain(stable).map(|(version, weight)| (*version, *weight)).collect();
+            others.chain(last).map(|(version, weight)| (*version, *weight)).collect();
         // What the ones behind it weigh, for each.
         let mut behind = vec![0.0; order.len()];
         for at in (1..order.len()).rev() {

@@ -7,9 +7,9 @@
 //! ├─ version 2 ┼─ version 3 ┼──────────── stable version ─────────────────┤
 //! ```
 //!
-//! Canaries take the low buckets in the order of their numbers, the stable version all that is
-//! left. The buckets of a version that is not loaded are divided over the others by their shares,
-//! and those keep what they have.
+//! Canaries take the low buckets in the order of their numbers, the stable version (the labelled
+//! one, or else the oldest) all that is left. The buckets of a version that is not loaded are
+//! divided over the others by their shares, and those keep what they have.
 //!
 //! Invariants:
 //! - Choosing allocates nothing, takes no lock and reads no clock.

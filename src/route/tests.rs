@@ -126,7 +126,7 @@ fn a_split_follows_what_is_loaded_once_it_is_refreshed() {
     routes.refresh();
     let shares: Vec<u16> =
         routes.split.as_ref().unwrap().shares().map(|(_, _, share)| share).collect();
-    assert_eq!(shares, [100, 9900]);
+    assert_eq!(shares, [9900, 100], "the oldest comes last");
     routes.versions.retain(|version, _| version.get() == 2);
     // Not refreshed: nothing is served that is not there.
     assert_eq!(picked(&routes, "", &[]), Err(ErrorKind::Unavailable));
@@ -180,7 +180,8 @@ fn mirrors_are_versions_that_are_loaded_and_not_the_one_that_answers() {
     let model = "m".parse().unwrap();
     let mirrors = |version: Option<&VersionRef>| -> Vec<(u64, u16)> {
         let pick = table.pick_for(&model, version, &keys).unwrap();
-        pick.mirrors.iter().map(|mirror| (mirror.served.version.get(), mirror.share)).collect()
+        let number = |mirror: &Mirror| mirror.served.upgrade().unwrap().version.get();
+        pick.mirrors.iter().map(|mirror| (number(mirror), mirror.share)).collect()
     };
     assert_eq!(mirrors(None), [(2, 10_000)]);
     assert!(mirrors(Some(&version(1).into())).is_empty(), "who names a version tries something");

@@ -284,10 +284,8 @@ mod tests {
         assert!((got - wanted).abs() <= 1e-9 * wanted.abs().max(1.0), "{got}, wanted {wanted}");
     }
 
-    /// By hand, and with numpy: `np.abs(a - b).max()`, `(np.abs(a - b) / np.maximum(abs(a),
-    /// abs(b))).max()`, `a @ b / (norm(a) * norm(b))`.
     #[test]
-    fn numbers_differ_as_numpy_says() {
+    fn numbers_differ_as_the_formulas_say() {
         let a = fp32(&[2, 3], &[1.0, 2.0, 3.0, -4.0, 0.0, 6.0]);
         let b = fp32(&[2, 3], &[1.5, 2.0, 2.0, -4.0, 0.25, -6.0]);
         let difference = compare(&a, Some(&b), false);
@@ -305,6 +303,40 @@ mod tests {
         let same = compare(&a, Some(&a), false);
         let wanted = Floats { max_abs: 0.0, max_rel: 0.0, cosine: Some(1.0) };
         assert_eq!((same.agrees, same.floats), (true, Some(wanted)));
+    }
+
+    /// `at * by % modulus / modulus` for a thousand places, as numpy makes it too.
+    fn series(by: u32, modulus: u32) -> impl Iterator<Item = f64> {
+        (0..1000).map(move |at| f64::from(at * by % modulus) / f64::from(modulus))
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "as numpy's astype does")]
+    fn single(value: f64) -> f32 {
+        value as f32
+    }
+
+    /// What numpy 2.4.6 says of the same numbers.
+    #[test]
+    fn a_thousand_numbers_differ_as_numpy_says() {
+        let a: Vec<f32> = series(7919, 10_007).map(|x| single(x - 0.5)).collect();
+        let noise = series(104_729, 10_009).map(|x| 0.001 * single(x));
+        let b: Vec<f32> = a.iter().zip(noise).map(|(a, noise)| a + noise).collect();
+        let difference = compare(&fp32(&[1000], &a), Some(&fp32(&[1000], &b)), false);
+        let floats = difference.floats.unwrap();
+        near(floats.max_abs, 0.0009998977184295654);
+        near(floats.max_rel, 0.47598569364574145);
+        near(floats.cosine.unwrap(), 0.9999980029113188);
+        assert_eq!((difference.unequal, difference.agrees), (0, true));
+
+        // Rows of five probabilities.
+        let rows = |by, modulus: u32| -> Vec<f32> {
+            let raw: Vec<f64> = (0..1000_u32).map(|at| f64::from(at * by % modulus + 1)).collect();
+            let rows = raw.chunks(5).map(|row| (row, row.iter().sum::<f64>()));
+            rows.flat_map(|(row, sum)| row.iter().map(move |x| single(x / sum))).collect()
+        };
+        let (p, q) = (rows(7919, 10_007), rows(104_729, 10_009));
+        let difference = compare(&fp32(&[200, 5], &p), Some(&fp32(&[200, 5], &q)), false);
+        assert_eq!((difference.rows, difference.flips), (200, 159));
     }
 
     #[test]

@@ -65,7 +65,6 @@ async fn serve(shared: Arc<Shared>, mut jobs: mpsc::Receiver<Job>) {
 /// A copy on its way through a shadow.
 struct Run<'a> {
     answered: &'a Answered,
-    primary: &'a Served,
     shadow: &'a Arc<Served>,
     share: u16,
 }
@@ -87,11 +86,12 @@ impl Shared {
         if answered.deadline <= Instant::now() {
             return Err(ShadowOutcome::Deadline);
         }
-        let primary = answered.served.upgrade().ok_or(ShadowOutcome::Retired)?;
-        let run = Run { answered, primary: &primary, shadow, share: job.share };
+        let run = Run { answered, shadow, share: job.share };
         let started = Instant::now();
+        // Not kept while the shadow runs: it may be on its way out.
+        let bound = run.bind(&*run.primary()?);
         let mut completion = run.completion();
-        let done = self.infer(&run, &mut completion).await;
+        let done = self.infer(&run, bound, &mut completion).await;
         completion.timings.total = started.elapsed();
         if let Err(Stopped { failure, .. }) = &done {
             let message = failure.message.clone();
@@ -103,14 +103,19 @@ impl Shared {
             _ => self.observer.completed(Some(&shadow.stats), &completion),
         }
         done.map_err(|stopped| stopped.outcome)?;
-        self.compare(&run, &completion);
+        self.compare(&run, &*run.primary()?, &completion);
         Ok(())
     }
 
     /// Runs the shadow, and puts into `completion` what came of it.
-    async fn infer(&self, run: &Run<'_>, completion: &mut Completion) -> Result<(), Stopped> {
+    async fn infer(
+        &self,
+        run: &Run<'_>,
+        bound: Result<Vec<Tensor>, Failure>,
+        completion: &mut Completion,
+    ) -> Result<(), Stopped> {
         let failed = |failure| Stopped { outcome: ShadowOutcome::Failed, failure };
-        let bound = run.bind().map_err(failed)?;
+        let bound = bound.map_err(failed)?;
         completion.inputs.clone_from(&bound);
         let lane = &run.shadow.lane;
         let wait = run.answered.deadline.saturating_duration_since(Instant::now());
@@ -141,19 +146,19 @@ impl Shared {
         timeout(BUSY_WAIT_MAX, place).await.unwrap_or_else(|_| Err(Stopped::busy()))
     }
 
-    fn compare(&self, run: &Run<'_>, completion: &Completion) {
-        let compared = run.differences(&run.answered.completion.outputs, &completion.outputs);
+    fn compare(&self, run: &Run<'_>, primary: &Served, completion: &Completion) {
+        let compared = run.differences(primary, &completion.outputs);
         let comparison = Comparison {
             prediction_id: run.answered.completion.prediction_id,
             shadow_id: completion.prediction_id,
-            primary: run.primary,
+            primary,
             shadow: run.shadow,
             outputs: &compared,
         };
         self.tallies.lock().add(&comparison);
         for output in &compared {
             let agrees = output.difference.agrees;
-            run.shadow.stats.shadow_compared(run.primary.version, &output.name, agrees);
+            run.shadow.stats.shadow_compared(primary.version, &output.name, agrees);
         }
     }
 }
@@ -187,21 +192,30 @@ impl Run<'_> {
         }
     }
 
+    /// The version that made the answer, if it is there still.
+    fn primary(&self) -> Result<Arc<Served>, ShadowOutcome> {
+        self.answered.served.upgrade().ok_or(ShadowOutcome::Retired)
+    }
+
     /// The request's inputs as the shadow wants them: by name, in its own order.
-    fn bind(&self) -> Result<Vec<Tensor>, Failure> {
-        let specs = self.primary.signature.inputs.iter();
-        let named = specs
-            .zip(&self.answered.completion.inputs)
-            .map(|(spec, tensor)| NamedTensor { name: spec.name.clone(), tensor: tensor.clone() });
-        self.shadow.signature.bind(named.collect())
+    fn bind(&self, primary: &Served) -> Result<Vec<Tensor>, Failure> {
+        let inputs = primary.signature.inputs.iter().zip(&self.answered.completion.inputs);
+        let mut named: Vec<NamedTensor> = inputs
+            .map(|(spec, tensor)| NamedTensor { name: spec.name.clone(), tensor: tensor.clone() })
+            .collect();
+        if let Some(padding) = &self.shadow.lane.form().padding {
+            padding.fill_mask(&mut named);
+        }
+        self.shadow.signature.bind(named)
     }
 
     /// Of the answer's first [`OUTPUTS_MAX`] outputs.
-    fn differences(&self, answer: &[Tensor], shadow: &[Tensor]) -> Vec<Compared> {
-        let outputs = self.primary.signature.outputs.iter().zip(answer).take(OUTPUTS_MAX);
+    fn differences(&self, primary: &Served, shadow: &[Tensor]) -> Vec<Compared> {
+        let answer = &self.answered.completion.outputs;
+        let outputs = primary.signature.outputs.iter().zip(answer).take(OUTPUTS_MAX);
         let compared = outputs.map(|(spec, answer)| {
             let other = self.shadow.signature.output_at(&spec.name).and_then(|at| shadow.get(at));
-            let labels = &self.primary.settings.labels;
+            let labels = &primary.settings.labels;
             let labelled = labels.iter().any(|(output, _)| *output == spec.name);
             Compared {
                 name: spec.name.as_str().into(),

@@ -311,6 +311,7 @@ mod tests {
             let mut spread = Spread::default();
             values.iter().for_each(|value| spread.add(*value));
             values.sort_by(f64::total_cmp);
+            #[expect(clippy::cast_possible_truncation, reason = "at most 200")]
             let rank = (share * values.len() as f64).ceil() as usize;
             let exact = values[rank.clamp(1, values.len()) - 1];
             let got = spread.quantile(share);

@@ -3,6 +3,10 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[expect(unreachable_pub, reason = "shared with other tests")]
+#[path = "../support/wire.rs"]
+mod wire;
+
 mod cache;
 mod isolation;
 mod labels;

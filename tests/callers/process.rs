@@ -48,6 +48,8 @@ impl Process {
         command
             .env("TIDEGATE_REPOSITORY_PATH", root.join("models"))
             .env("TIDEGATE_SERVER_STATE_DIR", root.join("state"))
+            // The models were written just now, whole.
+            .env("TIDEGATE_REPOSITORY_QUIET_MS", "0")
             .env("TIDEGATE_LOG_FORMAT", format)
             .envs(config.iter().copied())
             .stdin(Stdio::null())

@@ -35,9 +35,9 @@ def free_ports(count):
 
 
 class Server:
-    """A running gateway: `http`, `grpc`, `metrics` and `admin` are `host:port`, `state` is its folder."""
+    """A running gateway: `http`, `grpc`, `metrics` and `admin` are `host:port`; `state` is its state folder."""
 
-    def __init__(self, repository, folder, config=None, wait=True):
+    def __init__(self, repository, folder, config=None, wait=True, environment=None):
         self.http, self.grpc, self.metrics, self.admin = (f"{HOST}:{port}" for port in free_ports(4))
         folder.mkdir(parents=True, exist_ok=True)
         self.log, self.state = folder / "log", folder / "state"
@@ -50,7 +50,11 @@ class Server:
             (folder / "tidegate.toml").write_text(config)
             arguments += ["--config", str(folder / "tidegate.toml")]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            # The models were written just now, whole: nobody has to wait and see.
+            variables = {**os.environ, "TIDEGATE_REPOSITORY_QUIET_MS": "0", **(environment or {})}
+            self.process = subprocess.Popen(
+                arguments, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=variables
+            )
         # A test that fails half-way leaves nothing running; for a process that has ended this does nothing.
         atexit.register(self.process.kill)
         if wait:

@@ -32,6 +32,8 @@ impl Gateway {
         command
             .env("TIDEGATE_REPOSITORY_PATH", root.join("models"))
             .env("TIDEGATE_SERVER_STATE_DIR", root.join("state"))
+            // The models were written just now, whole.
+            .env("TIDEGATE_REPOSITORY_QUIET_MS", "0")
             .env("TIDEGATE_SERVER_DRAIN_NOTICE_MS", "0")
             .env("RUST_BACKTRACE", "0")
             .stderr(std::fs::File::create(&log).unwrap())

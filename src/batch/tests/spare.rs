@@ -39,7 +39,7 @@ impl Stage {
     }
 
     fn release_all(&self) {
-        self.release.iter().for_each(|release| (0..16).for_each(|_| drop(release.try_send(()))));
+        self.release.iter().for_each(|release| while release.try_send(()).is_ok() {});
     }
 }
 

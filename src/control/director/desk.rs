@@ -105,7 +105,7 @@ impl Desk for Director {
         call: Call,
     ) -> Pending<'a, Versioned<TrafficView>> {
         // Here and now: the swap must not wait for a thread.
-        self.inner.swap_back(model);
+        self.inner.swap_back(model, &call);
         let model = model.clone();
         self.inner.run(move |inner| inner.rollback(&model, &call))
     }

@@ -31,7 +31,13 @@ impl Overseer for Inner {
         let mut named = books.get(model).map(super::Books::named).unwrap_or_default();
         drop(books);
         named.extend(self.default_version(model));
+        named.extend(self.hands.lock().coming(model));
         named
+    }
+
+    fn undisturbed(&self, work: &mut dyn FnMut()) {
+        let _one = self.writing.lock();
+        work();
     }
 
     fn remember(
@@ -42,6 +48,7 @@ impl Overseer for Inner {
         by: &Call,
     ) -> Result<(), Refusal> {
         let cleared = self.is_cleared(model, version, what.digest);
+        let asked = self.hands.lock().coming(model).any(|coming| coming == version);
         let _one = self.writing.lock();
         let books = self.books(model);
         let known = books.versions.get(&version);
@@ -49,7 +56,8 @@ impl Overseer for Inner {
         let doc = VersionDoc {
             what: what.clone(),
             cleared,
-            asked: known.is_some_and(|doc| doc.body.asked),
+            // With the load's answer on its way, it stays all the same.
+            asked: asked || known.is_some_and(|doc| doc.body.asked),
             first_seen: same.map_or_else(now, |doc| doc.body.first_seen),
             said: Said::now(by),
         };

@@ -49,21 +49,42 @@ impl Inner {
     }
 
     /// Puts the last good table in force, before anything is written: that needs nothing but memory.
-    pub(super) fn swap_back(&self, model: &ModelName) {
-        let TrafficDoc { good, salt, .. } = self.books(model).traffic.body;
+    /// What will be refused is not begun.
+    pub(super) fn swap_back(&self, model: &ModelName, call: &Call) {
+        let doc = self.books(model).traffic;
+        if self.check_reason(call).and_then(|()| check_match(call, &doc)).is_err() {
+            return;
+        }
+        let TrafficDoc { good, salt, .. } = doc.body;
         if let Some(traffic) = good.filter(|good| self.is_loaded(model, good)) {
             self.board.set_traffic(model, Some(InForce { traffic, salt }));
         }
     }
 
-    /// Back to the last good table. The caller has [swapped](Self::swap_back) already.
+    /// Back to the last good table. The caller has [swapped](Self::swap_back) already; what could not
+    /// be written is not in force.
     pub(super) fn rollback(
+        &self,
+        model: &ModelName,
+        call: &Call,
+    ) -> Result<Versioned<TrafficView>, Refusal> {
+        let done = self.write_rollback(model, call);
+        if done.is_err() {
+            let _one = self.writing.lock();
+            let TrafficDoc { traffic, salt, .. } = self.books(model).traffic.body;
+            self.board.set_traffic(model, traffic.map(|traffic| InForce { traffic, salt }));
+        }
+        done
+    }
+
+    fn write_rollback(
         &self,
         model: &ModelName,
         call: &Call,
     ) -> Result<Versioned<TrafficView>, Refusal> {
         self.alone("traffic.rollback", Some(model), model.as_str(), call, || {
             let books = self.known(model)?;
+            check_match(call, &books.traffic)?;
             let Some(good) = books.traffic.body.good.clone() else {
                 return Err(Refusal::Conflict(format!(
                     "model '{model}' has no table to go back to: nothing replaced a good one yet"
@@ -187,6 +208,10 @@ impl Inner {
     ) -> Result<Arc<Served>, Refusal> {
         let served = self.board.served(model, version);
         match served {
+            Some(_) if self.hands.lock().is_leaving(model, version) => {
+                let message = format!("version {version} of '{model}' is being unloaded");
+                Err(Refusal::Conflict(message))
+            }
             Some(_) if self.board.is_held(model, version) => {
                 Err(self.needs_approval(model, version))
             }

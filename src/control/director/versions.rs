@@ -1,4 +1,8 @@
 //! Versions: loaded and unloaded by an operator's word.
+//!
+//! Invariants:
+//! - What an operator loads is not retired by anyone else, from before it is loaded.
+//! - What an operator unloads is given no traffic, from when that was decided.
 
 use std::sync::Arc;
 
@@ -8,9 +12,65 @@ use crate::control::call::{Call, Refusal, Versioned};
 use crate::control::desk::Pending;
 use crate::control::store::Kind;
 use crate::control::view::VersionView;
-use crate::domain::{Digest, ModelName, Version};
+use crate::domain::{Digest, ErrorKind, ModelName, Version};
+
+/// Versions in the hands of operators, each as often as it is.
+#[derive(Default)]
+pub(super) struct Hands {
+    coming: Vec<(ModelName, Version)>,
+    leaving: Vec<(ModelName, Version)>,
+}
+
+/// Which hand.
+#[derive(Clone, Copy)]
+enum Hand {
+    Coming,
+    Leaving,
+}
+
+impl Hands {
+    fn of(&mut self, hand: Hand) -> &mut Vec<(ModelName, Version)> {
+        match hand {
+            Hand::Coming => &mut self.coming,
+            Hand::Leaving => &mut self.leaving,
+        }
+    }
+
+    /// Versions of a model that are being loaded.
+    pub(super) fn coming<'a>(&'a self, model: &ModelName) -> impl Iterator<Item = Version> + 'a {
+        let model = model.clone();
+        self.coming.iter().filter(move |(of, _)| *of == model).map(|(_, version)| *version)
+    }
+
+    pub(super) fn is_leaving(&self, model: &ModelName, version: Version) -> bool {
+        self.leaving.iter().any(|(of, leaving)| of == model && *leaving == version)
+    }
+}
+
+/// Holds a version until it goes.
+struct Held {
+    inner: Arc<Inner>,
+    hand: Hand,
+    what: (ModelName, Version),
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut hands = self.inner.hands.lock();
+        let held = hands.of(self.hand);
+        if let Some(at) = held.iter().position(|what| *what == self.what) {
+            held.swap_remove(at);
+        }
+    }
+}
 
 impl Inner {
+    fn hold(self: &Arc<Self>, hand: Hand, model: &ModelName, version: Version) -> Held {
+        let what = (model.clone(), version);
+        self.hands.lock().of(hand).push(what.clone());
+        Held { inner: Arc::clone(self), hand, what }
+    }
+
     pub(super) fn load(
         self: &Arc<Self>,
         model: ModelName,
@@ -22,6 +82,7 @@ impl Inner {
         // A task of its own: it is finished even when the caller goes away.
         let task = tokio::spawn(async move {
             let subject = books::version_name(&model, version);
+            let _coming = inner.hold(Hand::Coming, &model, version);
             let loaded = match inner.check_reason(&call) {
                 Ok(()) => inner.registry.load_version(&model, version, accept, &call).await,
                 Err(refusal) => {
@@ -31,7 +92,9 @@ impl Inner {
             match loaded {
                 Ok(()) => {
                     let work = move |inner: &Arc<Inner>| {
-                        inner.mark(&model, version, "version.load", true, true, &call)?;
+                        inner.alone("version.load", Some(&model), &subject, &call, || {
+                            inner.mark(&model, version, "version.load", true, true, &call)
+                        })?;
                         inner.version(&model, version)
                     };
                     inner.run(work).await
@@ -55,8 +118,12 @@ impl Inner {
         let task = tokio::spawn(async move {
             let (name, by) = (model.clone(), call.clone());
             let decided = inner.run(move |inner| inner.decide_unload(&name, version, &by)).await;
-            decided?;
-            inner.registry.unload_version(&model, version, &call).await?;
+            let _leaving = decided?;
+            match inner.registry.unload_version(&model, version, &call).await {
+                // Nobody wanted it any more, so the registry may have been quicker.
+                Err(failure) if failure.kind == ErrorKind::NotFound => {}
+                done => done?,
+            }
             inner.run(move |inner| inner.version(&model, version)).await
         });
         finish(task)
@@ -64,11 +131,11 @@ impl Inner {
 
     /// Remembers that nobody wants it any more, unless somebody does.
     fn decide_unload(
-        &self,
+        self: &Arc<Self>,
         model: &ModelName,
         version: Version,
         call: &Call,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Held, Refusal> {
         let subject = books::version_name(model, version);
         self.alone("version.unload", Some(model), &subject, call, || {
             let books = self.known(model)?;
@@ -82,7 +149,8 @@ impl Inner {
                      first"
                 )));
             }
-            self.mark(model, version, "version.unload", false, false, call)
+            self.mark(model, version, "version.unload", false, false, call)?;
+            Ok(self.hold(Hand::Leaving, model, version))
         })
     }
 

@@ -41,6 +41,7 @@ pub(super) const KEYS: &[(&str, &str)] = &[
     ("warmup.runs", "3"),
     ("versions.latest", "2"),
     ("versions.all", "true"),
+    ("versions.signature_change", "true"),
     ("versions.specific", "[1, 3]"),
 ];
 

@@ -20,15 +20,20 @@ impl Shared {
     /// Takes the versions out of service that are neither `chosen` nor named by anything, but for
     /// the one that answers who names none.
     pub(super) fn retire_others(&self, model: &ModelName, chosen: &BTreeSet<Version>, call: &Call) {
-        let named = self.overseer().named(model);
-        let gone: Vec<Version> = self
-            .board
-            .loaded(model)
-            .iter()
-            .map(|served| served.version)
-            .filter(|version| !chosen.contains(version) && !named.contains(version))
-            .collect();
-        for served in self.board.remove(model, &gone) {
+        let mut gone = Vec::new();
+        self.overseer().undisturbed(&mut || {
+            let named = self.overseer().named(model);
+            let there = self.board.loaded(model);
+            let unwanted: Vec<Version> = there
+                .iter()
+                .map(|served| served.version)
+                .filter(|version| !chosen.contains(version) && !named.contains(version))
+                .collect();
+            if !unwanted.is_empty() {
+                gone = self.board.remove(model, &unwanted);
+            }
+        });
+        for served in gone {
             self.enter(model, served.version, Life::Draining, "not kept any more");
             self.retire_aside(served, call.clone());
         }

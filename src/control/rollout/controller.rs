@@ -184,6 +184,8 @@ pub struct Controller<D> {
 
 struct Running {
     rollout: Arc<Rollout>,
+    /// As it was carried out last: the same, but for a rollback that could not be.
+    in_force: Arc<Rollout>,
     /// Holds the watch over its versions.
     seen: Option<Observation>,
     saved: Instant,
@@ -255,9 +257,8 @@ impl<D: Desk> Controller<D> {
             self.look_at_all().await;
             quiet_until = Instant::now() + ALARM_GAP;
         }
-        let saves: Vec<_> = self.running.values().map(|at| self.save(&at.rollout)).collect();
-        for save in saves {
-            save.await;
+        for running in self.running.values() {
+            save(&*self.desk, &running.in_force).await;
         }
     }
 
@@ -278,27 +279,16 @@ impl<D: Desk> Controller<D> {
         running.seen = Some(seen);
         if decision.holds() {
             running.rollout = Arc::new(next);
+            running.in_force = Arc::clone(&running.rollout);
             self.board.show(&running.rollout);
             let interval = Duration::from_secs(running.rollout.plan.interval_s);
             if running.saved.elapsed() >= interval {
                 running.saved = Instant::now();
-                let rollout = Arc::clone(&running.rollout);
-                self.save(&rollout).await;
+                save(&*self.desk, &running.rollout).await;
             }
             return;
         }
         self.decided(model, next, decision).await;
-    }
-
-    /// Holds nothing of `self` while it waits: the answers under way cannot be shared by threads.
-    fn save(&self, rollout: &Arc<Rollout>) -> impl Future<Output = ()> + Send + use<D> {
-        let (desk, rollout) = (Arc::clone(&self.desk), Arc::clone(rollout));
-        async move {
-            if let Err(refusal) = desk.save(&rollout).await {
-                let (model, id) = (&rollout.model, &rollout.id);
-                tracing::warn!(%model, rollout = id, %refusal, "progress not saved");
-            }
-        }
     }
 
     /// Carries out what a rollout decided by itself.
@@ -337,8 +327,10 @@ impl<D: Desk> Controller<D> {
         let Some(running) = self.running.get_mut(model) else {
             return Err(Refusal::NotFound(format!("model '{model}' has no rollout under way")));
         };
-        let (before, next) = (Arc::clone(&running.rollout), Arc::new(next));
-        self.board.show(&next);
+        let (before, next) = (Arc::clone(&running.in_force), Arc::new(next));
+        if matches!(next.state, State::Promoting | State::RollingBack) {
+            self.board.show(&next);
+        }
         let mut done = Rollout::clone(&next);
         done.carried_out(now);
         let change = Change { before: Some(&before), rollout: &done, decision, call };
@@ -348,8 +340,10 @@ impl<D: Desk> Controller<D> {
                 tracing::error!(%model, rollout = before.id, action, %refusal, "not carried out");
             }
             running.failed += 1;
-            // That it has to go back stands.
-            let stands = decision.action == Action::RollBack;
+            // That it has to go back stands, unless somebody has put another table in force: the next
+            // look sees that.
+            let stale = matches!(refusal, Refusal::Stale { .. });
+            let stands = decision.action == Action::RollBack && !stale;
             running.rollout = if stands { next } else { before };
             self.board.show(&running.rollout);
             return Err(refusal);
@@ -357,6 +351,7 @@ impl<D: Desk> Controller<D> {
         let done = Arc::new(done);
         running.failed = 0;
         running.rollout = Arc::clone(&done);
+        running.in_force = Arc::clone(&done);
         self.follow(&done, decision);
         Ok(done)
     }
@@ -437,9 +432,7 @@ impl<D: Desk> Controller<D> {
         let Order { what, call, reply } = order;
         let done = match what {
             What::Start(start) => self.start(*start, &call).await,
-            What::Command { model, id, command } => {
-                self.command(&model, &id, command, &call).await
-            }
+            What::Command { model, id, command } => self.command(&model, &id, command, &call).await,
         };
         // Nobody may be there any more to hear it.
         drop(reply.send(done));
@@ -494,6 +487,7 @@ impl<D: Desk> Controller<D> {
         self.board.show(&rollout);
         let running = Running {
             rollout: Arc::clone(&rollout),
+            in_force: Arc::clone(&rollout),
             seen: None,
             saved: Instant::now(),
             asking: None,
@@ -504,6 +498,13 @@ impl<D: Desk> Controller<D> {
 
     fn now(&self) -> Now {
         Now { at: Timestamp::now(), monotonic: self.began.elapsed() }
+    }
+}
+
+async fn save(desk: &impl Desk, rollout: &Rollout) {
+    if let Err(refusal) = desk.save(rollout).await {
+        let Rollout { model, id, .. } = rollout;
+        tracing::warn!(%model, rollout = id, %refusal, "progress not saved");
     }
 }
 

@@ -294,16 +294,26 @@ pub struct Evidence {
     /// For people: no guard reads it.
     #[serde(default)]
     pub latency: Latencies,
-    /// The observation before, from which the next difference is taken.
     #[serde(skip)]
     #[schema(ignore)]
-    seen: Option<Seen>,
+    before: Before,
     #[serde(skip)]
     #[schema(ignore)]
     histograms: Histograms,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+/// What the next difference is taken from.
+#[derive(Clone, Debug, Default, PartialEq)]
+enum Before {
+    /// Nothing: a record that was read back belongs to a process whose counters began after it.
+    #[default]
+    Zero,
+    /// The next observation: what was counted before the rollout is not its own.
+    Next,
+    Seen(Box<Seen>),
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Seen {
     stable: ArmTotals,
     candidate: ArmTotals,
@@ -317,13 +327,21 @@ struct Histograms {
 }
 
 impl Evidence {
-    /// Takes what has happened since the observation before. The first one only says where counting
-    /// begins.
+    /// Of a rollout that starts: the first observation only says where counting begins.
+    pub fn starting() -> Self {
+        Self { before: Before::Next, ..Self::default() }
+    }
+
+    /// Takes what has happened since the observation before.
     pub fn add(&mut self, seen: &Observation, thresholds: Thresholds) {
         let stable = seen.stable.clone().unwrap_or_default();
         let candidate = seen.candidate.clone().unwrap_or_default();
-        let now = Seen { stable, candidate, shadow: seen.shadow };
-        let Some(before) = self.seen.replace(now.clone()) else { return };
+        let now = Box::new(Seen { stable, candidate, shadow: seen.shadow });
+        let before = match std::mem::replace(&mut self.before, Before::Seen(now.clone())) {
+            Before::Zero => Box::default(),
+            Before::Next => return,
+            Before::Seen(seen) => seen,
+        };
         // What is not loaded has counted nothing; loaded again, it counts from 0.
         let candidate = Difference::of(&before.candidate, &now.candidate);
         let stable = Difference::of(&before.stable, &now.stable);

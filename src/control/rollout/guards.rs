@@ -15,7 +15,9 @@ use utoipa::ToSchema;
 use super::evidence::{
     Count, Event, Evidence, Level, Mixture, ShadowTally, Tally, Thresholds, share_bounds,
 };
-use super::plan::{Floor, Guards, LatencyRatio, NonFinite, SampleRatio, ShadowDisagreement};
+use super::plan::{
+    DEFAULT_ALPHA, Floor, Guards, LatencyRatio, NonFinite, SampleRatio, ShadowDisagreement,
+};
 use crate::observe::LATENCY_BOUNDS_NS;
 
 /// Largest e-value that is shown; JSON has no infinity.
@@ -166,7 +168,9 @@ pub fn evaluate(sight: &Sight<'_>) -> Vec<GuardReport> {
         feedback: _,
     } = sight.guards;
     let reports = [
-        error_rate.as_ref().map(|guard| sight.compare(Guard::ErrorRate, Event::Failure, guard.alpha)),
+        error_rate
+            .as_ref()
+            .map(|guard| sight.compare(Guard::ErrorRate, Event::Failure, guard.alpha)),
         error_ceiling.as_ref().map(|guard| sight.ceiling(guard.share_max, guard.alpha)),
         slow_share.as_ref().map(|guard| {
             let report = sight.compare(Guard::SlowShare, Event::Slow, guard.alpha);
@@ -193,13 +197,13 @@ impl Sight<'_> {
         (candidate.count(what), stable.count(what))
     }
 
-    fn compare(&self, guard: Guard, what: Event, alpha: f64) -> GuardReport {
+    fn compare(&self, guard: Guard, what: Event, alpha: Option<f64>) -> GuardReport {
         let mixture = self.evidence.compared(what, |level| self.by_requests(level));
         let (candidate, stable) = self.arms(what);
         by_evidence(guard, &mixture, alpha, candidate).with_arms(candidate, Some(stable))
     }
 
-    fn ceiling(&self, share: f64, alpha: f64) -> GuardReport {
+    fn ceiling(&self, share: f64, alpha: Option<f64>) -> GuardReport {
         let mixture = self.evidence.exceeding(Event::Failure, share);
         let (candidate, _) = self.arms(Event::Failure);
         by_evidence(Guard::ErrorCeiling, &mixture, alpha, candidate).with_arms(candidate, None)
@@ -213,7 +217,9 @@ impl Sight<'_> {
                     "the stable version has had {} of {LEARN_MIN} requests to take its quantile from",
                     self.learnt_from
                 ),
-                false => "the threshold would be beyond the longest time that is told apart".to_owned(),
+                false => {
+                    "the threshold would be beyond the longest time that is told apart".to_owned()
+                }
             };
             return GuardReport::new(Guard::LatencyRatio, GuardOutcome::Inconclusive, why);
         };
@@ -257,7 +263,7 @@ impl Sight<'_> {
             GuardReport::new(Guard::NonFinite, GuardOutcome::Fail, why)
         } else {
             let mixture = self.evidence.compared(Event::NonFinite, |level| self.by_requests(level));
-            by_evidence(Guard::NonFinite, &mixture, guard.alpha, candidate)
+            by_evidence(Guard::NonFinite, &mixture, Some(guard.alpha), candidate)
         };
         report.with_arms(candidate, Some(stable))
     }
@@ -276,9 +282,8 @@ impl Sight<'_> {
         } else {
             let failures = |tally: &Tally| tally.count(Event::Failure);
             let counts = [failures(&candidate), failures(&level), copies];
-            let over = |count: &Count| {
-                count.of >= guard.requests && count.share() >= guard.failure_share
-            };
+            let over =
+                |count: &Count| count.of >= guard.requests && count.share() >= guard.failure_share;
             let found = counts.into_iter().find(over);
             found.map(|count| format!("{} of {} requests failed", count.events, count.of))
         };
@@ -290,8 +295,13 @@ impl Sight<'_> {
 }
 
 /// What an e-value says. Half of what it takes to fail is enough not to give the candidate more.
-fn by_evidence(guard: Guard, mixture: &Mixture, alpha: f64, candidate: Count) -> GuardReport {
-    let (ln, limit) = (mixture.ln(), 1.0 / alpha);
+fn by_evidence(
+    guard: Guard,
+    mixture: &Mixture,
+    alpha: Option<f64>,
+    candidate: Count,
+) -> GuardReport {
+    let (ln, limit) = (mixture.ln(), 1.0 / alpha.unwrap_or(DEFAULT_ALPHA));
     let evidence = ln.min(EVIDENCE_MAX_LN).exp();
     let outcome = if ln >= limit.ln() {
         GuardOutcome::Fail
@@ -314,7 +324,7 @@ fn by_evidence(guard: Guard, mixture: &Mixture, alpha: f64, candidate: Count) ->
 
 fn disagreement(shadow: &ShadowTally, guard: &ShadowDisagreement) -> GuardReport {
     let count = shadow.disagreements();
-    let (low, high) = share_bounds(count, guard.alpha);
+    let (low, high) = share_bounds(count, guard.alpha.unwrap_or(DEFAULT_ALPHA));
     let outcome = if low > guard.max {
         GuardOutcome::Fail
     } else if high <= guard.max {
@@ -364,10 +374,10 @@ mod tests {
 
     fn all() -> Guards {
         Guards {
-            error_ceiling: Some(ErrorCeiling { share_max: 0.05, alpha: 0.05 }),
-            slow_share: Some(SlowShare { threshold_ms: 100.0, alpha: 0.05 }),
-            latency_ratio: Some(LatencyRatio { quantile: 0.95, ratio_max: 1.5, alpha: 0.05 }),
-            shadow_disagreement: Some(ShadowDisagreement { max: 0.02, alpha: 0.05 }),
+            error_ceiling: Some(ErrorCeiling { share_max: 0.05, alpha: None }),
+            slow_share: Some(SlowShare { threshold_ms: 100.0, alpha: None }),
+            latency_ratio: Some(LatencyRatio { quantile: 0.95, ratio_max: 1.5, alpha: None }),
+            shadow_disagreement: Some(ShadowDisagreement { max: 0.02, alpha: None }),
             ..Guards::default()
         }
     }
@@ -385,7 +395,9 @@ mod tests {
 
     #[test]
     fn each_guard_passes_fails_or_waits_by_its_own_numbers() {
-        use Guard::{ErrorCeiling, ErrorRate, Floor, LatencyRatio, NonFinite, SampleRatio, SlowShare};
+        use Guard::{
+            ErrorCeiling, ErrorRate, Floor, LatencyRatio, NonFinite, SampleRatio, SlowShare,
+        };
         let fine = [1_000, 5, 5, 5, 0];
         let stable = [19_000, 95, 95, 95, 0];
         let with = |at: usize, count| {

@@ -112,8 +112,7 @@ fn promoted_means_all(after: &Rollout) -> bool {
 }
 
 fn dry_run_is_dry(after: &Rollout, decision: &Decision) -> bool {
-    let nothing =
-        after.traffic.is_none() && after.weight <= 0.0 && decision.traffic.is_none();
+    let nothing = after.traffic.is_none() && after.weight <= 0.0 && decision.traffic.is_none();
     !after.plan.dry_run || (nothing && decision.dry_run)
 }
 

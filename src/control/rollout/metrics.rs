@@ -51,7 +51,9 @@ impl Board {
     }
 
     pub(super) fn get(&self, model: &ModelName) -> Option<Arc<Rollout>> {
-        self.living().into_iter().find_map(|(rollout, _)| (rollout.model == *model).then_some(rollout))
+        self.living()
+            .into_iter()
+            .find_map(|(rollout, _)| (rollout.model == *model).then_some(rollout))
     }
 
     /// Records, and whether each has ended.
@@ -84,14 +86,20 @@ type Named = (&'static str, Kind, &'static str);
 
 const STATE: Named =
     ("tidegate_rollout_state", Kind::Gauge, "1 for the state that the model's rollout is in");
-const WEIGHT: Named =
-    ("tidegate_rollout_weight_ratio", Kind::Gauge, "Share of the traffic that a rollout gives its candidate");
+const WEIGHT: Named = (
+    "tidegate_rollout_weight_ratio",
+    Kind::Gauge,
+    "Share of the traffic that a rollout gives its candidate",
+);
 const GUARD: Named =
     ("tidegate_rollout_guard", Kind::Gauge, "1 for the answer that a rollout's guard gave last");
 const EVIDENCE: Named =
     ("tidegate_rollout_evidence", Kind::Gauge, "Number that a rollout's guard goes by");
-const LIMIT: Named =
-    ("tidegate_rollout_evidence_limit", Kind::Gauge, "Number at which that guard stops the rollout");
+const LIMIT: Named = (
+    "tidegate_rollout_evidence_limit",
+    Kind::Gauge,
+    "Number at which that guard stops the rollout",
+);
 const REQUESTS: Named =
     ("tidegate_rollout_requests", Kind::Gauge, "Requests that a rollout has seen, by arm");
 const FAILURES: Named =
@@ -110,7 +118,13 @@ impl Default for Page {
 }
 
 impl Page {
-    fn push(&mut self, named: Named, model: &ModelName, labels: &[(&'static str, &str)], value: f64) {
+    fn push(
+        &mut self,
+        named: Named,
+        model: &ModelName,
+        labels: &[(&'static str, &str)],
+        value: f64,
+    ) {
         let model = ("model".into(), model.to_string());
         let rest = labels.iter().map(|(name, value)| ((*name).into(), (*value).to_owned()));
         let labels: Labels = std::iter::once(model).chain(rest).collect();
@@ -143,7 +157,8 @@ impl Page {
                 self.push(LIMIT, model, &[guard], limit);
             }
         }
-        let arms = [("canary", rollout.evidence.candidate()), ("stable", rollout.evidence.stable())];
+        let arms =
+            [("canary", rollout.evidence.candidate()), ("stable", rollout.evidence.stable())];
         for (arm, tally) in arms {
             self.push(REQUESTS, model, &[("arm", arm)], tally.requests as f64);
             self.push(FAILURES, model, &[("arm", arm)], tally.failures as f64);
@@ -163,7 +178,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn series_follow_a_rollout_and_end_with_it() {
         let board = Board::default();
-        let mut sim = Sim::new(plan(serde_json::json!({"candidate": "2", "steps": [{"weight": 5}]})));
+        let mut sim =
+            Sim::new(plan(serde_json::json!({"candidate": "2", "steps": [{"weight": 5}]})));
         sim.look(1, 100, 1_900, 0, 10);
         board.show(&Arc::new(sim.rollout.clone()));
         let text = page(&board);

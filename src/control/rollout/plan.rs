@@ -20,6 +20,8 @@ pub const TIME_MAX_S: u64 = 30 * 24 * 3600;
 pub const SAMPLES_MAX: u64 = 1_000_000_000;
 /// Longest threshold of a slow request, in milliseconds: the last bound of the latency histograms.
 pub const THRESHOLD_MAX_MS: f64 = 60_000.0;
+/// `alpha` of a plan that says nothing else.
+pub const DEFAULT_ALPHA: f64 = 0.05;
 /// Failures in a row, or requests, that a floor may ask for.
 const FLOOR_MAX: u64 = 1_000_000;
 
@@ -40,6 +42,10 @@ pub struct Plan {
     /// What has to hold. `gates` means the same.
     #[serde(default, alias = "gates")]
     pub guards: Guards,
+    /// Most probable share of rollouts of a version that is no worse that the guards together take
+    /// back. Guards that say nothing else share it equally.
+    #[serde(default = "default_alpha")]
+    pub alpha: f64,
     /// Time between two decisions to go on. Decisions to go back are not held up by it.
     #[serde(default = "default_interval_s")]
     pub interval_s: u64,
@@ -223,11 +229,11 @@ impl Default for Guards {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ErrorRate {
-    /// Most probable share of rollouts of a version that is no worse that this guard takes back.
-    pub alpha: f64,
+    /// This guard's part of the plan's `alpha`; an equal part where nothing is said.
+    pub alpha: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -235,8 +241,9 @@ pub struct ErrorRate {
 pub struct ErrorCeiling {
     /// Share of failures that is allowed, above 0 and below 1.
     pub share_max: f64,
-    #[serde(default = "default_alpha")]
-    pub alpha: f64,
+    /// As of `error_rate`.
+    #[serde(default)]
+    pub alpha: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -245,8 +252,9 @@ pub struct SlowShare {
     /// A request is slow that takes longer. Rounded up to a bound of the latency histograms, which
     /// the guard's report shows.
     pub threshold_ms: f64,
-    #[serde(default = "default_alpha")]
-    pub alpha: f64,
+    /// As of `error_rate`.
+    #[serde(default)]
+    pub alpha: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -257,8 +265,9 @@ pub struct LatencyRatio {
     pub quantile: f64,
     /// Most times that the candidate's may be the stable version's, at least 1.
     pub ratio_max: f64,
-    #[serde(default = "default_alpha")]
-    pub alpha: f64,
+    /// As of `error_rate`.
+    #[serde(default)]
+    pub alpha: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -266,8 +275,9 @@ pub struct LatencyRatio {
 pub struct ShadowDisagreement {
     /// Share of copied requests whose answer may differ, or fail.
     pub max: f64,
-    #[serde(default = "default_alpha")]
-    pub alpha: f64,
+    /// As of `error_rate`.
+    #[serde(default)]
+    pub alpha: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -282,7 +292,8 @@ pub struct SampleRatio {
 pub struct NonFinite {
     /// Answers of the candidate that may hold such a value, while the stable version gives none.
     pub max: u64,
-    /// As of `error_rate`, where the stable version gives such values too.
+    /// Where the stable version gives such values too, the candidate may not give more. Not a part
+    /// of the plan's `alpha`.
     pub alpha: f64,
 }
 
@@ -308,14 +319,8 @@ pub struct DriftGuard {
 #[serde(deny_unknown_fields)]
 pub struct FeedbackGuard {
     pub metric: String,
-    #[serde(default = "default_alpha")]
-    pub alpha: f64,
-}
-
-impl Default for ErrorRate {
-    fn default() -> Self {
-        Self { alpha: default_alpha() }
-    }
+    #[serde(default)]
+    pub alpha: Option<f64>,
 }
 
 impl Default for SampleRatio {
@@ -326,7 +331,7 @@ impl Default for SampleRatio {
 
 impl Default for NonFinite {
     fn default() -> Self {
-        Self { max: 0, alpha: default_alpha() }
+        Self { max: 0, alpha: 0.005 }
     }
 }
 
@@ -346,6 +351,28 @@ impl Default for ShadowStep {
     }
 }
 
+impl Guards {
+    /// The guards that test: each one's part of the plan's `alpha`.
+    fn alphas(&mut self) -> impl Iterator<Item = &mut Option<f64>> {
+        let alphas = [
+            self.error_rate.as_mut().map(|guard| &mut guard.alpha),
+            self.error_ceiling.as_mut().map(|guard| &mut guard.alpha),
+            self.slow_share.as_mut().map(|guard| &mut guard.alpha),
+            self.latency_ratio.as_mut().map(|guard| &mut guard.alpha),
+            self.shadow_disagreement.as_mut().map(|guard| &mut guard.alpha),
+        ];
+        alphas.into_iter().flatten()
+    }
+
+    /// Equal parts: the probabilities of false alarms add up, at worst.
+    fn share_out(&mut self, alpha: f64) {
+        let guards = self.alphas().count().max(1) as f64;
+        for part in self.alphas() {
+            part.get_or_insert(alpha / guards);
+        }
+    }
+}
+
 fn given<T: Default>() -> Option<T> {
     Some(T::default())
 }
@@ -355,7 +382,7 @@ fn yes() -> bool {
 }
 
 fn default_alpha() -> f64 {
-    0.05
+    DEFAULT_ALPHA
 }
 
 fn default_quantile() -> f64 {
@@ -393,6 +420,7 @@ impl Plan {
             shadow: None,
             steps: Vec::new(),
             guards: Guards::default(),
+            alpha: default_alpha(),
             interval_s: default_interval_s(),
             inconclusive_max_s: default_inconclusive_max_s(),
             on_pass: OnPass::default(),
@@ -402,7 +430,7 @@ impl Plan {
         }
     }
 
-    /// With its steps written out where it names none.
+    /// With its steps written out where it names none, and each guard's part of `alpha`.
     #[must_use]
     pub fn filled(mut self) -> Self {
         if self.steps.is_empty() {
@@ -414,6 +442,7 @@ impl Plan {
                 self.shadow.get_or_insert_default();
             }
         }
+        self.guards.share_out(self.alpha);
         self
     }
 
@@ -474,19 +503,21 @@ impl Plan {
 
     fn check_guards(&self, problems: &mut Problems) {
         let guards = &self.guards;
+        problems.alpha("alpha", Some(self.alpha));
         if let Some(guard) = &guards.error_rate {
-            problems.alpha("error_rate", guard.alpha);
+            problems.alpha("guards.error_rate.alpha", guard.alpha);
         }
         if let Some(guard) = &guards.error_ceiling {
             problems.share("guards.error_ceiling.share_max", guard.share_max);
-            problems.alpha("error_ceiling", guard.alpha);
+            problems.alpha("guards.error_ceiling.alpha", guard.alpha);
         }
         if let Some(guard) = &guards.slow_share {
             let (path, ms) = ("guards.slow_share.threshold_ms", guard.threshold_ms);
             if !(ms > 0.0 && ms < THRESHOLD_MAX_MS) {
-                problems.add(path, format!("expected above 0 and below {THRESHOLD_MAX_MS}, got {ms}"));
+                problems
+                    .add(path, format!("expected above 0 and below {THRESHOLD_MAX_MS}, got {ms}"));
             }
-            problems.alpha("slow_share", guard.alpha);
+            problems.alpha("guards.slow_share.alpha", guard.alpha);
         }
         if let Some(guard) = &guards.latency_ratio {
             problems.share("guards.latency_ratio.quantile", guard.quantile);
@@ -495,11 +526,11 @@ impl Plan {
                 let message = format!("expected a number from 1 to 1000, got {ratio}");
                 problems.add("guards.latency_ratio.ratio_max", message);
             }
-            problems.alpha("latency_ratio", guard.alpha);
+            problems.alpha("guards.latency_ratio.alpha", guard.alpha);
         }
         if let Some(guard) = &guards.shadow_disagreement {
             problems.share("guards.shadow_disagreement.max", guard.max);
-            problems.alpha("shadow_disagreement", guard.alpha);
+            problems.alpha("guards.shadow_disagreement.alpha", guard.alpha);
             if self.shadow.is_none() && (!self.steps.is_empty() || self.dry_run) {
                 problems.add("guards.shadow_disagreement", "needs the step 'shadow'");
             }
@@ -508,7 +539,7 @@ impl Plan {
             problems.share("guards.sample_ratio.p_min", guard.p_min);
         }
         if let Some(guard) = &guards.non_finite {
-            problems.alpha("non_finite", guard.alpha);
+            problems.alpha("guards.non_finite.alpha", Some(guard.alpha));
         }
         if let Some(guard) = &guards.floor {
             let path = "guards.floor.consecutive_failures";
@@ -569,9 +600,9 @@ impl Problems {
         }
     }
 
-    fn alpha(&mut self, guard: &str, got: f64) {
+    fn alpha(&mut self, path: &str, got: Option<f64>) {
+        let Some(got) = got else { return };
         if !(got > 0.0 && got <= 0.5) {
-            let path = format!("guards.{guard}.alpha");
             self.add(path, format!("expected above 0 and at most 0.5, got {got}"));
         }
     }
@@ -593,8 +624,12 @@ mod tests {
         assert_eq!(short, Plan::of(VersionRef::parse("2").unwrap().unwrap()));
         assert!(short.check().is_ok());
         let filled = short.filled();
-        assert_eq!(filled.steps.iter().map(|step| step.weight).collect::<Vec<_>>(), DEFAULT_WEIGHTS);
+        assert_eq!(
+            filled.steps.iter().map(|step| step.weight).collect::<Vec<_>>(),
+            DEFAULT_WEIGHTS
+        );
         assert_eq!(filled.shadow, Some(ShadowStep::default()));
+        assert_eq!(filled.guards.error_rate, Some(ErrorRate { alpha: Some(0.05) }));
         assert!(filled.check().is_ok());
         assert_eq!(filled.clone().filled(), filled);
         assert_eq!(filled.asks().count(), 0);
@@ -613,9 +648,23 @@ mod tests {
         }}));
         assert_eq!(given.guards.error_rate, None);
         assert_eq!(given.guards.floor, Some(Floor { requests: 40, ..Floor::default() }));
-        let ceiling = ErrorCeiling { share_max: 0.02, alpha: 0.05 };
+        let ceiling = ErrorCeiling { share_max: 0.02, alpha: None };
         assert_eq!(given.guards.error_ceiling, Some(ceiling));
         assert_eq!(given.guards.sample_ratio, Some(SampleRatio { p_min: 1e-4 }));
+    }
+
+    #[test]
+    fn guards_share_alpha_unless_they_say_more() {
+        let filled = plan(json!({"candidate": "2", "alpha": 0.04, "guards": {
+            "slow_share": {"threshold_ms": 5}, "latency_ratio": {"ratio_max": 2, "alpha": 0.001},
+            "error_ceiling": {"share_max": 0.1},
+        }}))
+        .filled();
+        let guards = &filled.guards;
+        assert_eq!(guards.error_rate.unwrap().alpha, Some(0.01));
+        assert_eq!(guards.slow_share.unwrap().alpha, Some(0.01));
+        assert_eq!(guards.latency_ratio.unwrap().alpha, Some(0.001));
+        assert_eq!(filled.clone().filled(), filled);
     }
 
     #[test]
@@ -658,7 +707,7 @@ mod tests {
                 "non_finite": {"alpha": -1}, "floor": {"consecutive_failures": 0, "failure_share": 1},
                 "drift": {"score_max": 0.1}, "feedback": {"metric": "accuracy"},
             },
-            "interval_s": 0, "inconclusive_max_s": 0, "hooks": ["step", "step"],
+            "alpha": 0.9, "interval_s": 0, "inconclusive_max_s": 0, "hooks": ["step", "step"],
         }));
         let problems = wrong.check().unwrap_err();
         let paths: Vec<&str> =
@@ -671,6 +720,7 @@ mod tests {
             "steps[3].min_samples",
             "interval_s",
             "inconclusive_max_s",
+            "alpha",
             "guards.error_rate.alpha",
             "guards.error_ceiling.share_max",
             "guards.error_ceiling.alpha",
@@ -709,6 +759,29 @@ mod tests {
             json!({}),
         ] {
             assert!(serde_json::from_value::<Plan>(wrong.clone()).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_documentations_plans_are_right_and_whole() {
+        let page = include_str!("../../../docs/rollouts.md");
+        let blocks = page.split("```json\n").skip(1).filter_map(|rest| rest.split("```").next());
+        let mut plans = 0;
+        for block in blocks {
+            let value: serde_json::Value = serde_json::from_str(block).unwrap();
+            if value.get("candidate").is_some() {
+                assert_eq!(plan(value).check(), Ok(()));
+                plans += 1;
+            }
+        }
+        assert_eq!(plans, 2);
+        let all = serde_json::to_value(Plan::of(VersionRef::parse("2").unwrap().unwrap())).unwrap();
+        let guards = all["guards"].as_object().unwrap();
+        for key in all.as_object().unwrap().keys().chain(guards.keys()) {
+            assert!(page.contains(&format!("`{key}`")), "docs/rollouts.md lacks {key}");
+        }
+        for kind in HookKind::ALL {
+            assert!(page.contains(&format!("`{kind}`")), "docs/rollouts.md lacks {kind}");
         }
     }
 }

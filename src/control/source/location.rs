@@ -92,8 +92,8 @@ impl FromStr for Location {
             "s3" => Bucket::parse(Provider::S3, rest).map(Self::Objects),
             "gs" => Bucket::parse(Provider::Gcs, rest).map(Self::Objects),
             "az" => Bucket::parse(Provider::Azure, rest).map(Self::Objects),
-            "mlflow+http" => Tracking::parse(&format!("http://{rest}")).map(Self::Mlflow),
-            "mlflow+https" => Tracking::parse(&format!("https://{rest}")).map(Self::Mlflow),
+            "mlflow+http" => Tracking::parse("http", rest).map(Self::Mlflow),
+            "mlflow+https" => Tracking::parse("https", rest).map(Self::Mlflow),
             "file" if rest.starts_with('/') => Ok(Self::Folder(PathBuf::from(rest))),
             _ => Err(LocationError::Scheme),
         }
@@ -146,8 +146,12 @@ impl Bucket {
 }
 
 impl Tracking {
-    fn parse(text: &str) -> Result<Self, LocationError> {
-        let mut base = Url::parse(text).map_err(LocationError::Url)?;
+    fn parse(scheme: &str, rest: &str) -> Result<Self, LocationError> {
+        // Slashes too many are passed over by the library.
+        if rest.starts_with(['/', '\\']) {
+            return Err(LocationError::Host);
+        }
+        let mut base = Url::parse(&format!("{scheme}://{rest}")).map_err(LocationError::Url)?;
         if !base.username().is_empty() || base.password().is_some() {
             return Err(LocationError::Credentials);
         }

@@ -31,7 +31,7 @@ use self::api::{Api, Auth, ModelVersion, RegisteredModel, Run};
 use self::artifact::{Artifacts, Place, ProxiedFile};
 use self::mlmodel::MlModel;
 use super::download::{Backoff, Wanted, download_all};
-use super::net::{Gate, HostPort, Net};
+use super::net::{Gate, HostPort, Net, Times};
 use super::quiet::{Now, Observations, Verdict};
 use super::store::{self, Stores};
 use super::{
@@ -51,12 +51,26 @@ pub(super) mod webhook;
 
 /// Versions whose artifacts are looked at at once.
 const LOOKS_MAX: usize = 8;
-/// Newest versions of a model whose artifacts are looked at; the others' only when they are staged.
-const FACTS_MAX: usize = 64;
+/// Newest versions of a model whose artifacts are looked at; the others' only when an alias names
+/// them or they were staged. A server with accounts takes a fifth of a second for each request.
+const FACTS_MAX: usize = 8;
+/// How long one look may look at artifacts; what is left is for the next.
+const FACTS_TIME_MAX: Duration = Duration::from_secs(20);
+/// When that is.
+const NEXT_LOOK: Duration = Duration::from_millis(100);
 /// Looks at the registry for each look at an artifact that is known.
 const FACTS_EVERY: u32 = 4;
-/// Files whose entity tags count.
+/// Files whose entity tags count: the model's and its weights'.
 const TAGS_MAX: usize = 8;
+/// What MLflow writes beside each model, and does not change what it answers.
+const ACCESSORIES: [&str; 6] = [
+    mlmodel::FILE,
+    "conda.yaml",
+    "python_env.yaml",
+    "requirements.txt",
+    "input_example.json",
+    "serving_input_example.json",
+];
 /// How far the server's clock may be from ours.
 const SKEW_MAX: Duration = Duration::from_secs(60);
 
@@ -106,7 +120,18 @@ struct Opened {
 }
 
 impl Mlflow {
+    /// # Errors
+    /// When an address or a credential cannot be.
     pub fn new(tracking: Tracking, settings: &Settings) -> Result<Self, SourceError> {
+        Self::with(tracking, settings, Times::USUAL, Backoff::NETWORK)
+    }
+
+    fn with(
+        tracking: Tracking,
+        settings: &Settings,
+        times: Times,
+        backoff: Backoff,
+    ) -> Result<Self, SourceError> {
         let source = &settings.source;
         let mut hosts: Vec<HostPort> = HostPort::of(&tracking.base).into_iter().collect();
         for bucket in &source.mlflow.artifacts {
@@ -115,12 +140,12 @@ impl Mlflow {
         hosts.extend(source.allowed_hosts.iter().cloned());
         // The operator wrote mlflow+http:// out: that is consent for this server.
         let plain = source.allow_http || tracking.base.scheme() == "http";
-        let net = Net::new(Gate::new(hosts, plain))?;
+        let net = Net::new(Gate::new(hosts, plain), times)?;
         let (base, auth) = (tracking.base.clone(), Auth::new(&source.mlflow));
         Ok(Self {
             tracking,
-            api: Arc::new(Api::new(net.clone(), base, auth, Backoff::NETWORK)),
-            stores: Stores::new(source.store.clone(), net),
+            api: Arc::new(Api::new(net.clone(), base, auth, backoff)),
+            stores: Stores::new(source.store.clone(), net, backoff),
             artifacts: source.mlflow.artifacts.clone(),
             stable_alias: source.mlflow.stable_alias.clone(),
             size_max: settings.model_size_max,
@@ -129,7 +154,7 @@ impl Mlflow {
             observed: Mutex::new(Observations::new(source.quiet, SKEW_MAX)),
             known: Mutex::default(),
             wake: Notify::new(),
-            backoff: Backoff::NETWORK,
+            backoff,
         })
     }
 
@@ -206,18 +231,25 @@ impl Mlflow {
             self.label(&alias, &versions, &mut listed);
         }
         let looked_at = self.looked_at(name, &versions, &listed);
-        let mut facts: HashMap<Version, Result<Facts, SourceError>> =
+        let until = now.instant + FACTS_TIME_MAX;
+        let mut facts: HashMap<Version, Result<Option<Facts>, SourceError>> =
             futures_util::stream::iter(looked_at)
                 .map(|(version, found)| async move {
-                    (version, self.facts(name, version, &found).await)
+                    (version, self.facts(name, version, &found, until).await)
                 })
                 .buffer_unordered(LOOKS_MAX)
                 .collect()
                 .await;
         for (version, found) in versions {
-            let facts = match facts.remove(&version).unwrap_or_else(|| Ok(Facts::default())) {
-                Ok(facts) => Some(facts),
-                Err(error) => {
+            let facts = match facts.remove(&version) {
+                None => Some(Facts::default()),
+                Some(Ok(facts)) => {
+                    if facts.is_none() {
+                        *recheck = Some(NEXT_LOOK);
+                    }
+                    facts
+                }
+                Some(Err(error)) => {
                     note(&mut listed.notes, || format!("version {version}: {error}"));
                     None
                 }
@@ -328,13 +360,15 @@ impl Mlflow {
         shown
     }
 
-    /// What is known of a version's artifact, looked at again once in a while.
+    /// What is known of a version's artifact, looked at again once in a while; nothing when there is
+    /// no time left for a first look.
     async fn facts(
         &self,
         name: &ModelName,
         version: Version,
         found: &ModelVersion,
-    ) -> Result<Facts, SourceError> {
+        until: Instant,
+    ) -> Result<Option<Facts>, SourceError> {
         let registered = fingerprint(found);
         let key = (name.clone(), version);
         let before = self.known.lock().get(&key).cloned();
@@ -342,7 +376,10 @@ impl Mlflow {
         if let Some(before) = &before
             && before.at.elapsed() < self.facts_age_max
         {
-            return Ok(before.facts.clone());
+            return Ok(Some(before.facts.clone()));
+        }
+        if Instant::now() >= until {
+            return Ok(before.map(|before| before.facts));
         }
         let facts = match self.open(name, version).await {
             Ok(opened) => self.facts_of(&opened).await,
@@ -351,13 +388,13 @@ impl Mlflow {
         let facts = match facts {
             Ok(facts) => facts,
             Err(error) if error.is_transient() => {
-                return before.map(|before| before.facts).ok_or(error);
+                return before.map(|before| Some(before.facts)).ok_or(error);
             }
             Err(error) => Facts { problem: Some(error.to_string()), ..Facts::default() },
         };
         let known = Known { registered, at: Instant::now(), facts: facts.clone() };
         self.known.lock().insert(key, known);
-        Ok(facts)
+        Ok(Some(facts))
     }
 
     async fn facts_of(&self, opened: &Opened) -> Result<Facts, SourceError> {
@@ -454,7 +491,8 @@ impl Mlflow {
         // A server that keeps its artifacts elsewhere copies a whole file to say its tag, and
         // sends none with MLmodel.
         if let (Place::Proxied(root), true) = (&place, tag.is_some()) {
-            let sized = files.iter_mut().filter(|(_, file)| file.size > 0);
+            let counts = |path: &str| !ACCESSORIES.contains(&path);
+            let sized = files.iter_mut().filter(|(path, file)| file.size > 0 && counts(path));
             for (path, file) in sized.take(TAGS_MAX) {
                 let path = format!("{}{path}", model.folder());
                 let url = artifact::url_of(&self.api, root, &path);

@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::download::{Backoff, Wanted, download_all};
-use super::net::{Gate, Net};
+use super::net::{Gate, Net, Times};
 use super::quiet::{Now, Observations, Verdict};
 use super::store::{self, ObjectFile, Stores};
 use super::{
@@ -36,7 +36,7 @@ use crate::control::lineage::{Lineage, Registered};
 use crate::domain::{ModelName, Version};
 
 /// Most objects under the prefix.
-const OBJECTS_MAX: usize = 200_000;
+const OBJECTS_MAX: usize = if cfg!(test) { 5_000 } else { 200_000 };
 /// Largest file beside a model's versions, and how many are brought.
 const CONFIG_SIZE_MAX: u64 = 4 << 20;
 const CONFIG_FILES_MAX: usize = 64;
@@ -72,19 +72,30 @@ struct FoundVersion {
 }
 
 impl Objects {
+    /// # Errors
+    /// When the bucket's address or credentials cannot be.
     pub fn new(bucket: Bucket, settings: &Settings) -> Result<Self, SourceError> {
+        Self::with(bucket, settings, Times::USUAL, Backoff::NETWORK)
+    }
+
+    fn with(
+        bucket: Bucket,
+        settings: &Settings,
+        times: Times,
+        backoff: Backoff,
+    ) -> Result<Self, SourceError> {
         let source = &settings.source;
         let mut hosts = store::hosts(&store::endpoints(&bucket, &source.store)?);
         hosts.extend(source.allowed_hosts.iter().cloned());
-        let net = Net::new(Gate::new(hosts, source.allow_http))?;
+        let net = Net::new(Gate::new(hosts, source.allow_http), times)?;
         Ok(Self {
             bucket,
-            stores: Stores::new(source.store.clone(), net),
+            stores: Stores::new(source.store.clone(), net, backoff),
             size_max: settings.model_size_max,
             signed: !settings.trusted_keys.is_empty(),
             observed: Mutex::new(Observations::new(source.quiet, SKEW_MAX)),
             wake: Notify::new(),
-            backoff: Backoff::NETWORK,
+            backoff,
         })
     }
 

@@ -171,7 +171,7 @@ mod tests {
         let (model, number): (ModelName, _) = ("m".parse().unwrap(), Version::new);
         let (one, two) = (number(1).unwrap(), number(2).unwrap());
         let old = |ms| Some(clock.0.wall - Duration::from_millis(ms));
-        let mut judge = |observed: &mut Observations, version, age, at| {
+        let judge = |observed: &mut Observations, version, age, at| {
             observed.judge(&model, version, print(1), old(age), clock.at(at))
         };
         // Within the skew of a clock that is not ours, its age proves nothing.

@@ -32,7 +32,7 @@ use object_store::{
 use parking_lot::Mutex;
 use url::Url;
 
-use super::download::{Parts, Ranges};
+use super::download::{Backoff, Parts, Ranges};
 use super::net::{self, HostPort, Net};
 use super::{AddressError, Bucket, Fingerprint, Provider, SourceError, StoreSettings};
 
@@ -41,7 +41,7 @@ const ANSWER_SIZE_MAX: usize = 16 << 20;
 /// Bytes of all answers to one look that are no files: pages without end must not fill the memory.
 const LISTING_SIZE_MAX: u64 = 256 << 20;
 /// Tries of one request inside the library, after which ours begin anew.
-const RETRIES_MAX: usize = 3;
+const RETRIES_MAX: usize = if cfg!(test) { 1 } else { 2 };
 const RETRY_TIME_MAX: Duration = Duration::from_secs(60);
 /// Opened buckets that are kept; only artifacts of MLflow lie in more than one.
 const OPENED_MAX: usize = 64;
@@ -50,11 +50,14 @@ const OPENED_MAX: usize = 64;
 pub(super) struct Stores {
     settings: StoreSettings,
     net: Net,
-    /// With the fingerprint of the secrets that each was opened with.
-    opened: Mutex<HashMap<Bucket, (Fingerprint, Arc<dyn ObjectStore>)>>,
+    backoff: Backoff,
+    opened: Mutex<HashMap<Bucket, Opened>>,
     /// What is left of [`LISTING_SIZE_MAX`].
     left: Arc<AtomicU64>,
 }
+
+/// A bucket, with the fingerprint of the secrets that it was opened with.
+type Opened = (Fingerprint, Arc<dyn ObjectStore>);
 
 /// The secrets that the configuration refers to, as they are now.
 struct Secrets {
@@ -86,8 +89,8 @@ impl Secrets {
 }
 
 impl Stores {
-    pub(super) fn new(settings: StoreSettings, net: Net) -> Self {
-        Self { settings, net, opened: Mutex::default(), left: Arc::default() }
+    pub(super) fn new(settings: StoreSettings, net: Net, backoff: Backoff) -> Self {
+        Self { settings, net, backoff, opened: Mutex::default(), left: Arc::default() }
     }
 
     /// The bucket, with the credentials of now, for one look or one staging.
@@ -102,7 +105,7 @@ impl Stores {
             return Ok(Arc::clone(store));
         }
         let connector = Connector { net: self.net.clone(), left: Arc::clone(&self.left) };
-        let store = build(bucket, &self.settings, secrets, connector)?;
+        let store = build(bucket, &self.settings, secrets, connector, self.backoff)?;
         if opened.len() >= OPENED_MAX {
             opened.clear();
         }
@@ -215,13 +218,14 @@ fn build(
     settings: &StoreSettings,
     secrets: Secrets,
     connector: Connector,
+    backoff: Backoff,
 ) -> Result<Arc<dyn ObjectStore>, SourceError> {
     let endpoint = endpoints(bucket, settings)?.remove(0);
     let text = endpoint.as_str().trim_end_matches('/').to_owned();
     let retry = RetryConfig {
         backoff: BackoffConfig {
-            init_backoff: Duration::from_millis(200),
-            max_backoff: Duration::from_secs(5),
+            init_backoff: backoff.first,
+            max_backoff: backoff.longest,
             base: 2.0,
         },
         max_retries: RETRIES_MAX,
@@ -297,14 +301,25 @@ pub(super) fn failed(what: &str, error: object_store::Error) -> SourceError {
             SourceError::Answer { what, reason: net::detail(&source.to_string()) }
         }
         error => {
-            let reason = net::chain(&error);
+            let text = net::whole_chain(&error);
+            let reason = net::detail(&text);
             // How the library words what its own retries gave up on.
-            match reason.contains("Error performing") {
-                true => SourceError::Unreachable { what, reason },
-                false => SourceError::Answer { what, reason },
+            match (status_in(&text), text.contains("Error performing")) {
+                (Some((status, detail)), _) => SourceError::Status { what, status, detail },
+                (None, true) => SourceError::Unreachable { what, reason },
+                (None, false) => SourceError::Answer { what, reason },
             }
         }
     }
+}
+
+/// The status that the library tells of, and the store's own word for it.
+fn status_in(text: &str) -> Option<(u16, String)> {
+    let (_, rest) = text.split_once("non-2xx status code: ")?;
+    let status = rest.get(..3)?.parse().ok()?;
+    let code = rest.split_once("<Code>").and_then(|(_, rest)| rest.split_once("</Code>"));
+    let code = code.map(|(code, _)| net::detail(&format!(" ({code})")));
+    Some((status, code.unwrap_or_default()))
 }
 
 /// Gives the library our client.

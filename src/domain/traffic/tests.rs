@@ -158,9 +158,11 @@ fn the_stable_version_is_the_labelled_one_or_the_largest() {
     assert_eq!(traffic.stable(Some(version(9))), Some(version(2)));
     assert_eq!(weighing(&[1.0, 1.0]).stable(None), Some(version(1)));
     assert_eq!(weighing(&[0.0]).stable(None), None);
-    let order: Vec<u64> =
-        traffic.shares_beside(Some(version(1))).iter().map(|(version, _)| version.get()).collect();
-    assert_eq!(order, [2, 3, 1]);
+    let order = |labelled| -> Vec<u64> {
+        traffic.shares_beside(labelled).iter().map(|(version, _)| version.get()).collect()
+    };
+    assert_eq!(order(Some(version(2))), [1, 3, 2]);
+    assert_eq!(order(None), [2, 3, 1], "whoever has most");
 }
 
 /// Weights of every size, many of them such that nothing divides evenly.
@@ -216,11 +218,12 @@ proptest! {
         weights in prop::collection::vec(prop_oneof![0.0..100.0_f64, 1e-9..1e9_f64], 2..6),
         raised in 0_usize..5,
         by in prop_oneof![1e-12..1e-3_f64, 0.0..3.0_f64, 1.0..1e6_f64],
+        labelled in any::<bool>(),
     ) {
         let raised = raised % weights.len();
         let mut more = weights.clone();
         more[raised] += more[raised] * by + by;
-        let stable = Some(version(1));
+        let stable = labelled.then(|| version(2));
         let place = |weights: &[f64]| {
             let mut from = 0;
             for (version, share) in weighing(weights).shares_beside(stable) {

@@ -184,7 +184,8 @@ impl VersionStats {
             ..ArmTotals::default()
         };
         for (kind, count) in ErrorKind::ALL.into_iter().zip(&outcomes[1..]) {
-            *(if is_server_fault(kind) { &mut totals.failures } else { &mut totals.others }) += count;
+            *(if is_server_fault(kind) { &mut totals.failures } else { &mut totals.others }) +=
+                count;
         }
         let (in_flight, _) = self.gauges.get().map_or((0, 0), |read| read());
         totals.in_flight = in_flight as u64;
@@ -200,9 +201,9 @@ fn has_non_finite(tensor: &Tensor) -> bool {
         DataType::Fp64 => any(data.as_chunks().0, |bytes| {
             u64::from_le_bytes(bytes) & 0x7ff0_0000_0000_0000 == 0x7ff0_0000_0000_0000
         }),
-        DataType::Fp32 => any(data.as_chunks().0, |bytes| {
-            u32::from_le_bytes(bytes) & 0x7f80_0000 == 0x7f80_0000
-        }),
+        DataType::Fp32 => {
+            any(data.as_chunks().0, |bytes| u32::from_le_bytes(bytes) & 0x7f80_0000 == 0x7f80_0000)
+        }
         DataType::Fp16 => {
             any(data.as_chunks().0, |bytes| u16::from_le_bytes(bytes) & 0x7c00 == 0x7c00)
         }

@@ -8,20 +8,20 @@ use crate::control::rollout::evidence::{Evidence, ShadowTotals};
 use crate::control::rollout::invariants::broken;
 use crate::observe::{ArmTotals, LATENCY_BUCKETS};
 
-pub(in crate::control::rollout) fn plan(value: Value) -> Plan {
+pub(in crate::control) fn plan(value: Value) -> Plan {
     let plan: Plan = serde_json::from_value(value).unwrap();
     assert!(plan.check().is_ok(), "{:?}", plan.check());
     plan
 }
 
 /// A rollout of version 2 of model `m` against version 1, with counters and a table that tests set.
-pub(in crate::control::rollout) struct Sim {
-    pub(in crate::control::rollout) rollout: Rollout,
-    pub(in crate::control::rollout) candidate: Option<ArmTotals>,
-    pub(in crate::control::rollout) stable: Option<ArmTotals>,
-    pub(in crate::control::rollout) shadow: ShadowTotals,
-    pub(in crate::control::rollout) in_force: Option<Traffic>,
-    pub(in crate::control::rollout) decisions: Vec<Decision>,
+pub(in crate::control) struct Sim {
+    pub(in crate::control) rollout: Rollout,
+    pub(in crate::control) candidate: Option<ArmTotals>,
+    pub(in crate::control) stable: Option<ArmTotals>,
+    pub(in crate::control) shadow: ShadowTotals,
+    pub(in crate::control) in_force: Option<Traffic>,
+    pub(in crate::control) decisions: Vec<Decision>,
     now: Duration,
 }
 
@@ -30,7 +30,7 @@ fn version(number: u64) -> Version {
 }
 
 impl Sim {
-    pub(in crate::control::rollout) fn new(plan: Plan) -> Self {
+    pub(in crate::control) fn new(plan: Plan) -> Self {
         Self::over(plan, Traffic::all_to(version(1)))
     }
 
@@ -57,7 +57,7 @@ impl Sim {
         sim
     }
 
-    pub(in crate::control::rollout) fn now(&self) -> Now {
+    pub(in crate::control) fn now(&self) -> Now {
         let at = Timestamp::UNIX_EPOCH + jiff::SignedDuration::try_from(self.now).unwrap();
         Now { at, monotonic: self.now }
     }
@@ -82,16 +82,17 @@ impl Sim {
 
     /// Puts in force what was decided.
     fn apply(&mut self, decision: Decision) {
+        if decision.holds() {
+            return;
+        }
         if decision.traffic.is_some() {
             self.in_force.clone_from(&decision.traffic);
         }
         self.rollout.carried_out(self.now());
-        if !decision.holds() {
-            self.decisions.push(decision);
-        }
+        self.decisions.push(decision);
     }
 
-    pub(in crate::control::rollout) fn count(&mut self, candidate: [u64; 2], stable: [u64; 2]) {
+    pub(in crate::control) fn count(&mut self, candidate: [u64; 2], stable: [u64; 2]) {
         let arms = [(&mut self.candidate, candidate), (&mut self.stable, stable)];
         for (totals, [ok, failures]) in arms {
             if let Some(totals) = totals {
@@ -105,7 +106,7 @@ impl Sim {
     }
 
     /// Counts requests, then looks once a second; the first decision ends it.
-    pub(in crate::control::rollout) fn look(
+    pub(in crate::control) fn look(
         &mut self,
         seconds: u64,
         candidate_ok: u64,
@@ -123,6 +124,16 @@ impl Sim {
             }
         }
         Action::Hold
+    }
+
+    /// One look, so long after the one before.
+    pub(in crate::control) fn look_after(&mut self, passed: Duration) -> Action {
+        self.now += passed;
+        let (now, seen) = (self.now(), self.observe());
+        let decision = self.rollout.step(now, &seen);
+        let action = decision.action;
+        self.apply(decision);
+        action
     }
 
     fn tell(&mut self, command: Command) -> Result<Action, Refusal> {
@@ -157,7 +168,9 @@ impl Sim {
             let levels = &value.evidence.levels;
             let weight = value.weight.to_bits();
             let history: Vec<_> = history.iter().map(|one| (one.from, one.to, one.at)).collect();
-            format!("{state:?}{progress:?}{levels:?}{history:?}{reason:?}{traffic:?}{before:?}{plan:?}{weight}")
+            format!(
+                "{state:?}{progress:?}{levels:?}{history:?}{reason:?}{traffic:?}{before:?}{plan:?}{weight}"
+            )
         };
         assert_eq!(same(&read), same(&self.rollout));
         assert_eq!(read.evidence.shadow, self.rollout.evidence.shadow);
@@ -165,7 +178,8 @@ impl Sim {
         // Counters begin anew with the process.
         for (instance, totals) in [(20, &mut self.candidate), (10, &mut self.stable)] {
             if let Some(totals) = totals {
-                *totals = ArmTotals { instance: totals.instance + instance, ..ArmTotals::default() };
+                *totals =
+                    ArmTotals { instance: totals.instance + instance, ..ArmTotals::default() };
             }
         }
         self.now = Duration::ZERO;
@@ -230,7 +244,8 @@ fn a_bad_candidate_goes_at_the_next_look_and_never_comes_back() {
     // No statistics: five failures and nothing else.
     let mut sim = Sim::new(plan(short()));
     assert_eq!(sim.look(1, 0, 0, 5, 0), Action::RollBack);
-    assert!(sim.rollout.reason.as_ref().unwrap().message.starts_with("floor: 5 failures in a row"));
+    let floor = sim.rollout.guards.iter().find(|report| report.guard == guards::Guard::Floor);
+    assert_eq!(floor.unwrap().why, "5 failures in a row");
 }
 
 #[test]
@@ -373,7 +388,8 @@ fn hooks_hold_the_start_and_the_promotion() {
 
 #[test]
 fn a_table_set_by_hand_ends_it_and_stays() {
-    let by_hand = Traffic { weights: [(version(1), 80.0), (version(2), 20.0)].into(), ..Traffic::default() };
+    let by_hand =
+        Traffic { weights: [(version(1), 80.0), (version(2), 20.0)].into(), ..Traffic::default() };
     for table in [Some(by_hand), None] {
         let mut sim = Sim::new(plan(short()));
         sim.look(3, 50, 950, 0, 0);
@@ -394,7 +410,8 @@ fn a_table_set_by_hand_ends_it_and_stays() {
 
 #[test]
 fn a_dry_run_decides_and_changes_nothing() {
-    let before = Traffic { weights: [(version(1), 95.0), (version(2), 5.0)].into(), ..Traffic::default() };
+    let before =
+        Traffic { weights: [(version(1), 95.0), (version(2), 5.0)].into(), ..Traffic::default() };
     let mut sim = Sim::over(short_with("dry_run", json!(true)), before.clone());
     assert_eq!(sim.look(20, 500, 9_500, 0, 0), Action::SetTraffic);
     assert_eq!(sim.look(20, 500, 9_500, 0, 0), Action::Promote);
@@ -413,7 +430,7 @@ fn versions_that_are_gone_for_long_end_it() {
     sim.candidate = None;
     assert_eq!(sim.look(29, 0, 9_500, 0, 0), Action::Hold);
     assert!(sim.rollout.waiting_for.iter().any(|what| what == "version 2 is not loaded"));
-    sim.candidate = candidate;
+    sim.candidate.clone_from(&candidate);
     assert_eq!(sim.look(9, 0, 9_500, 0, 0), Action::Hold);
     sim.candidate = None;
     assert_eq!(sim.look(30, 0, 9_500, 0, 0), Action::RollBack);
@@ -421,8 +438,20 @@ fn versions_that_are_gone_for_long_end_it() {
     let mut sim = Sim::new(plan(short()));
     sim.stable = None;
     assert_eq!(sim.look(30, 10, 0, 0, 0), Action::Fail);
-    assert_eq!((sim.rollout.state, sim.cause(), sim.share()), (State::Failed, Some(Cause::StableGone), 500));
-    assert!(stable.is_some());
+    assert_eq!(
+        (sim.rollout.state, sim.cause(), sim.share()),
+        (State::Failed, Some(Cause::StableGone), 500)
+    );
+    // After a restart they may take their time to load.
+    let mut sim = Sim::new(plan(short()));
+    sim.restart();
+    (sim.stable, sim.candidate) = (None, None);
+    assert_eq!(sim.look(599, 0, 0, 0, 0), Action::Hold);
+    assert_eq!(sim.rollout.progress.ms, 0);
+    (sim.stable, sim.candidate) = (stable, candidate);
+    assert_eq!(sim.look(19, 200, 3_800, 0, 0), Action::Hold);
+    // Whether to go on is looked at every ten seconds.
+    assert_eq!(sim.look(3, 0, 0, 0, 0), Action::SetTraffic);
 }
 
 #[test]
@@ -448,14 +477,15 @@ fn latency_is_compared_with_what_the_stable_version_took_before() {
     assert!((reference.quantile_ms - 0.4875).abs() < 1e-9, "{reference:?}");
     assert_eq!(reference.threshold_ms, Some(1.0));
     assert_eq!(sim.look(9, 0, 0, 0, 0), Action::SetTraffic);
-    // A tenth of the candidate's take 5 to 10 ms.
+    // A fifth of the candidate's take 5 to 10 ms.
     let candidate = sim.candidate.as_mut().unwrap();
     candidate.ok += 300;
-    candidate.latency[7] += 30;
-    candidate.latency[4] += 270;
+    candidate.latency[7] += 60;
+    candidate.latency[4] += 240;
     assert_eq!(sim.look(1, 0, 300, 0, 0), Action::RollBack);
     assert!(sim.rollout.reason.as_ref().unwrap().message.starts_with("latency_ratio: "));
-    let report = sim.rollout.guards.iter().find(|report| report.guard == guards::Guard::LatencyRatio);
+    let report =
+        sim.rollout.guards.iter().find(|report| report.guard == guards::Guard::LatencyRatio);
     assert_eq!(report.unwrap().threshold_ms, Some(1.0));
 }
 
@@ -470,7 +500,11 @@ fn a_rollout_begins_between_two_versions_or_not_at_all() {
     };
     let check = |start: Start| start.check().err().unwrap_or_default();
     assert!(check(start(2, json!({"weights": {"1": 1, "3": 0}}), short())).is_empty());
-    let problems = check(start(1, json!({"weights": {"1": 1, "3": 1}}), json!({"candidate": "1", "interval_s": 0})));
+    let problems = check(start(
+        1,
+        json!({"weights": {"1": 1, "3": 1}}),
+        json!({"candidate": "1", "interval_s": 0}),
+    ));
     assert_eq!(problems.len(), 3, "{problems:?}");
     let shadows: Vec<Value> = (3..11).map(|at| json!({"version": at, "percent": 1})).collect();
     let full = json!({"weights": {"1": 1}, "shadows": shadows});
@@ -503,12 +537,21 @@ fn history_is_bounded_and_keeps_the_start() {
 /// Something that happens to a rollout.
 #[derive(Clone, Debug)]
 enum Op {
-    Look { seconds: u64, candidate: [u64; 2], stable: [u64; 2], slow: u64, copies: [u64; 3] },
+    Look {
+        seconds: u64,
+        candidate: [u64; 2],
+        stable: [u64; 2],
+        slow: u64,
+        copies: [u64; 3],
+    },
     Tell(Command),
     Answer(HookKind, HookAnswer),
     /// The table of another.
     Hand(u8),
-    Gone { candidate: bool, stable: bool },
+    Gone {
+        candidate: bool,
+        stable: bool,
+    },
     Restart,
     Refused,
     /// What is decided next is not carried out, and the old record stays.
@@ -654,7 +697,7 @@ fn play(sim: &mut Sim, op: &Op, carried_out: bool) -> Result<(), TestCaseError> 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(150))]
     #[test]
     fn random_steps_break_no_invariant(plan in plans(), ops in prop::collection::vec(ops(), 1..60)) {
         let mut sim = Sim::new(plan);
@@ -694,10 +737,10 @@ fn a_record_reads_back_in_every_state() {
     assert!(matches!(sim.rollout.state, State::Paused { .. }));
     sim.tell(Command::Resume).unwrap();
     sim.look(20, 200, 3_800, 1, 20);
-    assert_eq!(sim.rollout.evidence.candidate().requests, 201);
+    assert_eq!(sim.rollout.evidence.candidate().requests, 251);
     let value = serde_json::to_value(&sim.rollout).unwrap();
     assert_eq!(value["state"], "step");
-    assert_eq!(value["evidence"].get("seen"), None);
+    assert_eq!(value["evidence"].get("before"), None);
     assert!(serde_json::from_value::<Evidence>(value["evidence"].clone()).is_ok());
     sim.tell(Command::Abort).unwrap();
     sim.restart();

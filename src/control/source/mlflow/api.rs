@@ -227,6 +227,10 @@ impl Api {
         Self { net, base, auth, backoff }
     }
 
+    pub(super) fn backoff(&self) -> Backoff {
+        self.backoff
+    }
+
     pub(super) fn base(&self) -> &Url {
         &self.base
     }

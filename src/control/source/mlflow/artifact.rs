@@ -20,7 +20,7 @@ use object_store::{ObjectMeta, ObjectStore};
 use percent_encoding::percent_decode_str;
 use url::Url;
 
-use super::super::download::{Parts, Ranges};
+use super::super::download::{Parts, Ranges, again};
 use super::super::net;
 use super::super::store::{self, ObjectFile};
 use super::super::{Bucket, FILES_MAX, SourceError, names};
@@ -182,8 +182,11 @@ pub(super) fn direct_file(
 
 /// The entity tag that a part of a file comes with; nothing when the server knows no ranges.
 pub(super) async fn tag_of(api: &Api, url: &Url) -> Result<Option<String>, SourceError> {
-    let response = api.get(url, Some(&HeaderValue::from_static("bytes=0-0"))).await?;
-    Ok(entity_tag(&response).filter(|_| response.status() == StatusCode::PARTIAL_CONTENT))
+    again(api.backoff(), || async {
+        let response = api.get(url, Some(&HeaderValue::from_static("bytes=0-0"))).await?;
+        Ok(entity_tag(&response).filter(|_| response.status() == StatusCode::PARTIAL_CONTENT))
+    })
+    .await
 }
 
 impl Ranges for ProxiedFile {
