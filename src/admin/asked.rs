@@ -89,12 +89,12 @@ impl Names {
         if let Some(version) = self.version {
             subject = format!("{subject}/{version}");
         }
-        let parts = [
+        let rest = [
             self.label.as_ref().map(Label::as_str),
             self.rollout.as_deref(),
             self.prediction.as_deref(),
         ];
-        for part in parts.into_iter().flatten() {
+        for part in rest.into_iter().flatten() {
             subject = format!("{subject}/{part}");
         }
         subject

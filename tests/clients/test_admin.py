@@ -287,6 +287,17 @@ def test_two_writers(gate):
     assert (unchanged.status, unchanged.body) == (304, b"")
 
 
+def test_a_refused_rollback_changes_nothing(gate):
+    gate.admin.ok("PUT", "/models/scale/traffic", {"weights": {"1": 1}})
+    gate.admin.ok("PUT", "/models/scale/traffic", {"weights": {"2": 1}})
+    refused = gate.admin.call("POST", "/models/scale:rollback", if_match='"0"')
+    assert (refused.status, refused.code) == (412, "stale")
+    assert {gate.factor() for _ in range(20)} == {2}
+    assert gate.admin.ok("GET", "/models/scale/traffic")["traffic"]["weights"] == {"2": 1}
+    gate.admin.ok("POST", "/models/scale:rollback")
+    assert gate.factor() == 1
+
+
 def test_wrong_tables_say_everything_at_once(gate):
     cases = [
         ({"weights": {"1": 1}, "wieghts": {}}, "wieghts"),
