@@ -330,7 +330,11 @@ def test_load_and_unload(gate):
     busy = gate.admin.call("POST", "/models/scale/versions/3:unload")
     assert (busy.status, busy.code) == (409, "conflict"), "it takes traffic"
     gate.admin.ok("PUT", "/models/scale/traffic", {"weights": {"1": 1}})
-    gone = gate.admin.ok("POST", "/models/scale/versions/3:unload", {"reason": "not needed"})
+    tag = gate.admin.get("/models/scale/versions/3").headers["etag"]
+    for verb in ("load", "unload"):
+        stale = gate.admin.call("POST", f"/models/scale/versions/3:{verb}", if_match='"x"')
+        assert (stale.status, stale.code) == (412, "stale"), verb
+    gone = gate.admin.ok("POST", "/models/scale/versions/3:unload", {"reason": "not needed"}, if_match=tag)
     assert gone["state"] == "retired"
     back = gate.admin.ok("POST", "/models/scale/versions/3:load")
     assert back["state"] == "ready"
