@@ -1,7 +1,7 @@
 """Registers models of `y = x + k` with the MLflow server of the environment; run in MLflow's own environment.
 
-`python mlflow_models.py NAME K...` logs one run and one version for each `K` and prints the versions as JSON.
-`K` may be `K:large`, for weights of 20 MiB in a file beside the model, or `K:sklearn`, for a model that is none of ours.
+`python mlflow_models.py NAME=K,K... NAME=K...` logs one run and one version for each `K` and prints the versions by
+name as JSON. `K` may be `K:large`, for weights of 20 MiB in a file beside the model, or `K:sklearn`, for a model that is none of ours.
 """
 
 import json
@@ -37,7 +37,7 @@ def adding(k, large):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def main(name, wanted):
+def register(name, wanted):
     client = mlflow.MlflowClient()
     versions = []
     for each in wanted:
@@ -63,8 +63,9 @@ def main(name, wanted):
                 )
         newest = max(int(found.version) for found in client.search_model_versions(f"name='{name}'"))
         versions.append({"version": newest, "run": run.info.run_id})
-    print(json.dumps(versions))
+    return versions
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    wanted = (argument.split("=") for argument in sys.argv[1:])
+    print(json.dumps({name: register(name, values.split(",")) for name, values in wanted}))
