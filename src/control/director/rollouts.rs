@@ -317,6 +317,10 @@ impl Inner {
             detail: decision.reason.as_ref().map(|reason| reason.message.clone()),
         };
         let made = self.store.commit(&puts, &[event]).map_err(books::internal)?;
+        if let (None, Some(shadows)) = (before, self.shadows.get()) {
+            // What shadows did before says nothing of this rollout.
+            shadows.reset(model);
+        }
         let rollout_doc: Doc<Rollout> = committed(&made.documents, Kind::Rollout)?;
         let traffic_doc: Option<Doc<TrafficDoc>> = committed(&made.documents, Kind::Traffic).ok();
         let labels_doc: Option<Doc<LabelsDoc>> = committed(&made.documents, Kind::Labels).ok();
