@@ -52,7 +52,8 @@ fn one_host(uri: &Uri, headers: &HeaderMap) -> Result<Authority, Problem> {
     let in_header = match (named.next(), named.next()) {
         (None, _) => None,
         (Some(value), None) => {
-            let read = value.to_str().ok().and_then(|text| text.parse().ok()).filter(is_host_and_port);
+            let read =
+                value.to_str().ok().and_then(|text| text.parse().ok()).filter(is_host_and_port);
             Some(read.ok_or_else(|| invalid("Host: expected a host and a port"))?)
         }
         (Some(_), Some(_)) => return Err(invalid("Host: sent twice")),

@@ -210,8 +210,15 @@ fn shadow(args: &Get) -> Result<String, Stop> {
 }
 
 fn shadows(body: &Value) -> String {
-    let mut table =
-        Table::new(["shadow", "of", "beside", "output", "compared", "agreed", "largest difference"]);
+    let mut table = Table::new([
+        "shadow",
+        "of",
+        "beside",
+        "output",
+        "compared",
+        "agreed",
+        "largest difference",
+    ]);
     let mut notes = String::new();
     for shadow in body["shadows"].as_array().into_iter().flatten() {
         let version = cell(&shadow["version"]);
@@ -233,7 +240,8 @@ fn shadows(body: &Value) -> String {
         }
         let outcomes = shadow["outcomes"].as_object().into_iter().flatten();
         let outcomes = outcomes.filter(|(_, count)| count.as_u64().is_some_and(|count| count > 0));
-        let outcomes = outcomes.map(|(outcome, count)| format!("{} {}", cell(count), plain(outcome)));
+        let outcomes =
+            outcomes.map(|(outcome, count)| format!("{} {}", cell(count), plain(outcome)));
         let outcomes = outcomes.collect::<Vec<_>>().join(", ");
         let outcomes = if outcomes.is_empty() { "no copies yet".to_owned() } else { outcomes };
         notes += &format!("version {version}, {share} of the requests: {outcomes}\n");
