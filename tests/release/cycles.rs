@@ -37,6 +37,9 @@ fn loads_and_unloads_leave_nothing_behind() {
             slope(&held),
             precise(usize::try_from(grown).unwrap()) / precise(cycles),
         );
+        let parts = held.chunks(cycles.div_ceil(8)).filter_map(|part| part.last());
+        let parts: Vec<u64> = parts.map(|usage| usage.resident_kib).collect();
+        eprintln!("C1 cycles: KiB after each eighth of them: {parts:?}");
         // A tenth of what was loaded meanwhile, and one model.
         let loaded = u64::try_from(cycles * MIB).unwrap() << 10;
         assert!(grown < loaded / 10 + (u64::try_from(MIB).unwrap() << 10));

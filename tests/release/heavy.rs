@@ -1,6 +1,6 @@
 //! A large model comes and goes; requests for another one notice nothing but the work beside them.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::gateway::Gateway;
 use crate::load::{Client, Stop, open_loop, quantile, times};
@@ -8,6 +8,8 @@ use crate::{alone, count, models};
 
 const RATE: f64 = 150.0;
 const TIMES: usize = 2;
+/// Until its memory is back.
+const RETURNED_MAX: Duration = Duration::from_secs(20);
 
 #[test]
 fn a_large_model_comes_and_goes_beside() {
@@ -46,7 +48,16 @@ fn a_large_model_comes_and_goes_beside() {
             }
         });
         let took = started.elapsed();
-        let after = gateway.usage();
+        // Its last worker may still be giving it back.
+        let (unloaded, model) = (Instant::now(), u64::try_from(mib).unwrap() << 10);
+        let mut after = gateway.usage();
+        while after.resident_kib > before.resident_kib + model / 4
+            && unloaded.elapsed() < RETURNED_MAX
+        {
+            std::thread::sleep(Duration::from_millis(10));
+            after = gateway.usage();
+        }
+        let returned = unloaded.elapsed();
         // As long without, on the same connections.
         let alone = load(&mut || std::thread::sleep(took));
         let (with, without) = (quantile(&times(&beside), 0.99), quantile(&times(&alone), 0.99));
@@ -57,7 +68,7 @@ fn a_large_model_comes_and_goes_beside() {
             with.as_secs_f64() / without.as_secs_f64(),
         );
         eprintln!(
-            "C1 heavy: resident memory {} MiB before, {} MiB with it, {} MiB after",
+            "C1 heavy: resident memory {} MiB before, {} MiB with it, {} MiB {returned:?} after the unload",
             before.resident_kib >> 10,
             held.resident_kib >> 10,
             after.resident_kib >> 10,
@@ -65,8 +76,7 @@ fn a_large_model_comes_and_goes_beside() {
         for answer in beside.iter().chain(&alone) {
             assert_eq!(answer.ran.as_ref().map(|ran| ran.proven), Ok(1), "{answer:?}");
         }
-        let model = u64::try_from(mib).unwrap() << 10;
         assert!(held.resident_kib >= before.resident_kib + model / 2, "it was loaded");
-        assert!(after.resident_kib < before.resident_kib + model, "its memory went back");
+        assert!(after.resident_kib <= before.resident_kib + model / 4, "its memory went back");
     });
 }

@@ -54,10 +54,10 @@ impl Table {
         self.weights.get(&version).map_or(0.0, |weight| weight / sum)
     }
 
-    /// Version 1 has the label `stable`; without it, who has most is what most get.
+    /// Version 1 has the label `stable`, also with a weight of 0; where it has none, who has most.
     fn arm(&self, version: u32) -> &'static str {
         let most = self.weights.iter().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(a.0)));
-        let stable = if self.share(1) > 0.0 { 1 } else { *most.unwrap().0 };
+        let stable = if self.weights.contains_key(&1) { 1 } else { *most.unwrap().0 };
         if version == stable { "stable" } else { "canary" }
     }
 }
