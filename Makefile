@@ -21,6 +21,7 @@ ort: ## ONNX Runtime's shared library into .cache/ (nothing to do when it is the
 test: test-rust test-clients ## everything that tests need, then all tests
 
 test-rust: ort ## unit, property and integration tests in Rust
+	@scripts/install-test-packages.sh
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		echo '$(CARGO) nextest run --locked'; $(CARGO) nextest run --locked; \
 	else \
@@ -35,8 +36,8 @@ test-clients: ort $(STAMP) ## real clients against the built binary
 	$(CARGO) build --locked --bins --tests
 	$(VENV)/bin/python -m pytest -q tests/clients
 
-# Three environments: two clients want different versions of protobuf, and schemathesis has much of its own.
-$(STAMP): tests/requirements.txt tests/requirements-kserve.txt tests/requirements-schemathesis.txt
+# Four environments: two clients want different versions of protobuf, schemathesis and the MLflow server have much of their own.
+$(STAMP): tests/requirements.txt tests/requirements-kserve.txt tests/requirements-mlflow.txt tests/requirements-schemathesis.txt
 	@echo 'installing the Python clients into $(VENV)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements.txt
@@ -44,6 +45,8 @@ $(STAMP): tests/requirements.txt tests/requirements-kserve.txt tests/requirement
 	@$(VENV)/kserve/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-kserve.txt
 	@$(PYTHON) -m venv $(VENV)/schemathesis
 	@$(VENV)/schemathesis/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-schemathesis.txt
+	@$(PYTHON) -m venv $(VENV)/mlflow
+	@$(VENV)/mlflow/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-mlflow.txt
 	@touch $@
 
 bench: ort ## what each step of a request costs (a release build and a few minutes)

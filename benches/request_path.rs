@@ -5,7 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a benchmark stops at the first surprise")]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::hint::black_box;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,15 +17,17 @@ use http_body_util::{BodyExt, Full};
 use prost::Message;
 use tidegate::batch::ThreadBudget;
 use tidegate::domain::{
-    Arm, BatchSettings, Completion, DataType, Deadline, Dim, EngineChoice, ErrorKind, ModelName,
-    Outcome, Protocol, RouteReason, Shape, Signature, Tensor, TensorSpec, Timings,
+    Arm, BatchSettings, CallMeta, Completion, DataType, Deadline, Dim, EngineChoice, ErrorKind,
+    ModelName, Outcome, Protocol, RULES_MAX, RouteHeaders, RouteReason, Shape, Signature, Tensor,
+    TensorSpec, Timings, Traffic, Version,
 };
 use tidegate::engine::conformance::make_inputs;
 use tidegate::engine::{Artifact, EngineError, Engines, LoadOptions, Session};
 use tidegate::gateway;
 use tidegate::observe::Observer;
 use tidegate::proto::inference as pb;
-use tidegate::route::{Published, RouteTable, Served};
+use tidegate::route::{Keys, Mirror, ModelRoutes, Pick, Published, RouteTable, Served};
+use tidegate::shadow::{self, Shadows};
 use tidegate::transport::grpc::{self, Grpc};
 use tidegate::transport::http::{binary, elements};
 use tidegate::transport::shm::SharedMemory;
@@ -156,6 +158,82 @@ fn pick(c: &mut Criterion) {
         let wanted = name(count / 2);
         group.bench_function(format!("{count}_models"), |b| {
             b.iter(|| table.snapshot().pick(black_box(&wanted), None));
+        });
+    }
+    for (name, split, key) in [
+        ("none", None, None),
+        ("by_key", Some(r#"{"weights": {"1": 95, "2": 5}}"#), Some("user-4711")),
+        ("by_id", Some(r#"{"weights": {"1": 95, "2": 5}}"#), None),
+        ("16_versions", Some(SIXTEEN), Some("user-4711")),
+        ("32_rules", Some(RULES), Some("user-4711")),
+        ("shadow", Some(SHADOW), Some("user-4711")),
+    ] {
+        let mut routes = ModelRoutes::default();
+        for number in 1..=16 {
+            routes.versions.insert(Version::new(number).unwrap(), Arc::clone(&served));
+        }
+        let mut traffic: Option<Traffic> = split.map(|text| serde_json::from_str(text).unwrap());
+        if let Some(traffic) = &mut traffic {
+            // One rule becomes as many as there may be; none of them matches.
+            traffic.rules = traffic.rules.iter().cycle().take(RULES_MAX).cloned().collect();
+        }
+        routes.set_traffic(traffic.as_ref(), 7);
+        let models = BTreeMap::from([("m".parse().unwrap(), routes)]);
+        let table = Published::new(RouteTable { models, ..RouteTable::default() });
+        let wanted: ModelName = "m".parse().unwrap();
+        let call = CallMeta {
+            protocol: Protocol::Http,
+            received: Instant::now(),
+            timeout: None,
+            trace: None,
+            sticky_key: key.map(str::to_owned),
+            headers: RouteHeaders {
+                sticky_key: None,
+                named: vec![("x-group".into(), "nobody".to_owned())],
+            },
+            principal: None,
+        };
+        let keys = Keys { call: &call, parameters: &[], prediction_id: uuid::Uuid::now_v7() };
+        group.bench_function(format!("split/{name}"), |b| {
+            b.iter(|| table.look(|table| table.pick_for(black_box(&wanted), None, &keys)));
+        });
+    }
+    group.finish();
+}
+
+const SIXTEEN: &str = r#"{"weights": {"1": 85, "2": 1, "3": 1, "4": 1, "5": 1, "6": 1, "7": 1,
+    "8": 1, "9": 1, "10": 1, "11": 1, "12": 1, "13": 1, "14": 1, "15": 1, "16": 1}}"#;
+const RULES: &str = r#"{"weights": {"1": 95, "2": 5}, "rules": [
+    {"name": "beta", "header": "x-group", "equals": "beta", "version": "2"}]}"#;
+const SHADOW: &str =
+    r#"{"weights": {"1": 95, "2": 5}, "shadows": [{"version": "3", "percent": 100}]}"#;
+
+/// What a request pays for its shadow: leaving a copy where there is room, and where there is none.
+fn copies(c: &mut Criterion) {
+    let mut group = c.benchmark_group("shadow");
+    let observer = Observer::new(tidegate::observe::Settings::default());
+    let primary = echo(&observer, "primary", 0, BatchSettings::default());
+    let stuck = echo(&observer, "stuck", 0, BatchSettings::default());
+    let cheap = echo(&observer, "cheap", 1, BatchSettings::default());
+    cheap.lane.seed(vec![tensor(1, SMALL)], Duration::from_micros(1));
+    for (name, served) in [("room", cheap), ("no_room", stuck)] {
+        let shadows = Shadows::new(shadow::Settings::default(), Arc::clone(&observer));
+        let mirrors = [Mirror { served: Arc::downgrade(&served), share: 10_000 }];
+        let mirrors = mirrors.into_iter().collect();
+        let (arm, reason) = (Arm::Stable, RouteReason::Latest);
+        let pick = Pick { served: Arc::clone(&primary), arm, reason, mirrors };
+        group.bench_function(format!("offer/{name}"), |b| {
+            b.iter_batched(
+                || {
+                    // The other's queue is full, and stays so.
+                    while name == "room" && shadows.in_progress() > 200 {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    completion(&primary, Outcome::Ok)
+                },
+                |completion| shadows.offer(&pick, completion),
+                BatchSize::NumIterations(20),
+            );
         });
     }
     group.finish();
@@ -411,6 +489,6 @@ criterion_group! {
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2))
         .sample_size(30);
-    targets = decode, pick, form_a_batch, lane, execute, encode, whole_request, record
+    targets = decode, pick, copies, form_a_batch, lane, execute, encode, whole_request, record
 }
 criterion_main!(steps);

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Installs what the client tests use and Python cannot bring: libb64 (perf_analyzer links to it), strace (the telemetry
-# test watches system calls) and libseccomp (the container test loads the profile). Where that is not possible it says
-# so, and those tests fail and say it too.
+# Installs what the tests use and neither Rust nor Python brings: libb64 (perf_analyzer links to it), strace (the telemetry
+# test watches system calls), libseccomp (the container test loads the profile), curl and openssl (the commands of
+# docs/secure.md are run). Where that is not possible it says so, and those tests fail and say it too.
 set -euo pipefail
 
 missing=()
 ldconfig -p | grep -q 'libb64\.so' || missing+=(libb64-0d)
 ldconfig -p | grep -q 'libseccomp\.so\.2' || missing+=(libseccomp2)
-command -v strace >/dev/null || missing+=(strace)
+for program in strace curl openssl; do
+    command -v "$program" >/dev/null || missing+=("$program")
+done
 [[ ${#missing[@]} -gt 0 ]] || exit 0
 
 as_root=()

@@ -104,9 +104,21 @@ pub struct Api {
     open_calls: Semaphore,
 }
 
+/// Nobody could call: the listener would only look as if it was there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the admin API has no keys and no clients with a certificate, make one with 'tidegate keys create'"
+)]
+pub struct NoCredentials;
+
 impl Api {
-    pub fn new(parts: Parts) -> Arc<Self> {
+    /// # Errors
+    /// [`NoCredentials`]: there is no admin API that is open to all.
+    pub fn new(parts: Parts) -> Result<Arc<Self>, NoCredentials> {
         let Parts { desk, gatekeeper, clients, hosts, drain, mlflow } = parts;
+        if gatekeeper.is_empty() && clients.is_empty() {
+            return Err(NoCredentials);
+        }
         let admin = Arc::new(Admin {
             desk,
             known: Known { gatekeeper, clients },
@@ -122,7 +134,7 @@ impl Api {
         admin.document.get_or_init(|| document.into());
         let (calls, open_calls) =
             (Semaphore::new(limits::CALLS_MAX), Semaphore::new(limits::OPEN_CALLS_MAX));
-        Arc::new(Self { admin, hosts, router, doors, calls, open_calls })
+        Ok(Arc::new(Self { admin, hosts, router, doors, calls, open_calls }))
     }
 
     /// Every way in, for tables in tests and documents.

@@ -38,6 +38,8 @@ pub struct Config {
     pub admin_tls: Option<Arc<Tls>>,
     /// What callers of the admin listener with a certificate may do.
     pub admin_clients: Clients,
+    /// Names that the admin listener answers to, beside addresses and `localhost`.
+    pub admin_hosts: Vec<String>,
     pub control: control::Settings,
     pub transport: transport::Settings,
     pub gateway: gateway::Settings,
@@ -92,7 +94,7 @@ pub struct ServeArgs {
     /// Where metrics are served [default: 127.0.0.1:8002]
     #[arg(long, value_name = "IP:PORT")]
     pub metrics_address: Option<String>,
-    /// Reserved for the admin API, not served in this version [default: 127.0.0.1:8003]
+    /// Address of the admin API [default: 127.0.0.1:8003]
     #[arg(long, value_name = "IP:PORT")]
     pub admin_address: Option<String>,
     /// Engine of models that choose none: auto, ort or tract [default: auto]

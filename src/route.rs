@@ -12,7 +12,7 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -88,7 +88,8 @@ pub type Mirrors = SmallVec<[Mirror; 2]>;
 /// A version that runs on copies of requests.
 #[derive(Clone)]
 pub struct Mirror {
-    pub served: Arc<Served>,
+    /// Held weakly: it does not live longer for the sake of a request that another one answers.
+    pub served: Weak<Served>,
     /// Of all requests, in buckets.
     pub share: u16,
 }
@@ -232,7 +233,7 @@ impl ModelRoutes {
     fn mirrors(&self, split: &Split, id: Uuid, primary: Version) -> Mirrors {
         let hit = split.mirrors(id, primary);
         let mirror = |(version, share)| {
-            let served = Arc::clone(self.versions.get(&version)?);
+            let served = Arc::downgrade(self.versions.get(&version)?);
             Some(Mirror { served, share })
         };
         hit.filter_map(mirror).collect()

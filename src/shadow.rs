@@ -159,8 +159,10 @@ impl Shadows {
         let served = Arc::downgrade(&pick.served);
         let answered = Arc::new(Answered { completion, served, deadline });
         for mirror in &pick.mirrors {
+            // What is gone has no counters either.
+            let Some(shadow) = mirror.served.upgrade() else { continue };
             if let Err(outcome) = self.admit(&answered, &mirror.served, mirror.share, bytes) {
-                mirror.served.stats.shadow_ended(outcome);
+                shadow.stats.shadow_ended(outcome);
             }
         }
     }
@@ -168,7 +170,7 @@ impl Shadows {
     fn admit(
         &self,
         answered: &Arc<Answered>,
-        shadow: &Arc<Served>,
+        shadow: &Weak<Served>,
         share: u16,
         bytes: usize,
     ) -> Result<(), ShadowOutcome> {
@@ -181,7 +183,7 @@ impl Shadows {
         }
         let kept = Kept::keep(shared, bytes).ok_or(ShadowOutcome::QueueBytes)?;
         let queue = self.queue.get_or_init(|| run::start(shared));
-        let (answered, shadow) = (Arc::clone(answered), Arc::downgrade(shadow));
+        let (answered, shadow) = (Arc::clone(answered), Weak::clone(shadow));
         let job = Job { answered, shadow, share, _kept: kept };
         match queue.as_ref().ok_or(ShadowOutcome::Failed)?.try_send(job) {
             Ok(()) => Ok(()),

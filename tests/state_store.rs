@@ -123,6 +123,47 @@ fn every_commit_that_returned_survives_kill_9() {
     );
 }
 
+/// What a change costs, for the figures, beside what the disk alone takes; the bound only tells a
+/// disk that is stuck.
+#[test]
+fn a_commit_takes_little_longer_than_its_sync() {
+    const COMMITS: usize = 200;
+    let folder = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(folder.path()).unwrap();
+    let mut plain = std::fs::File::create(folder.path().join("plain")).unwrap();
+    let (mut commits, mut syncs) = (Vec::new(), Vec::new());
+    for number in 0..COMMITS {
+        let table = json!({"weights": {"1": 95, "2": 5}, "sticky": {"header": "x-user-id"}});
+        let put = Put {
+            kind: Kind::Traffic,
+            name: "iris".to_owned(),
+            body: Some(table.clone()),
+            expect: Expect::Any,
+        };
+        let event = NewEvent {
+            actor: "writer".to_owned(),
+            action: "traffic.put".to_owned(),
+            subject: number.to_string(),
+            after: Some(table),
+            ..NewEvent::default()
+        };
+        let started = Instant::now();
+        store.commit(&[put], &[event]).unwrap();
+        commits.push(started.elapsed());
+        let started = Instant::now();
+        plain.write_all(&[7; 3 * 4096]).unwrap();
+        plain.sync_data().unwrap();
+        syncs.push(started.elapsed());
+    }
+    for (what, mut took) in [("a change of traffic, journalled", commits), ("a sync alone", syncs)]
+    {
+        took.sort();
+        let (half, most) = (took[COMMITS / 2], took[COMMITS * 99 / 100]);
+        eprintln!("{what}: p50 {half:?}, p99 {most:?}");
+        assert!(half < Duration::from_secs(1));
+    }
+}
+
 #[test]
 fn a_child_that_dies_leaves_no_lock() {
     let folder = tempfile::tempdir().unwrap();

@@ -89,14 +89,13 @@ impl Names {
         if let Some(version) = self.version {
             subject = format!("{subject}/{version}");
         }
-        for part in [
+        let rest = [
             self.label.as_ref().map(Label::as_str),
             self.rollout.as_deref(),
             self.prediction.as_deref(),
-        ] {
-            if let Some(part) = part {
-                subject = format!("{subject}/{part}");
-            }
+        ];
+        for part in rest.into_iter().flatten() {
+            subject = format!("{subject}/{part}");
         }
         subject
     }

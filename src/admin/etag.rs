@@ -156,7 +156,8 @@ mod tests {
     #[test]
     fn if_match_resolves_to_the_one_tag_that_must_be_found() {
         let present = "\"7\"";
-        let cases: &[(&[&str], Result<Option<&str>, &str>)] = &[
+        type Case = (&'static [&'static str], Result<Option<&'static str>, &'static str>);
+        let cases: &[Case] = &[
             (&["*"], Ok(None)),
             (&["\"7\""], Ok(Some("\"7\""))),
             // The director says that it is stale, in its transaction.

@@ -126,7 +126,12 @@ mod tests {
         {
             assert_eq!(check("/", &[("host", host)]), Err("misdirected"), "{host}");
         }
-        for sent in [&[][..], &[("host", "localhost"), ("host", "localhost")], &[("host", "a b")]] {
+        for host in
+            ["127.0.0.1:80.evil.example", "user@localhost", "localhost:99999", "localhost:", "a b"]
+        {
+            assert_eq!(check("/", &[("host", host)]), Err("invalid"), "{host}");
+        }
+        for sent in [&[][..], &[("host", "localhost"), ("host", "localhost")]] {
             assert_eq!(check("/", sent), Err("invalid"), "{sent:?}");
         }
         assert_eq!(check("http://localhost/", &[]), Ok(()));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use http::{HeaderMap, Request, StatusCode};
+use http::{HeaderMap, Request};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 
@@ -13,6 +13,7 @@ use super::problem::PROBLEM_JSON;
 use super::{Api, Door, Hosts, Needs, PREFIX, Parts, Peer};
 use crate::admit::keys::{GrantRecord, KeyRecord};
 use crate::admit::{Clients, Gatekeeper, KeySet, Role, Token};
+use crate::control::call::Refusal;
 
 mod document;
 mod paper;
@@ -50,25 +51,53 @@ impl Got {
     }
 }
 
+fn key(name: &str, role: Role, models: &[&str]) -> (String, Token, KeyRecord) {
+    let token = Token::generate().unwrap();
+    let models = models.iter().map(ToString::to_string).collect();
+    let record = KeyRecord {
+        id: token.id().to_owned(),
+        name: name.to_owned(),
+        grants: vec![GrantRecord { role, models }],
+        digest: token.digest().to_string(),
+        created_at: jiff::Timestamp::now(),
+        created_by: "test".to_owned(),
+        expires_at: None,
+        revoked_at: None,
+        revoked_by: None,
+    };
+    (name.to_owned(), token, record)
+}
+
+fn hand_out(gatekeeper: &Gatekeeper, keys: &[(String, Token, KeyRecord)]) {
+    let records = keys
+        .iter()
+        .map(|(_, _, record)| (record.id.as_str(), serde_json::to_value(record).unwrap()));
+    let (set, wrong) = KeySet::from_records(records);
+    assert!(wrong.is_empty());
+    gatekeeper.replace(set);
+}
+
 impl Bench {
     /// With a key for each role, named as it is, and `team`: a deployer of `iris` alone.
     fn new() -> Self {
-        let mut bench = Self::without_keys();
-        for role in Role::ALL {
-            bench.add_key(role.as_str(), role, &[]);
-        }
-        bench.add_key("team", Role::Deployer, &["iris"]);
-        bench
+        let mut keys: Vec<_> =
+            Role::ALL.into_iter().map(|role| key(role.as_str(), role, &[])).collect();
+        keys.push(key("team", Role::Deployer, &["iris"]));
+        Self::with(keys, Clients::default()).unwrap()
     }
 
-    fn without_keys() -> Self {
+    fn with(
+        keys: Vec<(String, Token, KeyRecord)>,
+        clients: Clients,
+    ) -> Result<Self, super::NoCredentials> {
         let desk = Arc::new(Paper::new());
         let gatekeeper = Arc::new(Gatekeeper::default());
+        hand_out(&gatekeeper, &keys);
         let drained = Arc::clone(&desk);
         let api = Api::new(Parts {
             desk: Arc::clone(&desk) as _,
             gatekeeper: Arc::clone(&gatekeeper),
-            clients: Clients::default(),
+            clients,
             hosts: Hosts::new(["gate.example".to_owned()]),
             drain: Box::new(move |call| {
                 drained.write_down("drain", None, &call);
@@ -76,47 +105,15 @@ impl Bench {
             }),
             mlflow: Some(Box::new(|headers, _| match headers.get("x-mlflow-signature") {
                 Some(right) if right == "right" => Ok(()),
-                _ => Err(crate::control::call::Refusal::Forbidden(
-                    "the signature is wrong".to_owned(),
-                )),
+                _ => Err(Refusal::Forbidden("the signature is wrong".to_owned())),
             })),
-        });
-        Self { api, desk, gatekeeper, keys: Vec::new() }
-    }
-
-    fn add_key(&mut self, name: &str, role: Role, models: &[&str]) {
-        let token = Token::generate().unwrap();
-        let record = KeyRecord {
-            id: token.id().to_owned(),
-            name: name.to_owned(),
-            grants: vec![GrantRecord {
-                role,
-                models: models.iter().map(ToString::to_string).collect(),
-            }],
-            digest: token.digest().to_string(),
-            created_at: jiff::Timestamp::now(),
-            created_by: "test".to_owned(),
-            expires_at: None,
-            revoked_at: None,
-            revoked_by: None,
-        };
-        self.keys.push((name.to_owned(), token, record));
-        self.hand_out();
-    }
-
-    fn hand_out(&self) {
-        let records = self
-            .keys
-            .iter()
-            .map(|(_, _, record)| (record.id.as_str(), serde_json::to_value(record).unwrap()));
-        let (set, wrong) = KeySet::from_records(records);
-        assert!(wrong.is_empty());
-        self.gatekeeper.replace(set);
+        })?;
+        Ok(Self { api, desk, gatekeeper, keys })
     }
 
     fn revoke(&mut self, name: &str) {
         self.keys.retain(|(known, ..)| known != name);
-        self.hand_out();
+        hand_out(&self.gatekeeper, &self.keys);
     }
 
     fn token(&self, name: &str) -> String {
@@ -190,6 +187,14 @@ fn body(door: &Door) -> Value {
         "webhook.mlflow" => json!({"entity": "MODEL_VERSION", "action": "CREATED"}),
         _ => Value::Null,
     }
+}
+
+#[test]
+fn without_anybody_who_may_call_there_is_no_api() {
+    assert_eq!(Bench::with(Vec::new(), Clients::default()).err(), Some(super::NoCredentials));
+    let clients: Clients = "cn:alice = viewer".parse().unwrap();
+    assert!(Bench::with(Vec::new(), clients).is_ok());
+    assert!(Bench::with(vec![key("a", Role::Viewer, &[])], Clients::default()).is_ok());
 }
 
 #[tokio::test]
@@ -757,17 +762,4 @@ async fn a_stream_ends_with_its_key() {
     bench.revoke("auditor");
     let ended = tokio::time::timeout(Duration::from_secs(5), body.frame()).await;
     assert!(ended.unwrap().is_none(), "within 5 s");
-}
-
-#[tokio::test]
-async fn clients_with_a_certificate_are_whom_the_configuration_names() {
-    // Names of certificates are made by `admit::peer`; here only who they are counts.
-    let bench = Bench::new();
-    let request = || {
-        let request =
-            Request::builder().uri(format!("{PREFIX}/models")).header("host", "localhost");
-        request.body(Body::empty()).unwrap()
-    };
-    let answer = bench.api.answer(&Bench::peer(), request()).await;
-    assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
 }

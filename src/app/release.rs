@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use futures_util::future::OptionFuture;
 use jiff::Timestamp;
+use parking_lot::Mutex;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::bind;
@@ -25,8 +28,8 @@ use crate::route::{Published, RouteTable};
 use crate::shadow::Shadows;
 use crate::transport::tls::{Tls, peer_name};
 
-/// How long rollouts may take to write down where they are.
-const ROLLOUTS_SAVE_MAX: Duration = Duration::from_secs(3);
+/// How long it may take to write down where rollouts are, and that this is the end.
+const END_MAX: Duration = Duration::from_secs(3);
 
 /// Who decides, and what is needed to reach him.
 pub(super) struct Release {
@@ -36,6 +39,8 @@ pub(super) struct Release {
     source: Arc<dyn Source>,
     gatekeeper: Arc<Gatekeeper>,
     stop: CancellationToken,
+    /// Guards the loop that looks at rollouts, for whoever waits for its end.
+    rollouts: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Release {
@@ -76,7 +81,8 @@ impl Release {
         );
         let director = Arc::new(director.context("read the state")?);
         let stop = CancellationToken::new();
-        Ok(Self { director, registry, store, source, gatekeeper, stop })
+        let rollouts = Mutex::default();
+        Ok(Self { director, registry, store, source, gatekeeper, stop, rollouts })
     }
 
     /// Starts what follows the state: keys, rollouts, and the admin listener.
@@ -97,7 +103,7 @@ impl Release {
         }
         let stopped = self.stop.clone();
         let looking = async move { controller.run(stopped.cancelled()).await };
-        tokio::spawn(panics::fatal_async("rollouts", looking));
+        *self.rollouts.lock() = Some(tokio::spawn(panics::fatal_async("rollouts", looking)));
 
         let listener = bind(config.admin).with_context(|| format!("listen on {}", config.admin))?;
         tracing::info!(protocol = "admin", address = %listener.local_addr()?, "listening");
@@ -105,10 +111,10 @@ impl Release {
             desk: Arc::clone(&self.director) as Arc<dyn Desk>,
             gatekeeper: Arc::clone(&self.gatekeeper),
             clients: config.admin_clients.clone(),
-            hosts: Hosts::new([]),
+            hosts: Hosts::new(config.admin_hosts.iter().cloned()),
             drain: self.drain(drain),
             mlflow: self.webhook(config),
-        });
+        })?;
         let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
         tokio::spawn(panics::fatal_async("admin listener", served));
         Ok(())
@@ -139,9 +145,15 @@ impl Release {
     /// Rollouts write down where they are.
     pub(super) async fn stop(&self) {
         self.stop.cancel();
-        let ended = self.director.note("gateway.stop", "drained".to_owned());
-        if tokio::time::timeout(ROLLOUTS_SAVE_MAX, ended).await.is_err() {
-            tracing::warn!("the end was not journalled in time");
+        let rollouts = self.rollouts.lock().take();
+        let ended = async {
+            if let Some(Err(error)) = OptionFuture::from(rollouts).await {
+                tracing::warn!(%error, "rollouts did not write down where they are");
+            }
+            self.director.note("gateway.stop", "drained".to_owned()).await;
+        };
+        if tokio::time::timeout(END_MAX, ended).await.is_err() {
+            tracing::warn!("what was going on was not written down in time");
         }
     }
 }

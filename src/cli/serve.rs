@@ -11,8 +11,11 @@ use crate::config::{self, ServeArgs};
 /// long page does not hold up the other.
 const CONTROL_THREADS: usize = 2;
 
-/// Descriptors that a runtime opens for itself, generously.
-const FILES_MIN: usize = 10;
+/// Threads beside those and the ones for connections: for the disk, the log, what watches folders.
+const OTHER_THREADS: usize = 8;
+
+/// Descriptors that the runtimes, the state and the listeners open for themselves, generously.
+const FILES_MIN: usize = 32;
 
 #[derive(clap::Args)]
 #[command(
@@ -38,7 +41,8 @@ pub(super) fn run(args: &Args) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let given = threads_are_given(CONTROL_THREADS + 1).and_then(|()| files_are_given(FILES_MIN));
+    let threads = CONTROL_THREADS + config.transport.io_threads + OTHER_THREADS;
+    let given = threads_are_given(threads).and_then(|()| files_are_given(FILES_MIN));
     let runtime = given.and_then(|()| {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         builder.worker_threads(CONTROL_THREADS).enable_all().build()

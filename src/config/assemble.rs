@@ -29,6 +29,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         allow_unauthenticated: from.flag("server.allow_unauthenticated"),
         admin_tls: tls(from, "admin"),
         admin_clients: admin_clients(from),
+        admin_hosts: admin_hosts(from),
         control: control_settings(from),
         transport: transport_settings(from),
         gateway: gateway_settings(from),
@@ -81,6 +82,19 @@ fn tls(from: &mut Layers, section: &str) -> Option<Arc<Tls>> {
     let client_ca = ca.map(PathBuf::from);
     let opened = Tls::open(Files { cert: cert_file.into(), key: key_file.into(), client_ca });
     opened.map_err(|error| from.problems.add(cert, error.to_string())).ok()
+}
+
+/// Names between commas, without ports.
+fn admin_hosts(from: &mut Layers) -> Vec<String> {
+    let text = from.text("admin.hosts").unwrap_or_default();
+    let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
+    let names: Vec<String> = names.map(ToOwned::to_owned).collect();
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    for name in names.iter().filter(|name| !name.bytes().all(plain)) {
+        let message = format!("expected names of hosts between commas, got '{name}'");
+        from.problems.add("admin.hosts", message);
+    }
+    names
 }
 
 fn admin_clients(from: &mut Layers) -> Clients {
@@ -340,6 +354,13 @@ fn unsafe_notes(config: &Config) -> Vec<String> {
             (false, _) => "is open to everyone who can reach it",
         };
         notes.push(format!("{path}: {address} {why}"));
+    }
+    if !config.admin.ip().is_loopback() && config.admin_tls.is_none() {
+        notes.push(format!(
+            "server.admin_address: {} takes tokens over connections that are not encrypted; set \
+             admin.tls_cert, or see that what is in front of it speaks TLS",
+            config.admin
+        ));
     }
     if transport.model_control && !transport.auth.required {
         notes.push("repository.model_control: every caller can load and unload models".to_owned());

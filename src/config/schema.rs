@@ -72,6 +72,7 @@ pub const KEYS: &[Key] = &[
     key("admin.tls_key", Kind::Text, ""),
     key("admin.client_ca", Kind::Text, ""),
     key("admin.clients", Kind::Text, ""),
+    key("admin.hosts", Kind::Text, ""),
     key("repository.path", Kind::Text, "models"),
     key("repository.model_name", Kind::Text, ""),
     key("repository.model_control", Kind::Bool, "false"),

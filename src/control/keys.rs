@@ -317,7 +317,7 @@ mod tests {
         let (made, token) = create(&store, &asked(Role::Viewer), &by()).unwrap();
         let keeper = Gatekeeper::new(key_set(&store).unwrap());
         assert_eq!(who(&keeper, &token), Ok("ci".to_owned()));
-        assert_eq!(list(&store).unwrap(), [made.clone()]);
+        assert_eq!(list(&store).unwrap(), std::slice::from_ref(&made));
         let revoked = revoke(&store, &made.shown(), &by()).unwrap();
         assert!(revoked.revoked_at.is_some());
         assert_eq!(revoke(&store, &made.id, &by()).unwrap(), revoked, "once is enough");

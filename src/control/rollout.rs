@@ -210,6 +210,8 @@ impl Reason {
 pub enum Cause {
     /// A guard failed.
     Guard,
+    /// The stage before had what it waits for.
+    Advanced,
     /// A guard was inconclusive for too long.
     Inconclusive,
     /// The last step has passed, and the plan says to wait.

@@ -18,7 +18,7 @@
 //! - A revision of a name is never used twice, not even after the document was deleted, so that an
 //!   `ETag` has one meaning for ever.
 //! - Events are never changed and never removed: the journal grows without bound (a hundred thousand
-//!   changes take some 50 MB). Its texts have limits; what is longer is cut, and says so.
+//!   changes take some 40 MB). Its texts have limits; what is longer is cut, and says so.
 
 use std::collections::HashSet;
 use std::fmt;

@@ -16,6 +16,9 @@ const SIZES: [usize; 5] = [1, 8, 32, 128, 224];
 /// Most bytes of one made-up input.
 const INPUT_BYTES_MAX: usize = 1 << 30;
 
+/// No larger batch is warmed when the smaller ones took so long; it will be when it comes.
+const WARM_TIME_MAX: Duration = Duration::from_secs(2);
+
 /// Joined and single runs may differ by so much: kernels add in another order.
 const JOIN_TOLERANCE: f64 = 1e-3;
 
@@ -75,8 +78,9 @@ pub(super) fn explore(
     Ok(findings)
 }
 
-/// Runs zeros, `runs` times for each number of rows. Gives what ran and the time it took, if every
-/// request will have these shapes: made-up ones teach nothing about others.
+/// Runs zeros, `runs` times for each number of rows, the fewest first, for as long as
+/// [`WARM_TIME_MAX`]. Gives what ran and the time it took, if every request will have these shapes:
+/// made-up ones teach nothing about others.
 pub(super) fn warm(
     session: &mut dyn Session,
     signature: &Signature,
@@ -86,7 +90,11 @@ pub(super) fn warm(
 ) -> Result<Vec<(Vec<Tensor>, Duration)>, String> {
     let mut seen = Vec::new();
     let Some(size) = findings.size else { return Ok(seen) };
+    let began = Instant::now();
     for &rows in rows {
+        if began.elapsed() >= WARM_TIME_MAX {
+            break;
+        }
         let inputs = inputs(signature, &vec![0; rows], size)?;
         for _ in 0..runs {
             let started = Instant::now();

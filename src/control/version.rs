@@ -28,8 +28,6 @@ use crate::route::Served;
 const SAMPLES_SIZE_MAX: u64 = 64 << 20;
 /// Most sessions of one version.
 const SESSIONS_MAX: usize = 256;
-/// Rows of the larger warm-up run of a batched model.
-const WARM_ROWS: usize = 8;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
@@ -61,12 +59,15 @@ pub enum PrepareError {
 impl PrepareError {
     /// Whether the same bytes may fare better another time.
     pub(super) fn is_passing(&self) -> bool {
-        match self {
-            Self::State(_) | Self::Workers(_) | Self::NoCopy(_) => true,
-            Self::Fetch(FetchError::Io(_) | FetchError::Changed { .. }) | Self::Samples(_) => true,
-            Self::Probe(ProbeError::TimedOut(_) | ProbeError::Start(_)) => true,
-            _ => false,
-        }
+        matches!(
+            self,
+            Self::State(_)
+                | Self::Workers(_)
+                | Self::NoCopy(_)
+                | Self::Fetch(FetchError::Io(_) | FetchError::Changed { .. })
+                | Self::Samples(_)
+                | Self::Probe(ProbeError::TimedOut(_) | ProbeError::Start(_))
+        )
     }
 }
 
@@ -311,12 +312,12 @@ impl Preparer {
         }
         let padding = padding(settings, &signature)?
             .filter(|_| checked.report.findings.padded && batch.size_max > 1);
-        let rows: &[usize] = if batched { &[1, WARM_ROWS.min(batch.size_max)] } else { &[1] };
+        let rows = warm_rows(if batched { batch.size_max } else { 1 });
         let (mut ready, mut warmed) = (Vec::with_capacity(sessions), Vec::new());
         for _ in 0..sessions {
             let mut session = loaded.session()?;
             let (findings, runs) = (&checked.report.findings, settings.warmup.runs);
-            let seen = trial::warm(&mut *session, &signature, findings, rows, runs)
+            let seen = trial::warm(&mut *session, &signature, findings, &rows, runs)
                 .map_err(PrepareError::Warmup)?;
             warmed.extend(seen);
             ready.push(session);
@@ -353,6 +354,14 @@ impl Preparer {
             stats,
         })
     }
+}
+
+/// Sizes of batch that costs are learnt for, the largest included.
+fn warm_rows(size_max: usize) -> Vec<usize> {
+    let powers = std::iter::successors(Some(1_usize), |rows| rows.checked_mul(2));
+    let mut rows: Vec<usize> = powers.take_while(|rows| *rows < size_max).collect();
+    rows.push(size_max.max(1));
+    rows
 }
 
 /// How the model's requests are padded, if `tidegate.toml` says so.

@@ -180,7 +180,8 @@ fn mirrors_are_versions_that_are_loaded_and_not_the_one_that_answers() {
     let model = "m".parse().unwrap();
     let mirrors = |version: Option<&VersionRef>| -> Vec<(u64, u16)> {
         let pick = table.pick_for(&model, version, &keys).unwrap();
-        pick.mirrors.iter().map(|mirror| (mirror.served.version.get(), mirror.share)).collect()
+        let number = |mirror: &Mirror| mirror.served.upgrade().unwrap().version.get();
+        pick.mirrors.iter().map(|mirror| (number(mirror), mirror.share)).collect()
     };
     assert_eq!(mirrors(None), [(2, 10_000)]);
     assert!(mirrors(Some(&version(1).into())).is_empty(), "who names a version tries something");

@@ -4,12 +4,14 @@
 //! - At most `running_max` copies are in lanes, and at most one that takes a place of the thread
 //!   budget; that one only while a place is left to requests, if there are two at all.
 //! - Each copy that is taken ends in one outcome, a panic included.
+//! - No request wakes this thread.
 //! - Each run of a shadow ends in one [`Completion`], for the record.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
@@ -25,6 +27,9 @@ use crate::observe::{OUTPUTS_MAX, ShadowOutcome};
 use crate::panics;
 use crate::route::Served;
 
+/// Shortest and longest time between two looks at an empty queue: short enough that a queue of
+/// usual size is not filled meanwhile, and long enough to cost nothing when there are no copies.
+const LOOK_EVERY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 /// Longest wait for a free thread.
 const BUSY_WAIT_MAX: Duration = Duration::from_millis(250);
 /// How often that is looked for.
@@ -49,10 +54,24 @@ pub(super) fn start(shared: &Arc<Shared>) -> Option<mpsc::Sender<Job>> {
 }
 
 /// Until the gateway that it is for has gone.
+///
+/// The queue is looked at now and then, rather than waited for: who leaves a copy has a request to
+/// answer, and to wake a thread costs more than all the rest of it.
 async fn serve(shared: Arc<Shared>, mut jobs: mpsc::Receiver<Job>) {
     let places = shared.settings.running_max.clamp(1, Semaphore::MAX_PERMITS);
     let places = Arc::new(Semaphore::new(places));
-    while let Some(job) = jobs.recv().await {
+    let mut pause = LOOK_EVERY.0;
+    loop {
+        let job = match jobs.try_recv() {
+            Ok(job) => job,
+            Err(TryRecvError::Disconnected) => return,
+            Err(TryRecvError::Empty) => {
+                sleep(pause).await;
+                pause = (2 * pause).min(LOOK_EVERY.1);
+                continue;
+            }
+        };
+        pause = LOOK_EVERY.0;
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {

@@ -95,7 +95,7 @@ impl Stage {
         input: [f32; 2],
         output: [f32; 2],
     ) -> Uuid {
-        let mirrors = smallvec![Mirror { served: Arc::clone(shadow), share: 10_000 }];
+        let mirrors = smallvec![Mirror { served: Arc::downgrade(shadow), share: 10_000 }];
         let (arm, reason) = (Arm::Stable, RouteReason::Latest);
         let pick = Pick { served: Arc::clone(primary), arm, reason, mirrors };
         let completion = answered(primary, input, output);

@@ -10,7 +10,7 @@
 //! RELEASE_CYCLES=1000 RELEASE_HEAVY_MIB=512 cargo test --release --test release -- --nocapture`
 //! makes them long ones.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[expect(unreachable_pub, reason = "shared with other tests")]
 #[path = "../support/wire.rs"]

@@ -1,15 +1,14 @@
 //! Server-sent events: everything that is journalled, as it happens.
 //!
 //! ```text
-//! Last-Event-ID ─▶ journal, page by page ─▶ ┐
-//!                                           ├─▶ what this caller may see ─▶ id: seq
-//! director's broadcast ───────────────────▶ ┘                               event: action
-//!        └─ lagged: say so, and back to the journal                         data: the entry
+//! Last-Event-ID ─▶ journal, page by page ─▶ what this caller may see ─▶ id: seq
+//!                        ▲                                              event: action
+//! director's broadcast ──┘ there is more; lagged: say so                data: the entry
 //! ```
 //!
 //! Invariants:
-//! - Nothing is missed and nothing comes twice: the place of an event is its number in the journal,
-//!   and whatever the broadcast dropped is read from there.
+//! - Nothing is missed and nothing comes twice: every event is read from the journal, in the order
+//!   of its numbers. The broadcast only says when to look, and may drop or swap what it likes.
 //! - A reader holds a page at most. One that does not read holds only that, until the kernel cuts it.
 //! - A credential that is revoked ends the stream within [`RECHECK_EVERY`].
 
@@ -27,7 +26,7 @@ use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::sync::broadcast::Receiver;
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::time::{Instant, timeout_at};
 use utoipa::IntoParams;
 
@@ -70,10 +69,14 @@ pub(super) async fn get(
     let seat = admin.readers.sit(&asked.caller)?;
     // Subscribed first, then the journal: what comes between is in both, and its number tells.
     let live = admin.desk.events();
+    let seen = match after {
+        Some(after) => after,
+        None => newest(&admin).await?,
+    };
     let now = Instant::now();
-    let mut reader = Reader {
-        behind: after.is_some(),
-        seen: after.unwrap_or(0),
+    let reader = Reader {
+        behind: true,
+        seen,
         caller: asked.caller,
         admin,
         live,
@@ -83,12 +86,8 @@ pub(super) async fn get(
         heartbeat: now + HEARTBEAT_EVERY,
         _seat: seat,
     };
-    // Said at once, so that the caller knows that it listens.
-    let mut first = Some(Bytes::from_static(b"retry: 1000\n: from now on\n\n"));
-    if reader.behind {
-        first = Some(Bytes::from_static(b"retry: 1000\n\n"));
-        reader.heartbeat = now;
-    }
+    // Sent at once, so that the caller knows that it listens.
+    let first = Some(Bytes::from(format!("retry: 1000\n: events after {seen}\n\n")));
     let stream = unfold((first, reader), |(first, mut reader)| async move {
         let chunk = match first {
             Some(first) => first,
@@ -125,6 +124,13 @@ fn cursor(asked: &Asked, query: &EventsQuery) -> Result<Option<u64>, Problem> {
     }
 }
 
+/// Number of the newest entry.
+async fn newest(admin: &Admin) -> Result<u64, Problem> {
+    let query = EventQuery { newest_first: true, limit: 1, ..EventQuery::default() };
+    let newest = admin.desk.journal(query).await?;
+    Ok(newest.first().map_or(0, |event| event.seq))
+}
+
 /// One stream of events.
 struct Reader {
     admin: Arc<Admin>,
@@ -132,7 +138,7 @@ struct Reader {
     live: Receiver<Arc<Event>>,
     /// Out of the journal, yet to be sent.
     page: VecDeque<Event>,
-    /// Whether the journal may have what the broadcast has not.
+    /// Whether the journal may have more.
     behind: bool,
     /// Number of the last event that was looked at.
     seen: u64,
@@ -161,28 +167,31 @@ impl Reader {
                 continue;
             }
             if self.behind {
+                // What the broadcast holds is in the journal by now.
+                match self.live.try_recv() {
+                    Ok(_) => continue,
+                    Err(TryRecvError::Lagged(missed)) => return Some(lagged(missed)),
+                    // The director is gone: the process ends.
+                    Err(TryRecvError::Closed) => return None,
+                    Err(TryRecvError::Empty) => {}
+                }
                 self.read_journal().await?;
                 continue;
             }
             if now >= self.heartbeat {
                 self.heartbeat = now + HEARTBEAT_EVERY;
+                // Other processes write to the journal too (`tidegate keys`), and tell nobody.
+                self.behind = true;
                 return Some(Bytes::from_static(b": still here\n\n"));
             }
             let wake = self.recheck.min(self.heartbeat).min(self.ends);
             match timeout_at(wake, self.live.recv()).await {
                 Err(_) => {}
-                Ok(Ok(event)) => {
-                    if let Some(chunk) = self.take(&event) {
-                        return Some(chunk);
-                    }
-                }
+                Ok(Ok(event)) => self.behind |= event.seq > self.seen,
                 Ok(Err(RecvError::Lagged(missed))) => {
                     self.behind = true;
-                    return Some(
-                        format!("event: lagged\ndata: {{\"missed\":{missed}}}\n\n").into(),
-                    );
+                    return Some(lagged(missed));
                 }
-                // The director is gone: the process ends.
                 Ok(Err(RecvError::Closed)) => return None,
             }
         }
@@ -216,6 +225,11 @@ impl Reader {
         self.heartbeat = Instant::now() + HEARTBEAT_EVERY;
         Some(chunk(event))
     }
+}
+
+/// That events came faster than they were read; they follow, out of the journal.
+fn lagged(missed: u64) -> Bytes {
+    format!("event: lagged\ndata: {{\"missed\":{missed}}}\n\n").into()
 }
 
 /// Changes of models that the caller may see; refusals and the gateway's own affairs are for who

@@ -56,11 +56,11 @@ pub(super) async fn openapi(State(admin): State<Arc<Admin>>) -> Response {
     answer
 }
 
-/// Stop promising: the gateway is not ready from now on, so that load balancers look away. It goes
-/// on answering what comes; ending the process is for who started it.
+/// Drain, as SIGTERM does: not ready at once, so that load balancers look away; what is under way is
+/// finished; then the process ends.
 #[utoipa::path(post, path = "/drain", operation_id = "drain", tag = "gateway",
     request_body(content = Reason, description = "May be empty."),
-    responses((status = 202, description = "It is not ready any more.", body = DrainView)))]
+    responses((status = 202, description = "It has begun.", body = DrainView)))]
 pub(super) async fn drain(
     State(admin): State<Arc<Admin>>,
     asked: Asked,

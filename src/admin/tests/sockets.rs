@@ -7,7 +7,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::Bench;
-use crate::admin::{limits, serve};
+use crate::admin::{Tls, limits, serve};
+use crate::admit::Role;
+use crate::transport::tls;
 
 /// A bench that listens; gives its address.
 async fn listening() -> (Bench, String) {
@@ -52,6 +54,89 @@ async fn both_protocols_are_answered() {
         let head = client.head(&url).bearer_auth(&token).send().await.unwrap();
         assert_eq!((head.status().as_u16(), head.bytes().await.unwrap().len()), (200, 0));
     }
+}
+
+/// Certificates made for this test: a CA, and what it signs.
+struct Signed {
+    folder: tempfile::TempDir,
+    ca: rcgen::CertifiedIssuer<'static, rcgen::KeyPair>,
+}
+
+impl Signed {
+    fn new() -> Self {
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let ca = rcgen::CertifiedIssuer::self_signed(params, rcgen::KeyPair::generate().unwrap());
+        let signed = Self { folder: tempfile::tempdir().unwrap(), ca: ca.unwrap() };
+        std::fs::write(signed.folder.path().join("ca.pem"), signed.ca.pem()).unwrap();
+        signed
+    }
+
+    /// Certificate and key as PEM, for a DNS name.
+    fn leaf(&self, name: &str) -> (String, String) {
+        let params = rcgen::CertificateParams::new([name.to_owned()]).unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        (params.signed_by(&key, &self.ca).unwrap().pem(), key.serialize_pem())
+    }
+
+    fn tls(&self) -> Tls {
+        let (cert, key) = self.leaf("localhost");
+        let at = |name: &str| self.folder.path().join(name);
+        std::fs::write(at("cert.pem"), cert).unwrap();
+        std::fs::write(at("key.pem"), key).unwrap();
+        let (cert, key, client_ca) = (at("cert.pem"), at("key.pem"), Some(at("ca.pem")));
+        let tls = tls::Tls::open(tls::Files { cert, key, client_ca }).unwrap();
+        Arc::new(move |stream| {
+            let shaking = tls.accept(stream);
+            Box::pin(async move {
+                let stream = shaking.await?;
+                let name = tls::peer_name(&stream);
+                Ok((stream, name))
+            })
+        })
+    }
+
+    fn client(&self, own: Option<&str>) -> reqwest::Client {
+        let ca = reqwest::Certificate::from_pem(self.ca.pem().as_bytes()).unwrap();
+        let mut builder = reqwest::Client::builder().tls_certs_only([ca]);
+        if let Some(name) = own {
+            let (cert, key) = self.leaf(name);
+            let identity = reqwest::Identity::from_pem(format!("{cert}{key}").as_bytes()).unwrap();
+            builder = builder.identity(identity);
+        }
+        client(builder)
+    }
+}
+
+#[tokio::test]
+async fn a_client_with_a_certificate_is_whom_the_configuration_names() {
+    drop(rustls::crypto::ring::default_provider().install_default());
+    let signed = Signed::new();
+    let clients = "dns:ci.example = deployer iris".parse().unwrap();
+    let bench = Bench::with(vec![super::key("viewer", Role::Viewer, &[])], clients).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(serve(listener, Arc::clone(&bench.api), Some(signed.tls())));
+    let url = |path: &str| format!("https://localhost:{port}/admin/v1{path}");
+    let status = async |client: &reqwest::Client, path: &str| {
+        client.post(url(path)).send().await.unwrap().status().as_u16()
+    };
+    let named = signed.client(Some("ci.example"));
+    assert_eq!(status(&named, "/models/iris:rollback").await, 200);
+    assert_eq!(status(&named, "/models/risk:rollback").await, 404, "of another team");
+    assert_eq!(status(&named, "/drain").await, 403);
+    let [change] = &bench.desk.changes()[..] else { panic!("one is expected") };
+    assert!(change.contains("by dns:ci.example"), "{change}");
+    // A token goes first, a right one and a wrong one.
+    let viewer = named.post(url("/models/iris:rollback")).bearer_auth(bench.token("viewer"));
+    assert_eq!(viewer.send().await.unwrap().status().as_u16(), 403);
+    let wrong = named.get(url("/models")).bearer_auth("wrong").send().await.unwrap();
+    assert_eq!(wrong.status().as_u16(), 401);
+    for nobody in [signed.client(Some("other.example")), signed.client(None)] {
+        assert_eq!(status(&nobody, "/models/iris:rollback").await, 401);
+    }
+    let plain = exchange(&format!("127.0.0.1:{port}"), b"GET / HTTP/1.1\r\n\r\n").await;
+    assert!(!plain.contains("HTTP/1.1 "), "{plain}");
 }
 
 #[tokio::test]

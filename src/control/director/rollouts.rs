@@ -242,18 +242,21 @@ impl Inner {
         candidate: Version,
         stable: Version,
     ) -> ShadowTotals {
-        let pair = self.shadows.get().and_then(|shadows| shadows.pair(model, candidate, stable));
-        let Some(pair) = pair else { return ShadowTotals::default() };
-        let served = self.board.served(model, candidate);
-        let outcomes = served.map(|served| served.stats.shadow_outcomes()).unwrap_or_default();
-        let tally = ShadowTally {
-            compared: pair.compared,
-            disagreed: pair.compared.saturating_sub(pair.agreed),
-            failed: outcomes[ShadowOutcome::Failed as usize],
-            non_finite: pair.outputs.iter().map(|output| output.non_finite).sum(),
+        let Some(served) = self.board.served(model, candidate) else {
+            return ShadowTotals::default();
         };
-        let instance = u64::try_from(pair.since.as_nanosecond()).unwrap_or(0);
-        ShadowTotals { instance, tally }
+        // One that fails on every copy is never compared, so there may be no pair.
+        let pair = self.shadows.get().and_then(|shadows| shadows.pair(model, candidate, stable));
+        let pair = pair.as_ref();
+        let compared = pair.map_or(0, |pair| pair.compared);
+        let non_finite = pair.map(|pair| pair.outputs.iter().map(|output| output.non_finite).sum());
+        let tally = ShadowTally {
+            compared,
+            disagreed: compared.saturating_sub(pair.map_or(0, |pair| pair.agreed)),
+            failed: served.stats.shadow_outcomes()[ShadowOutcome::Failed as usize],
+            non_finite: non_finite.unwrap_or(0),
+        };
+        ShadowTotals { instance: served.stats.instance(), tally }
     }
 
     /// Puts a rollback's table in force, if the one in force is the rollout's own.
@@ -314,6 +317,10 @@ impl Inner {
             detail: decision.reason.as_ref().map(|reason| reason.message.clone()),
         };
         let made = self.store.commit(&puts, &[event]).map_err(books::internal)?;
+        if let (None, Some(shadows)) = (before, self.shadows.get()) {
+            // What shadows did before says nothing of this rollout.
+            shadows.reset(model);
+        }
         let rollout_doc: Doc<Rollout> = committed(&made.documents, Kind::Rollout)?;
         let traffic_doc: Option<Doc<TrafficDoc>> = committed(&made.documents, Kind::Traffic).ok();
         let labels_doc: Option<Doc<LabelsDoc>> = committed(&made.documents, Kind::Labels).ok();

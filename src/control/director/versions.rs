@@ -83,7 +83,8 @@ impl Inner {
         let task = tokio::spawn(async move {
             let subject = books::version_name(&model, version);
             let _coming = inner.hold(Hand::Coming, &model, version);
-            let loaded = match inner.check_reason(&call) {
+            let checked = inner.check_reason(&call);
+            let loaded = match checked.and_then(|()| inner.check_version(&model, version, &call)) {
                 Ok(()) => inner.registry.load_version(&model, version, accept, &call).await,
                 Err(refusal) => {
                     return inner.refuse_later("version.load", model, subject, call, refusal).await;
@@ -139,6 +140,7 @@ impl Inner {
         let subject = books::version_name(model, version);
         self.alone("version.unload", Some(model), &subject, call, || {
             let books = self.known(model)?;
+            self.check_version(model, version, call)?;
             if self.board.served(model, version).is_none() {
                 let message = format!("version {version} of '{model}' is not loaded");
                 return Err(Refusal::NotFound(message));
@@ -152,6 +154,24 @@ impl Inner {
             self.mark(model, version, "version.unload", false, false, call)?;
             Ok(self.hold(Hand::Leaving, model, version))
         })
+    }
+
+    /// # Errors
+    /// `Stale` when the caller read another revision of the version than there is now.
+    fn check_version(
+        &self,
+        model: &ModelName,
+        version: Version,
+        call: &Call,
+    ) -> Result<(), Refusal> {
+        let books = self.books(model);
+        let current = books.versions.get(&version).map_or_else(|| "\"0\"".to_owned(), Doc::etag);
+        match &call.if_match {
+            Some(expected) if *expected != current => {
+                Err(Refusal::Stale { expected: expected.clone(), current })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What sends requests to a version.

@@ -32,9 +32,11 @@ impl Place {
 pub(super) struct Shelf<'a> {
     shared: &'a Shared,
     model: &'a ModelName,
-    /// What was brought last, and of which version.
-    last: RefCell<Option<(Option<Version>, Rc<(Place, Manifest)>)>>,
+    last: RefCell<Option<Brought>>,
 }
+
+/// What was brought last, and of which version; of a folder, all versions are in one place.
+type Brought = (Option<Version>, Rc<(Place, Manifest)>);
 
 impl<'a> Shelf<'a> {
     pub(super) fn new(shared: &'a Shared, model: &'a ModelName) -> Self {

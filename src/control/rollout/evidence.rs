@@ -310,7 +310,7 @@ enum Before {
     Zero,
     /// The next observation: what was counted before the rollout is not its own.
     Next,
-    Seen(Seen),
+    Seen(Box<Seen>),
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -336,9 +336,9 @@ impl Evidence {
     pub fn add(&mut self, seen: &Observation, thresholds: Thresholds) {
         let stable = seen.stable.clone().unwrap_or_default();
         let candidate = seen.candidate.clone().unwrap_or_default();
-        let now = Seen { stable, candidate, shadow: seen.shadow };
+        let now = Box::new(Seen { stable, candidate, shadow: seen.shadow });
         let before = match std::mem::replace(&mut self.before, Before::Seen(now.clone())) {
-            Before::Zero => Seen::default(),
+            Before::Zero => Box::default(),
             Before::Next => return,
             Before::Seen(seen) => seen,
         };

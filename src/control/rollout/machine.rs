@@ -28,8 +28,10 @@ use crate::control::call::{Call, Refusal};
 use crate::domain::{BUCKETS, ModelName, SHADOWS_MAX, Traffic, Version};
 use crate::observe::LATENCY_BOUNDS_NS;
 
-/// A version that is not loaded for so long will not come back by itself.
+/// A version that has gone for so long will not come back by itself.
 const ABSENT_MAX: Duration = Duration::from_secs(30);
+/// Nor will one that has not come yet since the process was started.
+const LOADING_MAX: Duration = Duration::from_secs(600);
 /// Most time that one look may add to a step: a process that stood still has not seen anything.
 const LOOK_MAX: Duration = Duration::from_secs(5);
 
@@ -48,10 +50,26 @@ pub(super) struct Present {
     looked: Option<Duration>,
     /// The hook of the present state has been asked.
     asked: bool,
-    candidate_absent: Duration,
-    stable_absent: Duration,
+    candidate: Absence,
+    stable: Absence,
     /// Requests that the stable version's quantile can be taken from.
     learnt_from: u64,
+}
+
+/// How long a version has not been loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Absence {
+    seen: bool,
+    lasts: Duration,
+}
+
+impl Absence {
+    /// Whether it has lasted too long.
+    fn look(&mut self, present: bool, passed: Duration) -> bool {
+        self.seen |= present;
+        self.lasts = if present { Duration::ZERO } else { self.lasts + passed };
+        self.lasts >= if self.seen { ABSENT_MAX } else { LOADING_MAX }
+    }
 }
 
 /// What a rollout begins with.
@@ -129,7 +147,8 @@ impl Rollout {
             true => Stage::PendingHook { hook: HookKind::ConfirmRollout },
             false => rollout.first_stage(),
         };
-        let decision = rollout.enter(first, &By { at: now.at, actor: &call.actor }, None);
+        let reason = call.reason.as_ref().map(|said| Reason::new(Cause::Person, said));
+        let decision = rollout.enter(first, &By { at: now.at, actor: &call.actor }, reason);
         (rollout, decision)
     }
 
@@ -243,7 +262,6 @@ impl Rollout {
         let actor = last.map_or_else(|| CONTROLLER.to_owned(), |last| last.by.clone());
         let reason = self.reason.clone();
         self.record(to, &By { at: now.at, actor: &actor }, action, reason);
-        self.waiting_for.clear();
         self.ended_at = Some(now.at);
     }
 
@@ -352,12 +370,8 @@ impl Rollout {
         armed: bool,
         by: &By<'_>,
     ) -> Option<Decision> {
-        let count = |absent: &mut Duration, present: bool| {
-            *absent = if present { Duration::ZERO } else { *absent + passed };
-            *absent >= ABSENT_MAX
-        };
-        let candidate_gone = count(&mut self.present.candidate_absent, seen.candidate.is_some());
-        let stable_gone = count(&mut self.present.stable_absent, seen.stable.is_some());
+        let candidate_gone = self.present.candidate.look(seen.candidate.is_some(), passed);
+        let stable_gone = self.present.stable.look(seen.stable.is_some(), passed);
         if !armed {
             return None;
         }
@@ -375,7 +389,10 @@ impl Rollout {
     /// Goes to the next stage when all that it waits for has come.
     fn go_on(&mut self, passed: Duration, seen: &Observation, by: &By<'_>) -> Decision {
         let passed = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX);
-        self.progress.ms += passed;
+        // Time without one of the versions is no time at a weight.
+        if seen.candidate.is_some() && seen.stable.is_some() {
+            self.progress.ms += passed;
+        }
         self.progress.since_look_ms += passed;
         self.progress.samples = self.samples().saturating_sub(self.progress.samples_before);
         let (due, guards) = (self.due(seen), self.unsure());
@@ -457,7 +474,10 @@ impl Rollout {
         };
         let guards = self.guards.clone();
         let mut decision = if next < self.plan.steps.len() {
-            self.enter(Stage::Step { step: next }, by, None)
+            let Progress { ms, samples, .. } = self.progress;
+            let message = format!("{samples} requests in {} s, every guard passes", ms / 1000);
+            let reason = Reason::new(Cause::Advanced, message);
+            self.enter(Stage::Step { step: next }, by, Some(reason))
         } else if self.plan.on_pass == OnPass::Pause {
             let message =
                 "every step has passed; resume or promote to give the candidate everything";
@@ -602,6 +622,9 @@ impl Rollout {
     /// Changes the state, and writes down that it did.
     fn record(&mut self, to: State, by: &By<'_>, action: Action, reason: Option<Reason>) {
         let from = std::mem::replace(&mut self.state, to);
+        if to.ended() {
+            self.waiting_for.clear();
+        }
         self.note(from, by, action, reason.clone(), self.progress);
         self.reason = reason;
     }

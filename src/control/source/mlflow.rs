@@ -49,7 +49,8 @@ mod artifact;
 mod mlmodel;
 pub(super) mod webhook;
 
-/// Versions whose artifacts are looked at at once.
+/// Models, and of each versions whose artifacts, that are looked at at once; requests are fewer
+/// ([`api`]).
 const LOOKS_MAX: usize = 8;
 /// Newest versions of a model whose artifacts are looked at; the others' only when an alias names
 /// them or they were staged. A server with accounts takes a fifth of a second for each request.
@@ -161,24 +162,40 @@ impl Mlflow {
     async fn look(&self) -> Result<Listing, SourceError> {
         let mut listing = Listing::default();
         let now = Now::read();
-        let mut seen = Vec::new();
+        let mut named = Vec::new();
         for model in self.registered(&mut listing.notes).await? {
-            let name: ModelName = match model.name.parse() {
-                Ok(name) => name,
+            match model.name.parse::<ModelName>() {
+                Ok(name) => named.push((name, model)),
+                Err(error) => note(&mut listing.notes, || {
+                    format!("'{}' is no model here: {error}", lineage::short(&model.name))
+                }),
+            }
+        }
+        let mut models = futures_util::stream::iter(named)
+            .map(|(name, model)| async move {
+                let listed = self.model(&name, model, now).await;
+                (name, listed)
+            })
+            .buffer_unordered(LOOKS_MAX);
+        while let Some((name, listed)) = models.next().await {
+            let (listed, recheck) = match listed {
+                Ok(listed) => listed,
+                Err(error) if error.is_transient() => return Err(error),
                 Err(error) => {
-                    note(&mut listing.notes, || {
-                        format!("'{}' is no model here: {error}", lineage::short(&model.name))
-                    });
-                    continue;
+                    let problem = Some(error.to_string());
+                    (ModelListing { problem, ..ModelListing::default() }, None)
                 }
             };
-            let listed = self.model(&name, model, now, &mut listing.recheck).await?;
-            seen.extend(listed.versions.keys().map(|version| (name.clone(), *version)));
+            listing.recheck = listing.recheck.into_iter().chain(recheck).min();
             listing.models.insert(name, listed);
         }
+        drop(models);
         self.observed.lock().finish();
-        let seen: std::collections::HashSet<_> = seen.into_iter().collect();
-        self.known.lock().retain(|version, _| seen.contains(version));
+        let listed = |(name, version): &(ModelName, Version)| {
+            let model = listing.models.get(name);
+            model.is_some_and(|model| model.versions.contains_key(version))
+        };
+        self.known.lock().retain(|key, _| listed(key));
         Ok(listing)
     }
 
@@ -213,8 +230,8 @@ impl Mlflow {
         name: &ModelName,
         registered: RegisteredModel,
         now: Now,
-        recheck: &mut Option<Duration>,
-    ) -> Result<ModelListing, SourceError> {
+    ) -> Result<(ModelListing, Option<Duration>), SourceError> {
+        let mut recheck = None;
         let mut listed =
             ModelListing { tags: api::tag_map(registered.tags), ..ModelListing::default() };
         let mut versions = BTreeMap::new();
@@ -245,7 +262,7 @@ impl Mlflow {
                 None => Some(Facts::default()),
                 Some(Ok(facts)) => {
                     if facts.is_none() {
-                        *recheck = Some(NEXT_LOOK);
+                        recheck = Some(NEXT_LOOK);
                     }
                     facts
                 }
@@ -254,10 +271,10 @@ impl Mlflow {
                     None
                 }
             };
-            let shown = self.version(name, version, &found, facts, now, recheck);
+            let shown = self.version(name, version, &found, facts, now, &mut recheck);
             listed.versions.insert(version, shown);
         }
-        Ok(listed)
+        Ok((listed, recheck))
     }
 
     /// Versions whose artifacts count: the newest, those with an alias, those that were staged.

@@ -116,10 +116,11 @@ impl HostPort {
         }
     }
 
-    fn is_loopback(&self) -> bool {
+    /// What needs no TLS: this machine, and what the cloud tells it over its own link.
+    fn is_near(&self) -> bool {
         match &self.host {
             Host::Domain(name) => is_localhost(name),
-            Host::Ipv4(address) => address.is_loopback(),
+            Host::Ipv4(address) => address.is_loopback() || address.is_link_local(),
             Host::Ipv6(address) => address.is_loopback(),
         }
     }
@@ -156,7 +157,7 @@ impl Gate {
         if !self.hosts.contains(&host) {
             return Err(AddressError::NotAllowed(host.to_string()));
         }
-        if url.scheme() == "http" && !self.plain && !host.is_loopback() {
+        if url.scheme() == "http" && !self.plain && !host.is_near() {
             return Err(AddressError::Plain(host.to_string()));
         }
         Ok(())
@@ -453,6 +454,8 @@ mod tests {
         assert_eq!(gate(&["minio:9000"], true).check(&url), Ok(()));
         let local = Url::parse("http://localhost:9000/x").unwrap();
         assert_eq!(gate(&["localhost:9000"], false).check(&local), Ok(()));
+        let metadata = Url::parse("http://169.254.169.254/latest").unwrap();
+        assert_eq!(gate(&["169.254.169.254:80"], false).check(&metadata), Ok(()));
     }
 
     #[test]

@@ -153,6 +153,11 @@ impl VersionStats {
         Watched(Arc::downgrade(self))
     }
 
+    /// Tells these counters from those of another instance of the version.
+    pub fn instance(&self) -> u64 {
+        self.watch.instance
+    }
+
     /// Totals of one arm.
     pub fn arm_totals(&self, arm: &Arm) -> ArmTotals {
         self.totals([self.arms(Some(arm))])

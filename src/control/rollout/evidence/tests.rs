@@ -66,16 +66,17 @@ proptest! {
 #[test]
 fn the_expected_value_is_one_when_the_candidate_is_no_worse() {
     // Exactly, over all outcomes of 12 events: E = 1 at equal rates, less when it is better.
-    let events = 12;
-    let choose = |k: u64| (0..k).fold(1.0, |c, at| c * (events - at) as f64 / (at + 1) as f64);
+    let events = 12_u32;
+    let choose = |k: u32| (0..k).fold(1.0, |c, at| c * f64::from(events - at) / f64::from(at + 1));
     for weight in [0.01, 0.05, 0.25, 0.5, 0.9] {
         for better in [1.0, 0.5, 0.0] {
             let p = weight * better / (weight * better + 1.0 - weight);
             let mut expected = 0.0;
             for k in 0..=events {
                 let mut mixture = Mixture::default();
-                mixture.add(weight, k, events - k);
-                let chance = choose(k) * p.powi(k as i32) * (1.0 - p).powi((events - k) as i32);
+                mixture.add(weight, k.into(), (events - k).into());
+                let power = |p: f64, n: u32| (0..n).fold(1.0, |all, _| all * p);
+                let chance = choose(k) * power(p, k) * power(1.0 - p, events - k);
                 expected += chance * mixture.ln().exp();
             }
             let exact = (expected - 1.0).abs() < 1e-9;

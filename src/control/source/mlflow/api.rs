@@ -12,6 +12,7 @@ use http::StatusCode;
 use http::header::{AUTHORIZATION, HeaderValue};
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer};
+use tokio::sync::Semaphore;
 use url::Url;
 
 use super::super::download::{Backoff, again};
@@ -26,6 +27,8 @@ const ANSWER_SIZE_MAX: usize = 8 << 20;
 /// Largest answer that says what went wrong.
 const ERROR_SIZE_MAX: usize = 64 << 10;
 const PAGES_MAX: usize = 200;
+/// Requests at one time, files not counted.
+const REQUESTS_MAX: usize = 8;
 
 /// Talks to one server.
 pub(super) struct Api {
@@ -33,6 +36,7 @@ pub(super) struct Api {
     base: Url,
     auth: Auth,
     backoff: Backoff,
+    slots: Semaphore,
 }
 
 /// How we say who we are; read anew for each request.
@@ -224,7 +228,7 @@ pub(super) fn tag_map(tags: Vec<Tag>) -> BTreeMap<String, String> {
 
 impl Api {
     pub(super) fn new(net: Net, base: Url, auth: Auth, backoff: Backoff) -> Self {
-        Self { net, base, auth, backoff }
+        Self { net, base, auth, backoff, slots: Semaphore::new(REQUESTS_MAX) }
     }
 
     pub(super) fn backoff(&self) -> Backoff {
@@ -275,6 +279,8 @@ impl Api {
         size_max: usize,
     ) -> Result<(Bytes, Option<String>), SourceError> {
         again(self.backoff, || async move {
+            // Never closed; if it were, the limit would be the server's affair.
+            let _slot = self.slots.acquire().await.ok();
             let response = self.get(url, None).await?;
             let tag = entity_tag(&response);
             Ok((net::read(response, size_max).await?, tag))
