@@ -18,8 +18,9 @@ const RATE: f64 = 120.0;
 const TRIAL_S: &str = "1";
 /// Longer than any rollout here takes unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Sines: some 20 ms, where [`models::add`] takes 10 us.
-const PASSES: usize = 60;
+/// Sines: some 40 ms, where [`models::add`] takes 10 us, and a machine that is four times as fast is
+/// slow enough for the plan's 10 ms.
+const PASSES: usize = 240;
 
 /// Puts the six in the repository that are found out before they serve; each with its number, its
 /// name, and a word of the reason.
@@ -196,7 +197,7 @@ fn a_rollback_by_hand_ends_a_rollout() {
              that was answered, {} later: {}",
             rollout["state"], ended["state"], ended["reason"]["message"]
         );
-        assert!(["rolled_back", "aborted", "ended"].contains(&ended["state"].as_str().unwrap()));
+        assert!(["rolled_back", "aborted"].contains(&ended["state"].as_str().unwrap()));
         assert_eq!(admin.get(&format!("/models/{MODEL}")).body["rollout"], Value::Null);
     });
 }

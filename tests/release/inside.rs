@@ -18,7 +18,7 @@ use tidegate::observe::Observer;
 use tidegate::route::{Published, RouteTable};
 use tokio::runtime::Runtime;
 
-use crate::load::quantile;
+use crate::load::{Stop, quantile};
 use crate::{alone, count, models};
 
 const MODEL: &str = "sum";
@@ -83,7 +83,7 @@ struct Inside {
     director: Director,
     store: Arc<Noting>,
     table: Arc<Published<RouteTable>>,
-    _root: tempfile::TempDir,
+    root: tempfile::TempDir,
 }
 
 impl Inside {
@@ -119,7 +119,7 @@ impl Inside {
         let director = Director::open(kept, registry, board, observer, policy).unwrap();
         runtime.block_on(director.start()).unwrap();
         assert_eq!(answers(&table), Some(2));
-        Self { director, store, table, _root: root }
+        Self { director, store, table, root }
     }
 
     fn put(&self, runtime: &Runtime, number: u32) {
@@ -222,5 +222,43 @@ fn a_change_that_cannot_be_written_is_not_in_force() {
         *inside.store.broken.lock() = false;
         inside.put(runtime, 1);
         assert_eq!(answers(&inside.table), Some(1));
+    });
+}
+
+/// The source is looked at all the time, by somebody who would keep version 1 only, while an operator
+/// loads and unloads version 3: what he loaded is there until he unloads it.
+#[test]
+fn what_an_operator_loads_is_not_retired_by_the_watcher() {
+    const TIMES: usize = 60;
+    alone(|runtime| {
+        let inside = Arc::new(Inside::start(runtime, Policy::default()));
+        inside.put(runtime, 1);
+        models::keep_only(inside.root.path(), MODEL, &[1]);
+        // Not one of those that are kept to go back to.
+        models::put(inside.root.path(), MODEL, 3, &models::add(3));
+        let stop = Stop::default();
+        let (looking, stopped) = (Arc::clone(&inside), stop.clone());
+        let looks = runtime.spawn(async move {
+            let mut looks = 0;
+            while !stopped.is_set() {
+                looking.director.reload(call(Some("a look"))).await.unwrap();
+                looks += 1;
+            }
+            looks
+        });
+        runtime.block_on(async {
+            let (model, three, director) = (model(), version(3), &inside.director);
+            let loaded = || inside.table.snapshot().pick(&model, Some(&three.into())).is_ok();
+            for _ in 0..TIMES {
+                director.load(&model, three, None, call(Some("a test"))).await.unwrap();
+                assert!(loaded(), "its load was answered");
+                tokio::time::sleep(Duration::from_millis(2)).await;
+                director.unload(&model, three, call(Some("a test"))).await.unwrap();
+                assert!(!loaded(), "its unload was answered");
+            }
+        });
+        stop.stop();
+        let looks = runtime.block_on(looks).unwrap();
+        eprintln!("{TIMES} loads and unloads by an operator beside {looks} looks at the source");
     });
 }

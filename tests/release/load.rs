@@ -246,7 +246,7 @@ impl Stop {
         self.0.0.store(true, Ordering::Release);
     }
 
-    fn is_set(&self) -> bool {
+    pub(crate) fn is_set(&self) -> bool {
         self.0.0.load(Ordering::Acquire)
     }
 

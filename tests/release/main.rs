@@ -10,6 +10,7 @@
 //! RELEASE_CYCLES=1000 RELEASE_HEAVY_MIB=512 cargo test --release --test release -- --nocapture`
 //! makes them long ones.
 
+#![cfg(all(feature = "ort", feature = "tract"))]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[expect(unreachable_pub, reason = "shared with other tests")]
