@@ -82,8 +82,10 @@ pub trait Overseer: Send + Sync {
     /// Whether a loaded version may take traffic; else it is held.
     fn may_serve(&self, model: &ModelName, version: Version, digest: Digest) -> bool;
 
-    /// Versions that stay loaded whatever the retention says.
-    fn named(&self, model: &ModelName) -> BTreeSet<Version>;
+    /// Versions that stay loaded whatever the retention says: those that labels, tables and rollouts
+    /// name. With `warm` also those that answer, that a rollback goes back to, or that somebody
+    /// loaded by their numbers.
+    fn named(&self, model: &ModelName, warm: bool) -> BTreeSet<Version>;
 
     /// Does something while nothing is decided: what [`Overseer::named`] says then, holds.
     fn undisturbed(&self, work: &mut dyn FnMut());
@@ -123,7 +125,7 @@ impl Overseer for Nobody {
         true
     }
 
-    fn named(&self, _model: &ModelName) -> BTreeSet<Version> {
+    fn named(&self, _model: &ModelName, _warm: bool) -> BTreeSet<Version> {
         BTreeSet::new()
     }
 

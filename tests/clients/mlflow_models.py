@@ -53,13 +53,21 @@ def register(name, wanted):
 
                 fitted = LinearRegression().fit(example, [float(k)])
                 signature = infer_signature(example, fitted.predict(example))
-                mlflow.sklearn.log_model(fitted, name="model", registered_model_name=name, signature=signature)
+                mlflow.sklearn.log_model(
+                    fitted,
+                    name="model",
+                    registered_model_name=name,
+                    signature=signature,
+                    pip_requirements=["scikit-learn"],
+                )
             else:
                 mlflow.onnx.log_model(
                     adding(float(k), kind == "large"),
                     name="model",
                     registered_model_name=name,
                     save_as_external_data=kind == "large",
+                    # Said, so that MLflow does not start a process to find it out.
+                    pip_requirements=["onnxruntime"],
                 )
         newest = max(int(found.version) for found in client.search_model_versions(f"name='{name}'"))
         versions.append({"version": newest, "run": run.info.run_id})

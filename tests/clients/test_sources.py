@@ -1,5 +1,6 @@
 """Models from a real MLflow server (accounts, proxied artifacts, webhooks) and a real S3 endpoint, both started here."""
 
+import atexit
 import base64
 import contextlib
 import hashlib
@@ -58,6 +59,8 @@ class Registry:
         self.folder = folder
         (self.port,) = free_ports(1)
         self.address = f"{HOST}:{self.port}"
+        # Whatever becomes of the run; for a server that has ended this does nothing.
+        atexit.register(self.stop)
         self.start()
         self.post("users/create", {"username": READER, "password": READER_PASSWORD})
 
@@ -98,9 +101,9 @@ class Registry:
 
     def stop(self):
         """The server and the workers that it started."""
-        with contextlib.suppress(ProcessLookupError):
+        if self.process.poll() is None:
             os.killpg(self.process.pid, 9)
-        self.process.wait()
+            self.process.wait()
 
     def headers(self):
         pair = base64.b64encode(f"{ADMIN}:{ADMIN_PASSWORD}".encode()).decode()
@@ -154,6 +157,7 @@ class Bucket:
         (port,) = free_ports(1)
         self.address = f"{HOST}:{port}"
         self.objects = {}
+        atexit.register(self.stop)
         self.start()
 
     def start(self):
@@ -210,7 +214,7 @@ def of_mlflow(secrets, **more):
             f'mlflow_webhook_secret = "file:{secrets / "webhook"}"',
             'mlflow_stable_alias = "champion"',
             *(f"{key} = {json.dumps(value)}" for key, value in {"poll_ms": 2000, "quiet_ms": 200, **more}.items()),
-            '[log]\nlevel = "debug"',
+            '[log]\nlevel = "trace"',
         ]
     )
 
@@ -223,6 +227,7 @@ def of_bucket(bucket, secrets, **more):
             f'store_key_id = "file:{secrets / "key-id"}"',
             f'store_secret = "file:{secrets / "key"}"',
             *(f"{key} = {json.dumps(value)}" for key, value in {"poll_ms": 500, "quiet_ms": 500, **more}.items()),
+            '[log]\nlevel = "trace"',
         ]
     )
 
@@ -516,6 +521,7 @@ def test_a_bucket_is_served_and_half_an_upload_is_not(bucket, secrets, tmp_path)
             time.sleep(2)
             assert factor(server, "3") == 4
             server.stop()
+            assert "canary" not in server.log.read_text()
             with running(url, tmp_path / "server", config) as again:
                 assert [factor(again, version) for version in ("1", "2", "3")] == [2, 3, 4]
         finally:

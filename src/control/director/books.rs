@@ -107,10 +107,20 @@ pub(super) struct VersionDoc {
     pub(super) what: Remembered,
     /// It could take traffic when it was loaded, and may again.
     pub(super) cleared: bool,
+    /// It was taken out of service: the next start does not bring it back by itself.
+    #[serde(default)]
+    pub(super) retired: bool,
     /// An operator asked for it by its number: it stays until one unloads it.
     pub(super) asked: bool,
     pub(super) first_seen: Timestamp,
     pub(super) said: Said,
+}
+
+impl VersionDoc {
+    /// Whether the next start brings it back by itself.
+    pub(super) fn serves_again(&self) -> bool {
+        self.what.wanted && !self.retired
+    }
 }
 
 /// Everything that was decided of one model.
@@ -126,16 +136,22 @@ pub(super) struct Books {
 }
 
 impl Books {
-    /// Versions that must stay loaded.
+    /// Versions that labels, the traffic table and rollouts name.
     pub(super) fn named(&self) -> BTreeSet<Version> {
         let mut named: BTreeSet<Version> =
             self.labels.body.labels.values().map(|entry| entry.version).collect();
-        let tables = [&self.traffic.body.traffic, &self.traffic.body.good];
-        named.extend(tables.into_iter().flatten().flat_map(Traffic::versions));
+        named.extend(self.traffic.body.traffic.iter().flat_map(Traffic::versions));
         let rollouts = self.rollouts.values().filter(|doc| !doc.body.state.ended());
         named.extend(rollouts.flat_map(|doc| [doc.body.stable, doc.body.candidate]));
-        named.extend(self.versions.iter().filter(|(_, doc)| doc.body.asked).map(|(v, _)| *v));
         named
+    }
+
+    /// Those, what a rollback goes back to, and what somebody loaded by its number.
+    pub(super) fn kept(&self) -> BTreeSet<Version> {
+        let mut kept = self.named();
+        kept.extend(self.traffic.body.good.iter().flat_map(Traffic::versions));
+        kept.extend(self.versions.iter().filter(|(_, doc)| doc.body.asked).map(|(v, _)| *v));
+        kept
     }
 
     /// The rollout under way.

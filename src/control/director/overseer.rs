@@ -19,18 +19,19 @@ impl Overseer for Inner {
     fn wanted(&self) -> Vec<Digest> {
         let books = self.books.read();
         let docs = books.values().flat_map(|books| books.versions.values());
-        docs.filter(|doc| doc.body.what.wanted).map(|doc| doc.body.what.digest).collect()
+        docs.filter(|doc| doc.body.serves_again()).map(|doc| doc.body.what.digest).collect()
     }
 
     fn may_serve(&self, model: &ModelName, version: Version, digest: Digest) -> bool {
         self.is_cleared(model, version, digest)
     }
 
-    fn named(&self, model: &ModelName) -> BTreeSet<Version> {
+    fn named(&self, model: &ModelName, warm: bool) -> BTreeSet<Version> {
         let books = self.books.read();
-        let mut named = books.get(model).map(super::Books::named).unwrap_or_default();
+        let of = |books: &super::Books| if warm { books.kept() } else { books.named() };
+        let mut named = books.get(model).map(of).unwrap_or_default();
         drop(books);
-        named.extend(self.default_version(model));
+        named.extend(self.default_version(model).filter(|_| warm));
         named.extend(self.hands.lock().coming(model));
         named
     }
@@ -56,6 +57,7 @@ impl Overseer for Inner {
         let doc = VersionDoc {
             what: what.clone(),
             cleared,
+            retired: false,
             // With the load's answer on its way, it stays all the same.
             asked: asked || known.is_some_and(|doc| doc.body.asked),
             first_seen: same.map_or_else(now, |doc| doc.body.first_seen),
@@ -84,10 +86,8 @@ impl Overseer for Inner {
                 let _one = self.writing.lock();
                 self.followed(model, by);
             }
-            Life::Held | Life::Retired => {
-                let action = if state == Life::Held { "version.held" } else { "version.retired" };
-                self.journal(model, version, action, reason, by);
-            }
+            Life::Held => self.journal(model, version, "version.held", reason, by),
+            Life::Retired => self.retired(model, version, reason, by),
             Life::Failed => self.journal(model, version, "version.failed", reason, by),
             Life::Quarantined => self.journal(model, version, "version.quarantined", reason, by),
             _ => {}
@@ -102,6 +102,34 @@ impl Overseer for Inner {
 }
 
 impl Inner {
+    /// Remembers that a version is out of service, and journals it.
+    fn retired(&self, model: &ModelName, version: Version, reason: &str, by: &Call) {
+        let _one = self.writing.lock();
+        let books = self.books(model);
+        let name = books::version_name(model, version);
+        let written = books.versions.get(&version).map(|doc| {
+            let body = VersionDoc { retired: true, ..doc.body.clone() };
+            let decided = Decided {
+                action: "version.retired",
+                model: Some(model),
+                subject: name.clone(),
+                before: serde_json::Value::Null,
+                after: json(&reason),
+                puts: vec![books::put(Kind::Version, name.clone(), &body, doc.expect())?],
+            };
+            committed::<VersionDoc>(&self.commit(decided, by)?, Kind::Version)
+        });
+        match written {
+            Some(Ok(made)) => {
+                drop(self.with_books(model, |books| books.versions.insert(version, made)))
+            }
+            Some(Err(refusal)) => {
+                tracing::error!(%model, %version, %refusal, "that it is retired is not written down");
+            }
+            None => {}
+        }
+    }
+
     fn journal(&self, model: &ModelName, version: Version, action: &str, detail: &str, by: &Call) {
         let mut event = self.event(action, Some(model), &books::version_name(model, version), by);
         event.detail = Some(detail.to_owned()).filter(|detail| !detail.is_empty());

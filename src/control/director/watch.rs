@@ -120,11 +120,11 @@ impl Inner {
     fn remembered_versions(&self) -> Vec<(ModelName, Vec<Version>)> {
         let books = self.books.read();
         let wanted = books.iter().map(|(model, books)| {
-            let named: BTreeSet<Version> = books.named();
+            let named: BTreeSet<Version> = books.kept();
             let versions: Vec<Version> = books
                 .versions
                 .iter()
-                .filter(|(version, doc)| doc.body.what.wanted || named.contains(version))
+                .filter(|(version, doc)| doc.body.serves_again() || named.contains(version))
                 .map(|(version, _)| *version)
                 .collect();
             (model.clone(), versions)

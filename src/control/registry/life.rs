@@ -41,6 +41,8 @@ pub struct Record {
     pub memory_measured: Option<u64>,
     pub lineage: Lineage,
     pub checks: Vec<Check>,
+    /// The retention leaves it out, and nobody asked for it.
+    pub(super) left_out: bool,
     /// Of the source when it was last tried; the same one is not tried again by itself.
     pub(super) fingerprint: Option<String>,
     history: VecDeque<Step>,
@@ -59,6 +61,7 @@ impl Record {
             memory_measured: None,
             lineage: Lineage::default(),
             checks: Vec::new(),
+            left_out: false,
             fingerprint: None,
             history: VecDeque::new(),
         };
@@ -72,6 +75,7 @@ impl Record {
             return;
         }
         self.state = state;
+        self.left_out = false;
         self.since = Timestamp::now();
         reason.clone_into(&mut self.reason);
         self.note(state, reason);
@@ -108,7 +112,8 @@ pub(super) fn index_state(life: Life) -> VersionState {
 
 pub(super) fn index(models: &BTreeMap<ModelName, Known>) -> Vec<IndexEntry> {
     let entries = models.iter().flat_map(|(model, known)| {
-        let versions = known.versions.iter().map(|(version, record)| IndexEntry {
+        let shown = known.versions.iter().filter(|(_, record)| !record.left_out);
+        let versions = shown.map(|(version, record)| IndexEntry {
             model: model.clone(),
             version: Some(*version),
             state: index_state(record.state),

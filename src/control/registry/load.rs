@@ -133,7 +133,7 @@ impl Shared {
             let versions: Vec<Version> = there.keys().copied().collect();
             let shelf = Shelf::new(self, model);
             let policy = shelf.policy(versions.last().copied())?;
-            let mut kept = self.overseer().named(model);
+            let mut kept = self.overseer().named(model, true);
             kept.extend(listed.labels.values());
             kept.extend(scan::chosen(&versions, policy.as_ref()));
             // The highest first: it is what most callers get.
@@ -142,6 +142,7 @@ impl Shared {
                     // It stays known, so that it can be loaded by its number.
                     self.with_record(model, *version, |record| {
                         record.fingerprint = Some(fingerprint.clone());
+                        record.left_out |= record.state == Life::Discovered;
                     });
                 } else if new(version) {
                     let fingerprint = Some(fingerprint.as_str());
@@ -169,7 +170,7 @@ impl Shared {
         let mut kept: BTreeSet<Version> =
             scan::chosen(&loaded, Some(&policy)).into_iter().collect();
         kept.extend(listed.labels.values());
-        self.retire_others(model, &kept, call);
+        self.retire_others(model, &kept, true, call);
         Ok(())
     }
 
@@ -231,7 +232,8 @@ impl Shared {
         }
         // A refused load takes nothing out of service: a broken new version must not end the old.
         if latest.is_ok() {
-            self.retire_others(model, &chosen.iter().copied().collect(), call);
+            // As the client's configuration has it: nothing is kept warm besides.
+            self.retire_others(model, &chosen.iter().copied().collect(), false, call);
         }
         release_memory();
         latest

@@ -19,10 +19,16 @@ const DRAIN_HELD_MAX: Duration = Duration::from_secs(1);
 impl Shared {
     /// Takes the versions out of service that are neither `chosen` nor named by anything, but for
     /// the one that answers who names none.
-    pub(super) fn retire_others(&self, model: &ModelName, chosen: &BTreeSet<Version>, call: &Call) {
+    pub(super) fn retire_others(
+        &self,
+        model: &ModelName,
+        chosen: &BTreeSet<Version>,
+        warm: bool,
+        call: &Call,
+    ) {
         let mut gone = Vec::new();
         self.overseer().undisturbed(&mut || {
-            let named = self.overseer().named(model);
+            let named = self.overseer().named(model, warm);
             let there = self.board.loaded(model);
             let unwanted: Vec<Version> = there
                 .iter()
@@ -54,6 +60,7 @@ impl Shared {
             && let Some(record) = known.versions.get_mut(&version)
         {
             record.enter(Life::Retired, "not kept any more");
+            record.left_out = true;
         }
         aside(move || {
             drain(served, longest);
