@@ -259,6 +259,20 @@ impl Inner {
         ShadowTotals { instance: served.stats.instance(), tally }
     }
 
+    /// A version may have been unloaded since the rollout looked. Going back asks nothing: what is
+    /// not there gives its share to what is.
+    fn check_loaded(
+        &self,
+        model: &ModelName,
+        table: &Traffic,
+        action: Action,
+    ) -> Result<(), Refusal> {
+        if matches!(action, Action::RollBack | Action::Abort) {
+            return Ok(());
+        }
+        table.versions().into_iter().try_for_each(|version| self.ready(model, version).map(drop))
+    }
+
     /// Puts a rollback's table in force, if the one in force is the rollout's own.
     fn swap_if_owned(&self, before: Option<&Rollout>, change: &Change<'_>) {
         let model = &change.rollout.model;
@@ -292,6 +306,7 @@ impl Inner {
                 let (expected, current) = (rollout.id.clone(), "a table set by hand".to_owned());
                 return Err(Refusal::Stale { expected, current });
             }
+            self.check_loaded(model, table, decision.action)?;
             let doc = rollout_table(&books, table, rollout, call);
             puts.push(books::put(Kind::Traffic, model.as_str(), &doc, books.traffic.expect())?);
             if decision.action == Action::Promote
