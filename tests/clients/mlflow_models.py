@@ -13,6 +13,8 @@ from mlflow.models import infer_signature
 from onnx import TensorProto, helper, numpy_helper
 
 LARGE = 5 * 1024 * 1024
+# Said, so that the client does not load each model in a process of its own to find out.
+NEEDS = {"pip_requirements": ["onnx"]}
 
 
 def adding(k, large):
@@ -53,21 +55,15 @@ def register(name, wanted):
 
                 fitted = LinearRegression().fit(example, [float(k)])
                 signature = infer_signature(example, fitted.predict(example))
-                mlflow.sklearn.log_model(
-                    fitted,
-                    name="model",
-                    registered_model_name=name,
-                    signature=signature,
-                    pip_requirements=["scikit-learn"],
-                )
+                more = {"registered_model_name": name, "signature": signature, **NEEDS}
+                mlflow.sklearn.log_model(fitted, name="model", **more)
             else:
                 mlflow.onnx.log_model(
                     adding(float(k), kind == "large"),
                     name="model",
                     registered_model_name=name,
                     save_as_external_data=kind == "large",
-                    # Said, so that MLflow does not start a process to find it out.
-                    pip_requirements=["onnxruntime"],
+                    **NEEDS,
                 )
         newest = max(int(found.version) for found in client.search_model_versions(f"name='{name}'"))
         versions.append({"version": newest, "run": run.info.run_id})
