@@ -13,8 +13,9 @@ use crate::control::source::Listing;
 use crate::control::view::ReloadView;
 use crate::domain::{ModelName, Version};
 
-/// Longest pause after failures in a row.
-const BACKOFF_MAX: Duration = Duration::from_secs(300);
+/// After failures in a row, the pause grows to so many times what it is otherwise: a source that comes
+/// back is to be seen soon.
+const BACKOFF_MAX: u32 = 4;
 /// Hints within so long are one.
 const HINT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -64,7 +65,7 @@ impl Director {
                         .await;
                 }
                 Err(error) => {
-                    pause = (pause * 2).min(BACKOFF_MAX).max(every);
+                    pause = (pause * 2).clamp(every, every * BACKOFF_MAX);
                     let took = started.elapsed();
                     tracing::warn!(%error, ?took, ?pause, "the source cannot be read, serving on");
                 }
