@@ -7,7 +7,9 @@ use std::process::ExitCode;
 use serde_json::json;
 
 use crate::config::{self, ServeArgs};
+use crate::control;
 use crate::control::manifest::{self, Manifest, ManifestError};
+use crate::control::source::Location;
 use crate::domain::ModelName;
 
 #[derive(clap::Args)]
@@ -83,17 +85,24 @@ fn check(args: &ServeArgs) -> Findings {
     match config::load(args) {
         Ok(config) => {
             findings.unsafe_notes.clone_from(&config.unsafe_notes);
-            match crate::control::sole_model(&config.control) {
-                Some(model) => {
-                    let read = manifest::read_sole(&config.control.repository);
-                    note(&model, read, &mut findings);
-                }
-                None => check_repository(&config.control.repository, &mut findings),
-            }
+            check_models(&config.control, &mut findings);
         }
         Err(problems) => findings.problems = problems.0.iter().map(ToString::to_string).collect(),
     }
     findings
+}
+
+/// The models of a folder; those that lie elsewhere are checked when they are loaded.
+fn check_models(control: &control::Settings, findings: &mut Findings) {
+    match (&control.source.location, control::sole_model(control)) {
+        (Some(elsewhere @ (Location::Objects(_) | Location::Mlflow(_))), _) => {
+            findings.warnings.push(format!(
+                "the models of {elsewhere} are not checked here; 'tidegate models list' shows them"
+            ));
+        }
+        (_, Some(model)) => note(&model, manifest::read_sole(&control.repository), findings),
+        (_, None) => check_repository(&control.repository, findings),
+    }
 }
 
 fn check_repository(repository: &Path, findings: &mut Findings) {
@@ -159,6 +168,17 @@ mod tests {
         let findings = check(&args);
         assert_eq!(findings.code(false), 0);
         assert_eq!(printed(&findings, false).lines().last(), Some("the configuration is right"));
+    }
+
+    #[test]
+    fn models_that_lie_elsewhere_are_not_looked_for_in_a_folder() {
+        for url in ["s3://models/prod", "mlflow+http://127.0.0.1:5000/?models=iris"] {
+            let args = ServeArgs { model_repository: Some(url.to_owned()), ..ServeArgs::default() };
+            let findings = check(&args);
+            let text = printed(&findings, false);
+            assert_eq!(findings.code(false), 0, "{text}");
+            assert!(text.contains("are not checked here"), "{text}");
+        }
     }
 
     #[test]

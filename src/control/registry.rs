@@ -178,6 +178,25 @@ struct Shared {
     runtime: tokio::runtime::Handle,
 }
 
+/// Keeps a model out of the table until it goes, whichever way.
+struct Closed {
+    board: Arc<Switchboard>,
+    model: ModelName,
+}
+
+impl Closed {
+    fn close(board: &Arc<Switchboard>, model: &ModelName) -> Self {
+        board.set_closed(model, true);
+        Self { board: Arc::clone(board), model: model.clone() }
+    }
+}
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        self.board.set_closed(&self.model, false);
+    }
+}
+
 /// What a load call brought along.
 struct Override {
     config: Option<String>,
@@ -247,14 +266,13 @@ impl Registry {
         let work = remembered.into_iter().map(|(model, versions)| {
             move |shared: Arc<Shared>| {
                 // All at once: a canary that came first would get what is not its own.
-                shared.board.set_closed(&model, true);
+                let _closed = Closed::close(&shared.board, &model);
                 for version in versions.into_iter().rev() {
                     if let Err(error) = shared.restore(&model, version) {
                         let reason = error.message;
                         tracing::warn!(%model, %version, reason, "version not restored");
                     }
                 }
-                shared.board.set_closed(&model, false);
                 Ok(())
             }
         });
