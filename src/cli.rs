@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 
 mod admin;
 mod approvals;
+mod audit;
 mod check_config;
 mod health;
 mod infer;
@@ -52,6 +53,8 @@ enum Command {
     Rollout(rollout::Args),
     /// Show who changed what, when and why, and who was refused
     Journal(journal::Args),
+    /// Check, show and export what the ledger holds
+    Audit(audit::Args),
     /// Try a model under limits, as told on stdin
     #[command(hide = true)]
     Probe,
@@ -72,6 +75,7 @@ pub fn run() -> ExitCode {
         Command::Approvals(args) => approvals::run(&args),
         Command::Rollout(args) => rollout::run(&args),
         Command::Journal(args) => journal::run(&args),
+        Command::Audit(args) => audit::run(&args),
         Command::Probe => crate::control::probe::child_main(),
     }
 }

@@ -14,6 +14,7 @@ pub mod control;
 pub mod domain;
 pub mod engine;
 pub mod gateway;
+pub mod ledger;
 pub mod observe;
 pub mod panics;
 pub mod proto;

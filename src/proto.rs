@@ -13,9 +13,12 @@ mod generated {
     pub mod onnx {
         tonic::include_proto!("onnx");
     }
+    pub mod ledger {
+        tonic::include_proto!("tidegate.ledger.v1");
+    }
 }
 
-pub use generated::{inference, onnx};
+pub use generated::{inference, ledger, onnx};
 
 /// Every compiled file, for reflection and text-format parsing.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -18,15 +18,18 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("observe", &["domain"]),
     ("batch", &["domain", "engine", "observe", "panics"]),
     ("cache", &["domain"]),
+    ("ledger", &["domain", "observe", "panics", "proto"]),
     ("route", &["domain", "batch", "observe"]),
-    ("shadow", &["domain", "route", "batch", "observe", "panics"]),
-    ("gateway", &["domain", "route", "batch", "cache", "shadow", "observe"]),
+    ("shadow", &["domain", "route", "batch", "ledger", "observe", "panics"]),
+    ("gateway", &["domain", "route", "batch", "cache", "ledger", "shadow", "observe"]),
     (
         "control",
-        &["domain", "admit", "engine", "batch", "route", "shadow", "observe", "panics", "proto"],
+        &[
+            "domain", "admit", "engine", "batch", "route", "shadow", "ledger", "observe", "panics",
+            "proto",
+        ],
     ),
     ("transport", &["domain", "admit", "gateway", "route", "batch", "observe", "panics", "proto"]),
-    ("admin", &["domain", "admit", "control", "observe", "panics", "route", "gateway"]),
     (
         "config",
         &[
@@ -38,12 +41,13 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "route",
             "shadow",
             "gateway",
+            "ledger",
             "observe",
             "control",
             "transport",
         ],
     ),
-    ("admin", &["domain", "admit", "control", "observe", "route", "gateway", "panics"]),
+    ("admin", &["domain", "admit", "control", "ledger", "observe", "route", "gateway", "panics"]),
     (
         "app",
         &[
@@ -55,6 +59,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "route",
             "shadow",
             "gateway",
+            "ledger",
             "observe",
             "control",
             "transport",
@@ -72,6 +77,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "batch",
             "route",
             "gateway",
+            "ledger",
             "observe",
             "control",
             "transport",

@@ -1,0 +1,254 @@
+//! Reads a log: of a gateway that is running, of one that stopped, or of a copy of its files.
+//!
+//! ```text
+//! <log>/segments/00000000000000000000.seg     sealed: nothing is added any more
+//!                00000000000000004711.open    what is being written; its last frame may be half there
+//! ```
+//!
+//! Invariants:
+//! - A reader never writes, locks or waits for anybody.
+//! - The end of an open segment is where a frame is not whole yet. Anything else that is no frame is
+//!   a [`Fault`], with file and offset, and never taken for the end.
+//! - Memory: one frame, and at most [`CHUNK`] bytes beside it; [`SegmentReader::rest`] takes what is
+//!   left of its segment.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use super::frame::{self, Frame, Parsed, SEGMENT_HEAD_BYTES, SegmentHead};
+
+/// Bytes that are read at once.
+pub const CHUNK: usize = 1 << 20;
+/// Folder of a log's segments.
+pub const SEGMENTS: &str = "segments";
+pub const SEALED: &str = "seg";
+pub const OPEN: &str = "open";
+
+/// A segment's file.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SegmentFile {
+    pub first_seq: u64,
+    pub sealed: bool,
+    pub path: PathBuf,
+}
+
+/// Something in a log that should not be there, or not so.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: at byte {offset}: {what}", file.display())]
+pub struct Fault {
+    pub file: PathBuf,
+    pub offset: u64,
+    pub what: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error(transparent)]
+    Fault(#[from] Fault),
+    #[error("{}: {error}", file.display())]
+    Io { file: PathBuf, error: io::Error },
+}
+
+/// The path of a segment.
+pub fn segment_path(log: &Path, first_seq: u64, sealed: bool) -> PathBuf {
+    let extension = if sealed { SEALED } else { OPEN };
+    log.join(SEGMENTS).join(format!("{first_seq:020}.{extension}"))
+}
+
+/// The segments of the log in this folder, in order. A segment that is sealed meanwhile is listed
+/// once.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn segments(log: &Path) -> Result<Vec<SegmentFile>, ReadError> {
+    let folder = log.join(SEGMENTS);
+    let failed = |error| ReadError::Io { file: folder.clone(), error };
+    let mut found: Vec<SegmentFile> = Vec::new();
+    for entry in std::fs::read_dir(&folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        let sealed = match extension {
+            Some(SEALED) => true,
+            Some(OPEN) => false,
+            _ => continue,
+        };
+        let stem = path.file_stem().and_then(|stem| stem.to_str());
+        let Some(first_seq) = stem.and_then(|stem| stem.parse().ok()) else { continue };
+        found.push(SegmentFile { first_seq, sealed, path });
+    }
+    found.sort_by_key(|segment| (segment.first_seq, !segment.sealed));
+    found.dedup_by_key(|segment| segment.first_seq);
+    Ok(found)
+}
+
+/// Reads one segment from its first frame to its last.
+#[derive(Debug)]
+pub struct SegmentReader {
+    file: File,
+    segment: SegmentFile,
+    head: SegmentHead,
+    /// What was read and not consumed: `buffer[at..]`.
+    buffer: Vec<u8>,
+    at: usize,
+    /// Offset in the file of `buffer[at]`.
+    offset: u64,
+    next_seq: u64,
+}
+
+impl SegmentReader {
+    /// # Errors
+    /// When the file cannot be read, or does not begin as a segment does.
+    pub fn open(segment: &SegmentFile) -> Result<Self, ReadError> {
+        let mut segment = segment.clone();
+        let file = match File::open(&segment.path) {
+            // Sealed since it was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !segment.sealed => {
+                segment.path.set_extension(SEALED);
+                segment.sealed = true;
+                File::open(&segment.path)
+            }
+            opened => opened,
+        };
+        let path = segment.path.clone();
+        let failed = |error| ReadError::Io { file: path.clone(), error };
+        let mut file = file.map_err(failed)?;
+        let mut head = Vec::with_capacity(SEGMENT_HEAD_BYTES);
+        let limit = SEGMENT_HEAD_BYTES as u64;
+        file.by_ref().take(limit).read_to_end(&mut head).map_err(failed)?;
+        let head = SegmentHead::decode(&head).map_err(|what| fault(&path, 0, what))?;
+        if head.first_seq != segment.first_seq {
+            let what = format!("the head says that it begins with {}", head.first_seq);
+            return Err(fault(&path, 0, what).into());
+        }
+        let next_seq = head.first_seq;
+        Ok(Self { file, segment, head, buffer: Vec::new(), at: 0, offset: limit, next_seq })
+    }
+
+    pub fn head(&self) -> &SegmentHead {
+        &self.head
+    }
+
+    pub fn segment(&self) -> &SegmentFile {
+        &self.segment
+    }
+
+    /// Where the next frame begins, in the file.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The number that the next frame must have.
+    pub fn next_seq(&self) -> u64 {
+        self.next_seq
+    }
+
+    /// The next frame; `None` at the end of what is there by now. More may come to an open segment,
+    /// and this may be called again then: what was no whole frame is read anew.
+    ///
+    /// # Errors
+    /// In a sealed segment at the first thing that is no frame, in any at one whose turn it is not.
+    pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, ReadError> {
+        let len = loop {
+            let left = &self.buffer[self.at..];
+            let needed = match frame::parse(left) {
+                Parsed::Frame(frame) => break frame.bytes.len(),
+                Parsed::Short { needed } => needed,
+                Parsed::End if left.is_empty() => 1,
+                Parsed::End => return self.end("zeros where a frame is due"),
+                Parsed::Bad(what) => return self.end(what),
+            };
+            if !self.fill(needed)? {
+                return self.end("half a frame");
+            }
+        };
+        let bytes = &self.buffer[self.at..self.at + len];
+        let frame = frame::split(bytes).map_err(|what| self.fault(what))?;
+        if frame.seq != self.next_seq {
+            let what = format!("number {} where {} is due", frame.seq, self.next_seq);
+            return Err(fault(&self.segment.path, self.offset, what).into());
+        }
+        self.at += len;
+        self.offset += len as u64;
+        self.next_seq += 1;
+        Ok(Some(frame))
+    }
+
+    /// No frame begins here: the end of an open segment, a fault in a sealed one.
+    fn end(&mut self, what: &'static str) -> Result<Option<Frame<'_>>, ReadError> {
+        let nothing = self.buffer.len() == self.at;
+        self.buffer.truncate(self.at);
+        if !self.segment.sealed {
+            let mut sealed = self.segment.path.clone();
+            sealed.set_extension(SEALED);
+            // Sealed while it was read: what was its end may not have been.
+            if self.segment.path.exists() || !sealed.exists() {
+                return Ok(None);
+            }
+            (self.segment.path, self.segment.sealed) = (sealed, true);
+            return self.next_frame();
+        }
+        if nothing { Ok(None) } else { Err(self.fault(what).into()) }
+    }
+
+    /// What is behind the last whole frame, now that [`SegmentReader::next_frame`] gave `None`.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn rest(&mut self) -> Result<Rest, ReadError> {
+        (self.buffer, self.at) = (Vec::new(), 0);
+        let mut rest = Vec::new();
+        self.file
+            .seek(SeekFrom::Start(self.offset))
+            .and_then(|_| self.file.read_to_end(&mut rest))
+            .map_err(|error| ReadError::Io { file: self.segment.path.clone(), error })?;
+        let Some(last) = rest.iter().rposition(|byte| *byte != 0) else { return Ok(Rest::Nothing) };
+        let later = |bytes: &[u8]| match frame::parse(bytes) {
+            Parsed::Frame(frame) => frame.seq >= self.next_seq,
+            _ => false,
+        };
+        match (0..last).find(|at| later(&rest[*at..])) {
+            None => Ok(Rest::Torn { bytes: last as u64 + 1 }),
+            Some(at) => {
+                let found = self.offset + at as u64;
+                let what = format!("no frame, although one begins at byte {found}");
+                Ok(Rest::Damage(self.fault(&what)))
+            }
+        }
+    }
+
+    /// Reads until `needed` bytes are there, a chunk at least; whether any came.
+    fn fill(&mut self, needed: usize) -> Result<bool, ReadError> {
+        self.buffer.drain(..self.at);
+        self.at = 0;
+        let have = self.buffer.len();
+        let want = needed.saturating_sub(have).max(CHUNK) as u64;
+        let from = SeekFrom::Start(self.offset + have as u64);
+        let (file, buffer) = (&mut self.file, &mut self.buffer);
+        let read = file.seek(from).and_then(|_| file.by_ref().take(want).read_to_end(buffer));
+        let read =
+            read.map_err(|error| ReadError::Io { file: self.segment.path.clone(), error })?;
+        Ok(read > 0)
+    }
+
+    fn fault(&self, what: &str) -> Fault {
+        fault(&self.segment.path, self.offset, what)
+    }
+}
+
+/// What is behind the last whole frame of a segment.
+#[derive(Debug)]
+pub enum Rest {
+    Nothing,
+    /// The start of a frame, or several in a group, that never was written whole: so many bytes to
+    /// the last that is not zero.
+    Torn {
+        bytes: u64,
+    },
+    /// Whole frames come later: something was lost or changed before them.
+    Damage(Fault),
+}
+
+fn fault(file: &Path, offset: u64, what: impl Into<String>) -> Fault {
+    Fault { file: file.to_owned(), offset, what: what.into() }
+}
