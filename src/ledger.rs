@@ -17,3 +17,4 @@ pub mod frame;
 pub mod log;
 pub mod reader;
 pub mod record;
+pub mod follow;

@@ -1,0 +1,380 @@
+//! Follows a log: its records by number, from any of them on, for as long as more come.
+//!
+//! ```text
+//! Follower::next ─▶ 17 18 19 ┊ 20 21 …    one segment after the other, and into the open one
+//!                            └ sealed      None: no more for now, ask again later
+//! ```
+//!
+//! Nothing on the write path knows of a follower: it polls the files, so a hundred of them cost the
+//! writer nothing, and one in another process sees as much.
+//!
+//! Invariants:
+//! - Records come in order, each once. One that is missing is a [`Gap`], never passed over.
+//! - What was erased before it was read is not seen.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use super::frame::{self, Frame};
+use super::reader::{self, Fault, ReadError, SegmentFile, SegmentReader};
+
+/// How often a folder is listed anew when what it listed is gone.
+const LISTINGS_MAX: usize = 3;
+
+/// Where to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    Oldest,
+    /// Behind the last record that is there now.
+    End,
+    /// With this record, which may not be there yet.
+    At(u64),
+}
+
+/// Records that were there once, and whose segments were removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("records {from} to {} were removed", to - 1)]
+pub struct Gap {
+    pub from: u64,
+    /// The first that is still there.
+    pub to: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum FollowError {
+    /// [`Follower::skip`] goes on behind it.
+    #[error(transparent)]
+    Gap(#[from] Gap),
+    #[error(transparent)]
+    Read(#[from] ReadError),
+}
+
+impl From<Fault> for FollowError {
+    fn from(fault: Fault) -> Self {
+        Self::Read(fault.into())
+    }
+}
+
+/// A place in a log.
+#[derive(Debug)]
+pub struct Follower {
+    log: PathBuf,
+    next_seq: u64,
+    reader: Option<SegmentReader>,
+    /// The frame that was given last.
+    bytes: Vec<u8>,
+}
+
+impl Follower {
+    /// Follows the log in this folder, which need not be there yet.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn new(log: impl Into<PathBuf>, start: Start) -> Result<Self, ReadError> {
+        let log = log.into();
+        let next_seq = match start {
+            Start::At(seq) => seq,
+            Start::Oldest => segments(&log)?.first().map_or(0, |oldest| oldest.first_seq),
+            Start::End => end(&log)?,
+        };
+        Ok(Self { log, next_seq, reader: None, bytes: Vec::new() })
+    }
+
+    /// The number of the record that comes next.
+    pub fn next_seq(&self) -> u64 {
+        self.next_seq
+    }
+
+    /// The next record; `None` when it is not there yet.
+    ///
+    /// # Errors
+    /// When it was removed, or the log cannot be read. Asking again tries again.
+    pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, FollowError> {
+        if !self.advance()? {
+            return Ok(None);
+        }
+        self.next_seq += 1;
+        let frame = frame::split(&self.bytes);
+        let broken = |what: &str| Fault {
+            file: self.log.clone(),
+            offset: 0,
+            what: format!("record {}: {what}", self.next_seq - 1),
+        };
+        Ok(Some(frame.map_err(broken)?))
+    }
+
+    /// Goes on behind a gap.
+    pub fn skip(&mut self, gap: Gap) {
+        (self.next_seq, self.reader) = (gap.to.max(self.next_seq), None);
+    }
+
+    /// Brings the frame that is due into `self.bytes`; whether there is one.
+    fn advance(&mut self) -> Result<bool, FollowError> {
+        loop {
+            let Some(reader) = &mut self.reader else {
+                match self.find()? {
+                    Some(reader) => self.reader = Some(reader),
+                    None => return Ok(false),
+                }
+                continue;
+            };
+            if let Some(frame) = reader.next_frame()? {
+                // Those before are read only to come here.
+                if frame.seq == self.next_seq {
+                    self.bytes.clear();
+                    self.bytes.extend_from_slice(frame.bytes);
+                    return Ok(true);
+                }
+                continue;
+            }
+            let (own, due) = (reader.segment().first_seq, reader.next_seq());
+            let listed = segments(&self.log)?;
+            let Some(next) = listed.iter().find(|segment| segment.first_seq > own) else {
+                return Ok(false);
+            };
+            if next.first_seq <= due {
+                self.reader = None;
+                // Wanted is a record of a later segment, or the first of the next.
+                self.next_seq = self.next_seq.max(due);
+                continue;
+            }
+            // More was written between the look at the end and the listing, or it was removed.
+            if listed.iter().any(|segment| segment.first_seq == own) {
+                if reader.next_frame()?.is_none() {
+                    return Ok(false);
+                }
+                self.reader = None;
+                continue;
+            }
+            let gap = Gap { from: self.next_seq, to: next.first_seq };
+            self.reader = None;
+            return Err(gap.into());
+        }
+    }
+
+    /// Opens the segment that holds the record that is due; `None` when there is none yet.
+    fn find(&self) -> Result<Option<SegmentReader>, FollowError> {
+        for _ in 0..LISTINGS_MAX {
+            let listed = segments(&self.log)?;
+            let holds = |segment: &&SegmentFile| segment.first_seq <= self.next_seq;
+            let Some(segment) = listed.iter().rfind(holds) else {
+                return match listed.first() {
+                    Some(oldest) => Err(Gap { from: self.next_seq, to: oldest.first_seq }.into()),
+                    None => Ok(None),
+                };
+            };
+            match SegmentReader::open(segment) {
+                // Removed since.
+                Err(ReadError::Io { error, .. }) if error.kind() == ErrorKind::NotFound => {}
+                opened => return Ok(Some(opened?)),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The number after the last record of a log; 0 when there is none.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn end(log: &Path) -> Result<u64, ReadError> {
+    for _ in 0..LISTINGS_MAX {
+        let Some(last) = segments(log)?.pop() else { return Ok(0) };
+        let mut reader = match SegmentReader::open(&last) {
+            Err(ReadError::Io { error, .. }) if error.kind() == ErrorKind::NotFound => continue,
+            opened => opened?,
+        };
+        while reader.next_frame()?.is_some() {}
+        return Ok(reader.next_seq());
+    }
+    Ok(0)
+}
+
+/// The segments of a log that may not have been opened yet.
+fn segments(log: &Path) -> Result<Vec<SegmentFile>, ReadError> {
+    match reader::segments(log) {
+        Err(ReadError::Io { error, .. }) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        listed => listed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+    use crate::ledger::frame::{Draft, Form, SegmentHead, WriterId};
+
+    /// Segments as the log lays them down.
+    struct Segments(tempfile::TempDir);
+
+    impl Segments {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::create_dir(dir.path().join(reader::SEGMENTS)).unwrap();
+            Self(dir)
+        }
+
+        fn open(&self, first_seq: u64) -> &Self {
+            let head = SegmentHead {
+                log: "predictions".to_owned(),
+                writer: WriterId([1; 8]),
+                first_seq,
+                created_ns: 1,
+            };
+            std::fs::write(reader::segment_path(self.0.path(), first_seq, false), head.encode())
+                .unwrap();
+            self
+        }
+
+        fn add(&self, first_seq: u64, records: std::ops::Range<u64>) -> &Self {
+            let path = reader::segment_path(self.0.path(), first_seq, false);
+            let mut file = std::fs::OpenOptions::new().append(true).open(path).unwrap();
+            records.for_each(|seq| file.write_all(&frame_of(seq)).unwrap());
+            self
+        }
+
+        fn seal(&self, first_seq: u64) -> &Self {
+            let path = |sealed| reader::segment_path(self.0.path(), first_seq, sealed);
+            std::fs::rename(path(false), path(true)).unwrap();
+            self
+        }
+
+        fn remove(&self, first_seq: u64) -> &Self {
+            std::fs::remove_file(reader::segment_path(self.0.path(), first_seq, true)).unwrap();
+            self
+        }
+
+        fn follow(&self, start: Start) -> Follower {
+            Follower::new(self.0.path(), start).unwrap()
+        }
+    }
+
+    fn frame_of(seq: u64) -> Vec<u8> {
+        let (mut draft, mut bytes) = (Draft::default(), Vec::new());
+        draft.start();
+        draft.buffer().extend_from_slice(b"head");
+        draft.body(Form::Whole, &[7; 32]);
+        draft.finish();
+        draft.put(seq, &mut bytes);
+        bytes
+    }
+
+    fn all(follower: &mut Follower) -> Vec<u64> {
+        let mut found = Vec::new();
+        while let Some(frame) = follower.next_frame().unwrap() {
+            found.push(frame.seq);
+        }
+        found
+    }
+
+    fn gap(follower: &mut Follower) -> Gap {
+        match follower.next_frame() {
+            Err(FollowError::Gap(gap)) => gap,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn records_come_once_across_segments_and_as_they_are_written() {
+        let log = Segments::new();
+        let mut early = log.follow(Start::Oldest);
+        assert_eq!(all(&mut early), Vec::<u64>::new());
+        log.open(0).add(0, 0..3);
+        assert_eq!(all(&mut early), [0, 1, 2]);
+        log.add(0, 3..5);
+        assert_eq!(all(&mut early), [3, 4]);
+        // Written, sealed and followed by another between two looks.
+        log.add(0, 5..6).seal(0).open(6).add(6, 6..8);
+        assert_eq!(all(&mut early), [5, 6, 7]);
+        log.seal(6).open(8);
+        assert_eq!(all(&mut early), Vec::<u64>::new());
+        log.add(8, 8..9);
+        assert_eq!(all(&mut early), [8]);
+        assert_eq!(all(&mut log.follow(Start::At(4))), [4, 5, 6, 7, 8]);
+        assert_eq!(all(&mut log.follow(Start::At(6))), [6, 7, 8]);
+        assert_eq!(all(&mut log.follow(Start::Oldest)).len(), 9);
+        let mut late = log.follow(Start::End);
+        let mut later = log.follow(Start::At(10));
+        assert_eq!((all(&mut late), all(&mut later)), (vec![], vec![]));
+        log.add(8, 9..12);
+        assert_eq!((all(&mut late), all(&mut later)), (vec![9, 10, 11], vec![10, 11]));
+    }
+
+    #[test]
+    fn half_a_frame_and_zeros_are_the_end_until_more_comes() {
+        let log = Segments::new();
+        log.open(0).add(0, 0..1);
+        let mut follower = log.follow(Start::Oldest);
+        let frame = frame_of(1);
+        let path = reader::segment_path(log.0.path(), 0, false);
+        let before = std::fs::read(&path).unwrap();
+        // Its last bytes are zeros: the number's.
+        for written in [0, 1, 7, 8, 30, frame.len() - 8] {
+            let mut bytes = before.clone();
+            bytes.extend_from_slice(&frame[..written]);
+            bytes.resize(4096, 0);
+            std::fs::write(&path, bytes).unwrap();
+            assert_eq!(all(&mut follower), if written == 0 { vec![0] } else { vec![] });
+        }
+        let mut bytes = before;
+        bytes.extend_from_slice(&frame);
+        bytes.resize(4096, 0);
+        std::fs::write(&path, bytes).unwrap();
+        assert_eq!(all(&mut follower), [1]);
+    }
+
+    #[test]
+    fn what_was_removed_is_a_gap() {
+        let log = Segments::new();
+        log.open(0).add(0, 0..3).seal(0).open(3).add(3, 3..5).seal(3).open(5).add(5, 5..6);
+        let (mut before, mut inside) = (log.follow(Start::Oldest), log.follow(Start::Oldest));
+        inside.next_frame().unwrap();
+        log.remove(0);
+        let found = gap(&mut before);
+        assert_eq!(
+            (found, found.to_string()),
+            (Gap { from: 0, to: 3 }, "records 0 to 2 were removed".into())
+        );
+        // Says so until it is told to go on.
+        assert_eq!(gap(&mut before), found);
+        before.skip(found);
+        assert_eq!(all(&mut before), [3, 4, 5]);
+        // What is open is read to its end.
+        assert_eq!(all(&mut inside), [1, 2, 3, 4, 5]);
+        assert_eq!(all(&mut log.follow(Start::Oldest)), [3, 4, 5]);
+    }
+
+    #[test]
+    fn a_segment_that_went_unseen_is_a_gap() {
+        let log = Segments::new();
+        log.open(0).add(0, 0..2);
+        let mut follower = log.follow(Start::Oldest);
+        assert_eq!(all(&mut follower), [0, 1]);
+        // Grew and was sealed and removed; then a later one as well.
+        log.seal(0).remove(0).open(5).add(5, 5..6).seal(5).open(6).add(6, 6..7);
+        assert_eq!(gap(&mut follower), Gap { from: 2, to: 5 });
+        log.remove(5);
+        assert_eq!(gap(&mut follower), Gap { from: 2, to: 6 });
+        follower.skip(Gap { from: 2, to: 6 });
+        assert_eq!(all(&mut follower), [6]);
+    }
+
+    #[test]
+    fn damage_is_said_and_not_passed_over() {
+        let log = Segments::new();
+        log.open(0).add(0, 0..3).seal(0).open(3);
+        let path = reader::segment_path(log.0.path(), 0, true);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let at = bytes.len() - 5;
+        bytes[at] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let mut follower = log.follow(Start::Oldest);
+        follower.next_frame().unwrap();
+        follower.next_frame().unwrap();
+        for _ in 0..2 {
+            assert!(matches!(follower.next_frame(), Err(FollowError::Read(ReadError::Fault(_)))));
+        }
+        assert_eq!(follower.next_seq(), 2);
+    }
+}
