@@ -27,7 +27,7 @@ use tidegate::gateway;
 use tidegate::observe::Observer;
 use tidegate::proto::inference as pb;
 use tidegate::route::{Keys, Mirror, ModelRoutes, Pick, Published, RouteTable, Served};
-use tidegate::shadow::{self, Shadows};
+use tidegate::shadow::{self, Origin, Shadows};
 use tidegate::transport::grpc::{self, Grpc};
 use tidegate::transport::http::{binary, elements};
 use tidegate::transport::shm::SharedMemory;
@@ -188,8 +188,8 @@ fn pick(c: &mut Criterion) {
             trace: None,
             sticky_key: key.map(str::to_owned),
             headers: RouteHeaders {
-                sticky_key: None,
                 named: vec![("x-group".into(), "nobody".to_owned())],
+                ..RouteHeaders::default()
             },
             principal: None,
         };
@@ -231,7 +231,7 @@ fn copies(c: &mut Criterion) {
                     }
                     completion(&primary, Outcome::Ok)
                 },
-                |completion| shadows.offer(&pick, completion),
+                |completion| shadows.offer(&pick, completion, Origin::default()),
                 BatchSize::NumIterations(20),
             );
         });

@@ -25,6 +25,7 @@ use crate::transport::shm::SharedMemory;
 use crate::transport::toggles::Toggles;
 use crate::transport::{Api, Health, metrics};
 
+mod recording;
 mod release;
 
 use release::Release;
@@ -57,10 +58,12 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     if let Some(problem) = engines.ort_problem() {
         tracing::warn!("serving without ONNX Runtime: {problem}");
     }
-    for (name, version) in engines.describe() {
+    let described = engines.describe();
+    for (name, version) in described.clone() {
         observer.engine_info(name, &version);
         tracing::info!(engine = name, version, "engine ready");
     }
+    let ledger = recording::open(&config, described, &observer)?;
     let table = Arc::new(Published::new(RouteTable::default()));
     let release = Release::open(&config, Arc::new(engines), Arc::clone(&table), &observer)?;
     let control: Arc<dyn ModelControl> = Arc::clone(&release.registry) as Arc<dyn ModelControl>;
@@ -69,7 +72,8 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     // Copies for shadows hold the bytes of requests: they must never be what keeps others out.
     let copies = intake.budget().max() / SHADOW_BYTES_SHARE;
     settings.shadow.queue_bytes_max = settings.shadow.queue_bytes_max.min(copies);
-    let gateway = Gateway::new(table, Arc::clone(&observer), control, settings);
+    let gateway = Gateway::new(table, Arc::clone(&observer), control, settings)
+        .with_ledger(Arc::clone(&ledger));
     let api = Arc::new(Api {
         gateway: Arc::new(gateway),
         health: Arc::new(Health::default()),
@@ -108,6 +112,8 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     tokio::spawn(panics::fatal_async("metrics listener", page));
     let upkeep = upkeep(Arc::clone(&observer), Arc::clone(&api.gateway));
     tokio::spawn(panics::fatal_async("upkeep", upkeep));
+    let recorded = recording::watch(Arc::clone(&api), Arc::clone(&ledger));
+    tokio::spawn(panics::fatal_async("ledger's watch", recorded));
     let traced = CancellationToken::new();
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 
@@ -129,6 +135,7 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     }
     shut_down(&config, &api, listeners, stop).await;
     release.stop().await;
+    recording::close(&ledger).await;
     // The last requests have ended: what is left to send is sent, for as long as that is worth.
     traced.cancel();
     if timeout(TRACES_FLUSH_MAX, traces).await.is_err() {

@@ -16,10 +16,11 @@ use std::time::Duration;
 use crate::admit::Clients;
 use crate::domain::ModelName;
 use crate::transport::tls::Tls;
-use crate::{control, gateway, observe, transport};
+use crate::{control, gateway, ledger, observe, transport};
 
 mod assemble;
 mod layers;
+mod records;
 pub mod schema;
 mod sources;
 
@@ -43,6 +44,7 @@ pub struct Config {
     pub control: control::Settings,
     pub transport: transport::Settings,
     pub gateway: gateway::Settings,
+    pub ledger: ledger::Settings,
     /// Memory of all of ONNX Runtime's runs on the CPU, in bytes; `None`: no limit.
     pub engine_memory_max: Option<usize>,
     /// What is demanded of releases.

@@ -15,7 +15,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::domain::{EngineChoice, Failure, ModelName};
+use crate::domain::{EngineChoice, Failure, ModelName, RecordSettings};
 use manifest::Manifest;
 
 pub mod bootstrap;
@@ -90,6 +90,8 @@ pub struct Settings {
     pub drain_max: Duration,
     /// Where models come from, when that is no folder, and how it is looked at.
     pub source: source::Settings,
+    /// What the ledger keeps of models that say nothing else.
+    pub recording: RecordSettings,
     /// Keys that versions must be signed with; none: signatures are not asked for.
     pub trusted_keys: TrustedKeys,
 }
@@ -115,6 +117,7 @@ impl Settings {
             default_model: None,
             drain_max: Duration::from_secs(60),
             source: source::Settings::default(),
+            recording: RecordSettings::default(),
             trusted_keys: TrustedKeys::default(),
         }
     }

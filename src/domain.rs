@@ -8,6 +8,7 @@ mod datatype;
 mod error;
 mod index;
 mod names;
+mod recording;
 mod request;
 mod settings;
 mod signature;
@@ -19,6 +20,10 @@ pub use datatype::DataType;
 pub use error::{ErrorKind, Failure};
 pub use index::{IndexEntry, ModelControl, ModelFile, VersionState};
 pub use names::{Digest, Label, ModelName, NameError, Version, VersionRef};
+pub use recording::{
+    Capture, Columns, Durability, OnUnrecorded, RecordSettings, Recording, SAMPLE_ALL,
+    TENSOR_RULES_MAX, TensorRule, Treatment,
+};
 pub use request::{
     Answer, AnswerHead, CallMeta, Deadline, InferRequest, Inputs, NamedTensor, ParameterValue,
     Parameters, RequestedOutput, RouteHeaders, STICKY_KEY_LEN_MAX, TypeInputs, TypedInputs,

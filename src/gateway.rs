@@ -1,30 +1,32 @@
 //! The life of one request.
 //!
 //! Invariants:
-//! - Every call ends in exactly one [`Completion`], whatever becomes of it, cancellation included.
+//! - Every call ends in exactly one [`Completion`](crate::domain::Completion), whatever becomes of it, cancellation included,
+//!   and has one record in the ledger at most.
+//! - No answer with a prediction leaves before its record is where the model's `durability` says.
 //! - One look at the route table decides where a request goes.
 //! - Shadows get their copy when the answer is made, and nothing of theirs is waited for.
 
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
-
-use tokio::time::Instant;
-use uuid::Uuid;
+use std::time::Duration;
 
 use crate::cache::{self, Cache};
 use crate::domain::{
-    Answer, AnswerHead, CallMeta, Completion, Deadline, ErrorKind, Failure, InferRequest, Inputs,
-    ModelControl, ModelName, NamedTensor, Outcome, ParameterValue, RequestedOutput, Tensor,
-    Timings, VersionRef,
+    Answer, AnswerHead, CallMeta, Deadline, ErrorKind, Failure, InferRequest, Inputs, ModelControl,
+    ModelName, NamedTensor, ParameterValue, RequestedOutput, Tensor, VersionRef,
 };
+use crate::ledger::Ledger;
 use crate::observe::Observer;
-use crate::route::{Keys, Pick, Published, RouteTable, Served};
+use crate::route::{Keys, Published, RouteTable, Served};
 use crate::shadow::{self, Shadows};
 
 mod classify;
 mod outputs;
 mod recall;
+mod record;
 mod reserved;
+
+use record::Record;
 
 /// Limits and waits of the request path.
 #[derive(Clone, Debug)]
@@ -71,6 +73,8 @@ pub struct Gateway {
     /// Made for the first request that may be answered from it.
     cache: OnceLock<Cache>,
     shadows: Arc<Shadows>,
+    /// `None`: nothing is recorded.
+    ledger: Option<Arc<Ledger>>,
 }
 
 impl Gateway {
@@ -81,7 +85,19 @@ impl Gateway {
         settings: Settings,
     ) -> Self {
         let shadows = Arc::new(Shadows::new(settings.shadow.clone(), Arc::clone(&observer)));
-        Self { table, observer, control, settings, cache: OnceLock::new(), shadows }
+        Self { table, observer, control, settings, cache: OnceLock::new(), shadows, ledger: None }
+    }
+
+    /// With a ledger that has a record of every call.
+    #[must_use]
+    pub fn with_ledger(mut self, ledger: Arc<Ledger>) -> Self {
+        self.shadows.record_in(Arc::clone(&ledger));
+        self.ledger = Some(ledger);
+        self
+    }
+
+    pub fn ledger(&self) -> Option<&Arc<Ledger>> {
+        self.ledger.as_ref()
     }
 
     /// The route table of this moment: for metadata, configuration, statistics and readiness.
@@ -144,19 +160,21 @@ impl Gateway {
         request: InferRequest,
     ) -> Result<Answer, Box<Refused>> {
         let InferRequest { model, version, id, inputs, outputs, parameters } = request;
-        let mut record = Record::new(&self.observer, &meta, model, id);
+        let mut record = Record::new(self, &meta, model, id);
         let done = self.run(&mut record, &meta, version, inputs, &outputs, &parameters).await;
-        let head = record.head();
-        let (model, id) = record.names();
+        let done = match done {
+            Ok((outputs, deadline)) => record.settle(deadline).await.map(|()| outputs),
+            Err(failure) => Err(failure),
+        };
         match done {
             Ok(outputs) => {
-                record.answered(&self.shadows);
+                let (head, model, id) = (record.head(), record.model().clone(), record.caller_id());
+                record.answered();
                 Ok(Answer { head, model, id, outputs })
             }
             Err(failure) => {
-                let message = failure.message.clone();
-                record.finish(Outcome::Failed { kind: failure.kind, message });
-                Err(Box::new(Refused { head, id, failure }))
+                let id = record.caller_id();
+                Err(Box::new(Refused { head: record.failed(&failure), id, failure }))
             }
         }
     }
@@ -170,15 +188,10 @@ impl Gateway {
         version: Option<&VersionRef>,
         failure: &Failure,
     ) -> AnswerHead {
-        let mut record = Record::new(&self.observer, meta, model.clone(), String::new());
-        let keys = Keys { call: meta, parameters: &[], prediction_id: record.id() };
-        if let Ok(pick) = self.table.look(|table| table.pick_for(&model, version, &keys)) {
-            record.picked(pick);
-        }
-        let head = record.head();
-        let message = failure.message.clone();
-        record.finish(Outcome::Failed { kind: failure.kind, message });
-        head
+        let mut record = Record::new(self, meta, model, String::new());
+        // Refused already: nothing more is to be said if there is no such version.
+        drop(self.pick(&mut record, meta, version, &[]));
+        record.failed(failure)
     }
 
     /// As [`Gateway::refuse`], for a model that the caller may not know of: nothing of a model of
@@ -189,11 +202,26 @@ impl Gateway {
         model: ModelName,
         failure: &Failure,
     ) -> AnswerHead {
-        let record = Record::new(&self.observer, meta, model, String::new());
-        let head = record.head();
-        let message = failure.message.clone();
-        record.finish(Outcome::Failed { kind: failure.kind, message });
-        head
+        Record::new(self, meta, model, String::new()).failed(failure)
+    }
+
+    /// Looks once at the route table.
+    fn pick(
+        &self,
+        record: &mut Record<'_>,
+        meta: &CallMeta,
+        version: Option<&VersionRef>,
+        parameters: &[(String, ParameterValue)],
+    ) -> Result<Arc<Served>, Failure> {
+        let keys = Keys { call: meta, parameters, prediction_id: record.id() };
+        let model = record.model();
+        let look = |table: &RouteTable| (table.revision, table.pick_for(model, version, &keys));
+        let (revision, pick) = self.table.look(look);
+        record.looked_at(revision);
+        let pick = pick?;
+        let served = Arc::clone(&pick.served);
+        record.picked(pick, &keys);
+        Ok(served)
     }
 
     async fn run(
@@ -204,12 +232,9 @@ impl Gateway {
         inputs: Inputs,
         requested: &[RequestedOutput],
         parameters: &[(String, ParameterValue)],
-    ) -> Result<Vec<NamedTensor>, Failure> {
-        let keys = Keys { call: meta, parameters, prediction_id: record.id() };
-        let asked = (record.model(), version.as_ref());
-        let pick = self.table.look(|table| table.pick_for(asked.0, asked.1, &keys))?;
-        let served = Arc::clone(&pick.served);
-        record.picked(pick);
+    ) -> Result<(Vec<NamedTensor>, Deadline), Failure> {
+        let served = self.pick(record, meta, version.as_ref(), parameters)?;
+        record.check()?;
         reserved::check(parameters)?;
         let deadline = self.deadline(meta, &served, parameters)?;
         let wanted = wanted_outputs(&served, requested)?;
@@ -229,7 +254,8 @@ impl Gateway {
         let asked = match self.recall(&served, &bound) {
             recall::Recalled::Hit(outputs) => {
                 record.recalled(&outputs);
-                return select(&served, &wanted, &outputs, output_bytes_max);
+                let named = select(&served, &wanted, &outputs, output_bytes_max)?;
+                return Ok((named, deadline));
             }
             recall::Recalled::Miss(asked) => Some(asked),
             recall::Recalled::Off => None,
@@ -244,7 +270,7 @@ impl Gateway {
         if let Some(asked) = asked {
             self.keep(asked, &served, &ran.outputs);
         }
-        select(&served, &wanted, &ran.outputs, output_bytes_max)
+        Ok((select(&served, &wanted, &ran.outputs, output_bytes_max)?, deadline))
     }
 
     fn deadline(
@@ -334,136 +360,4 @@ fn select(
         named.push(NamedTensor { name: spec.name.clone(), tensor });
     }
     Ok(named)
-}
-
-/// Becomes the request's one completion; as cancelled if it is dropped unfinished.
-struct Record<'a> {
-    observer: &'a Observer,
-    completion: Option<Completion>,
-    pick: Option<Pick>,
-    received: Instant,
-}
-
-impl<'a> Record<'a> {
-    fn new(observer: &'a Observer, meta: &CallMeta, model: ModelName, id: String) -> Self {
-        let received_at = SystemTime::now()
-            .checked_sub(meta.received.elapsed())
-            .unwrap_or(SystemTime::UNIX_EPOCH);
-        let completion = Completion {
-            prediction_id: Uuid::now_v7(),
-            request_id: id,
-            received_at,
-            model,
-            version: None,
-            digest: None,
-            arm: None,
-            reason: None,
-            protocol: meta.protocol,
-            principal: meta.principal.clone(),
-            trace: meta.trace,
-            outcome: Outcome::Ok,
-            timings: Timings::default(),
-            rows: 1,
-            batch_size: 0,
-            cached: false,
-            shadow_of: None,
-            inputs: Vec::new(),
-            outputs: Vec::new(),
-        };
-        Self { observer, completion: Some(completion), pick: None, received: meta.received }
-    }
-
-    fn open(&mut self) -> &mut Completion {
-        self.completion.as_mut().expect("a record is finished once, by a call that consumes it")
-    }
-
-    fn model(&self) -> &ModelName {
-        &self.completion.as_ref().expect("as in open").model
-    }
-
-    fn id(&self) -> Uuid {
-        self.completion.as_ref().expect("as in open").prediction_id
-    }
-
-    fn names(&self) -> (ModelName, String) {
-        let completion = self.completion.as_ref().expect("as in open");
-        (completion.model.clone(), completion.request_id.clone())
-    }
-
-    fn head(&self) -> AnswerHead {
-        let completion = self.completion.as_ref().expect("as in open");
-        AnswerHead {
-            prediction_id: completion.prediction_id,
-            version: completion.version,
-            digest: completion.digest,
-            arm: completion.arm.clone(),
-        }
-    }
-
-    fn picked(&mut self, pick: Pick) {
-        let completion = self.open();
-        completion.version = Some(pick.served.version);
-        completion.digest = Some(pick.served.digest);
-        completion.arm = Some(pick.arm.clone());
-        completion.reason = Some(pick.reason.clone());
-        self.pick = Some(pick);
-    }
-
-    fn bound(&mut self, served: &Served, inputs: &[Tensor]) {
-        let completion = self.open();
-        if served.signature.batched {
-            completion.rows = inputs.first().and_then(|x| x.shape().first().copied()).unwrap_or(1);
-        }
-        completion.inputs = inputs.to_vec();
-    }
-
-    fn ran(&mut self, ran: &crate::batch::Ran) {
-        let completion = self.open();
-        completion.timings = ran.timings;
-        completion.batch_size = ran.batch_size;
-        completion.outputs.clone_from(&ran.outputs);
-    }
-
-    fn without_outputs(&mut self) {
-        self.open().outputs = Vec::new();
-    }
-
-    fn recalled(&mut self, outputs: &[Tensor]) {
-        let completion = self.open();
-        completion.cached = true;
-        completion.outputs = outputs.to_vec();
-    }
-
-    /// Finishes a request that was answered, and leaves a copy of it to its shadows.
-    fn answered(mut self, shadows: &Shadows) {
-        let completion = self.send(Outcome::Ok);
-        if let (Some(pick), Some(completion)) = (&self.pick, completion)
-            && !pick.mirrors.is_empty()
-        {
-            shadows.offer(pick, completion);
-        }
-    }
-
-    fn finish(mut self, outcome: Outcome) {
-        self.send(outcome);
-    }
-
-    fn send(&mut self, outcome: Outcome) -> Option<Completion> {
-        let mut completion = self.completion.take()?;
-        completion.outcome = outcome;
-        completion.timings.total = self.received.elapsed();
-        let stats = self.pick.as_ref().map(|pick| &*pick.served.stats);
-        self.observer.completed(stats, &completion);
-        Some(completion)
-    }
-}
-
-impl Drop for Record<'_> {
-    fn drop(&mut self) {
-        let (kind, message) = match std::thread::panicking() {
-            true => (ErrorKind::Internal, "internal error"),
-            false => (ErrorKind::Cancelled, "the caller went away"),
-        };
-        self.send(Outcome::Failed { kind, message: message.to_owned() });
-    }
 }

@@ -22,7 +22,7 @@ use uuid::Uuid;
 use crate::batch::Lane;
 use crate::domain::{
     Arm, CallMeta, Digest, ErrorKind, Failure, Label, ModelName, ModelSettings, ParameterValue,
-    RouteReason, Signature, Traffic, Version, VersionRef,
+    Recording, RouteReason, Signature, Traffic, Version, VersionRef,
 };
 use crate::observe::VersionStats;
 
@@ -47,6 +47,8 @@ pub struct Served {
     pub settings: ModelSettings,
     pub lane: Lane,
     pub stats: Arc<VersionStats>,
+    /// What the ledger keeps of its predictions.
+    pub recording: Recording,
 }
 
 /// The loaded versions of one model.

@@ -25,6 +25,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
 use crate::domain::{Completion, ModelName, Tensor, Version};
+use crate::ledger::Ledger;
 use crate::observe::{Observer, ShadowOutcome};
 use crate::route::{ModelRoutes, Pick, Served};
 
@@ -75,6 +76,7 @@ pub struct Shadows {
 struct Shared {
     settings: Settings,
     observer: Arc<Observer>,
+    ledger: OnceLock<Arc<Ledger>>,
     /// Copies that wait or run, and the bytes that they keep.
     count: AtomicUsize,
     bytes: AtomicUsize,
@@ -86,9 +88,19 @@ struct Shared {
     tallies: Mutex<Tallies>,
 }
 
+/// What a shadow's record says of the request that it ran on a copy of.
+#[derive(Clone, Debug, Default)]
+pub struct Origin {
+    /// Of the route table that the request saw.
+    pub config_revision: u64,
+    /// Whom its data is about.
+    pub subject: Option<Box<str>>,
+}
+
 /// A request that was answered.
 struct Answered {
     completion: Completion,
+    origin: Origin,
     /// For the names of its inputs and outputs.
     served: Weak<Served>,
     deadline: Instant,
@@ -131,6 +143,7 @@ impl Shadows {
         let shared = Shared {
             settings,
             observer,
+            ledger: OnceLock::new(),
             count: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
@@ -147,17 +160,22 @@ impl Shadows {
         drop(self.shared.pressure.set(pressure));
     }
 
+    /// Says which ledger has a record of each run. Later calls have no effect.
+    pub fn record_in(&self, ledger: Arc<Ledger>) {
+        drop(self.shared.ledger.set(ledger));
+    }
+
     /// Drops all that waits, and makes no more copies.
     pub fn drain(&self) {
         self.shared.draining.store(true, Ordering::Relaxed);
     }
 
     /// Leaves a copy of an answered request to each of its shadows. Never waits.
-    pub fn offer(&self, pick: &Pick, completion: Completion) {
+    pub fn offer(&self, pick: &Pick, completion: Completion, origin: Origin) {
         let bytes = bytes_of(&completion.inputs).saturating_add(bytes_of(&completion.outputs));
         let deadline = Instant::now() + self.shared.settings.timeout;
         let served = Arc::downgrade(&pick.served);
-        let answered = Arc::new(Answered { completion, served, deadline });
+        let answered = Arc::new(Answered { completion, origin, served, deadline });
         for mirror in &pick.mirrors {
             // What is gone has no counters either.
             let Some(shadow) = mirror.served.upgrade() else { continue };

@@ -96,6 +96,8 @@ pub struct Settings {
     pub model_control: bool,
     /// Request header (lower case) that holds the sticky key beside `tidegate-sticky-key`.
     pub sticky_header: Option<String>,
+    /// Request header (lower case) that says whom the data of a request is about.
+    pub subject_header: Option<String>,
     /// `ModelStreamInfer` answers in MLServer's form instead of Triton's.
     pub mlserver_stream: bool,
     /// Requests of one gRPC stream that run at once.
@@ -141,6 +143,7 @@ impl Default for Settings {
             compress_min_bytes: 1024,
             model_control: false,
             sticky_header: None,
+            subject_header: None,
             mlserver_stream: false,
             stream_concurrency_max: 64,
             header_timeout: Duration::from_secs(30),
@@ -163,7 +166,14 @@ impl Default for Settings {
 /// Whether the process lives and wants traffic.
 #[derive(Debug, Default)]
 pub struct Health {
-    state: watch::Sender<Phase>,
+    state: watch::Sender<State>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct State {
+    phase: Phase,
+    /// Predictions cannot be recorded, and are refused for it.
+    unrecorded: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -175,7 +185,7 @@ enum Phase {
 }
 
 /// Wakes whoever follows [`Health`]; ask there what it is now.
-pub struct HealthChanges(watch::Receiver<Phase>);
+pub struct HealthChanges(watch::Receiver<State>);
 
 impl HealthChanges {
     /// Waits for a change since the last call; `false` when there will be none.
@@ -186,19 +196,19 @@ impl HealthChanges {
 
 impl Health {
     pub fn is_ready(&self) -> bool {
-        *self.state.borrow() == Phase::Ready
+        *self.state.borrow() == State { phase: Phase::Ready, unrecorded: false }
     }
 
     pub fn is_draining(&self) -> bool {
-        *self.state.borrow() == Phase::Draining
+        self.state.borrow().phase == Phase::Draining
     }
 
     /// Has no effect once draining.
     pub fn set_ready(&self) {
-        let ready = self.state.send_if_modified(|phase| {
-            let starting = *phase == Phase::Starting;
+        let ready = self.state.send_if_modified(|state| {
+            let starting = state.phase == Phase::Starting;
             if starting {
-                *phase = Phase::Ready;
+                state.phase = Phase::Ready;
             }
             starting
         });
@@ -208,7 +218,16 @@ impl Health {
     }
 
     pub fn set_draining(&self) {
-        self.state.send_replace(Phase::Draining);
+        self.state.send_modify(|state| state.phase = Phase::Draining);
+    }
+
+    /// Whether predictions can be recorded, where none is made without: not ready while they cannot.
+    pub fn set_recorded(&self, recorded: bool) {
+        self.state.send_if_modified(|state| {
+            let changed = state.unrecorded == recorded;
+            state.unrecorded = !recorded;
+            changed
+        });
     }
 
     pub fn changes(&self) -> HealthChanges {

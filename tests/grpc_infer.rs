@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tidegate::batch::{Lane, LaneParts, ThreadBudget};
 use tidegate::domain::{
     BatchSettings, Digest, Failure, IndexEntry, ModelControl, ModelFile, ModelName, ModelSettings,
-    Version, VersionState,
+    Recording, Version, VersionState,
 };
 use tidegate::engine::Model as _;
 use tidegate::engine::fake::FakeModel;
@@ -100,6 +100,7 @@ fn served(name: &str, fake: &FakeModel) -> Arc<Served> {
         settings: ModelSettings::default(),
         lane: Lane::new(parts).unwrap(),
         stats,
+        recording: Recording::default(),
     })
 }
 

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tidegate::batch::{Lane, LaneParts, ThreadBudget};
 use tidegate::domain::{
     BatchSettings, Digest, Failure, IndexEntry, ModelControl, ModelFile, ModelName, ModelSettings,
-    Version, VersionState,
+    Recording, Version, VersionState,
 };
 use tidegate::engine::Model as _;
 use tidegate::engine::fake::FakeModel;
@@ -86,6 +86,7 @@ fn served(name: &str, version: u64, plus: f32) -> Arc<Served> {
         settings: ModelSettings::default(),
         lane: Lane::new(parts).unwrap(),
         stats,
+        recording: Recording::default(),
     })
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::layers::{Layers, Problems};
-use super::{Config, sources};
+use super::{Config, records, sources};
 use crate::admit::Clients;
 use crate::control::source::Location;
 use crate::domain::{EngineChoice, ModelName};
@@ -33,6 +33,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         control: control_settings(from),
         transport: transport_settings(from),
         gateway: gateway_settings(from),
+        ledger: records::settings(from),
         engine_memory_max: match from.size("engine.run_memory_max_mb") {
             // The rest is for weights, requests and everything else.
             0 => transport::intake::memory_limit()
@@ -172,6 +173,7 @@ fn control_settings(from: &mut Layers) -> control::Settings {
     settings.model_size_max = from.number("repository.model_size_max_mb") << 20;
     settings.model_name = model_name(from, "repository.model_name");
     settings.default_model = model_name(from, "models.default");
+    settings.recording = records::recording(from);
     settings
 }
 
@@ -243,6 +245,7 @@ fn transport_settings(from: &mut Layers) -> transport::Settings {
         compress_min_bytes: from.size("server.compress_min_bytes"),
         model_control: from.flag("repository.model_control"),
         sticky_header,
+        subject_header: records::subject_header(from),
         mlserver_stream: from.flag("server.mlserver_stream"),
         stream_concurrency_max: from.size("server.stream_concurrency_max"),
         header_timeout: from.millis("server.header_timeout_ms"),
@@ -373,6 +376,7 @@ fn unsafe_notes(config: &Config) -> Vec<String> {
         );
     }
     notes.extend(sources::unsafe_notes(&config.control.source));
+    notes.extend(records::unsafe_notes(&config.ledger));
     if !config.control.probe_enabled {
         notes.push(
             "probe.enabled: models are loaded without a trial in a child process first".to_owned(),

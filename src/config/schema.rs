@@ -28,6 +28,8 @@ const fn key(path: &'static str, kind: Kind, default: &'static str) -> Key {
 
 const HOUR_MS: i64 = 3_600_000;
 const U32_MAX: i64 = u32::MAX as i64;
+/// A frame of the ledger holds so much, and room for its texts and shapes.
+const RECORD_BYTES_MAX: i64 = 24 << 20;
 
 /// In the order of the documentation.
 pub const KEYS: &[Key] = &[
@@ -118,6 +120,21 @@ pub const KEYS: &[Key] = &[
     key("shadow.queue_bytes_max", Kind::Int(1024, 1 << 40), "16777216"),
     key("shadow.running_max", Kind::Int(1, 1024), "8"),
     key("shadow.timeout_ms", Kind::Int(1, 24 * HOUR_MS), "10000"),
+    key("ledger.durability", Kind::OneOf(&["sync", "buffered", "off"]), "buffered"),
+    key("ledger.on_error", Kind::OneOf(&["refuse", "serve"]), "refuse"),
+    key("ledger.flush_interval_ms", Kind::Int(1, 60_000), "50"),
+    key("ledger.segment_bytes", Kind::Int(1 << 16, 1 << 40), "67108864"),
+    key("ledger.segment_age_s", Kind::Int(1, 30 * 86_400), "3600"),
+    key("ledger.queue_bytes_max", Kind::Int(1 << 16, 1 << 40), "67108864"),
+    key("ledger.free_bytes_min", Kind::Int(0, 1 << 50), "268435456"),
+    key("ledger.free_bytes_warn", Kind::Int(0, 1 << 50), "1073741824"),
+    key("ledger.checkpoint_interval_s", Kind::Int(1, 86_400), "10"),
+    key("ledger.capture", Kind::OneOf(&["full", "digest", "none"]), "full"),
+    key("ledger.sample_rate", Kind::Ratio, "1.0"),
+    key("ledger.tensor_bytes_max", Kind::Int(0, RECORD_BYTES_MAX), "1048576"),
+    key("ledger.record_bytes_max", Kind::Int(0, RECORD_BYTES_MAX), "4194304"),
+    key("ledger.subject_header", Kind::Text, ""),
+    key("ledger.subject_parameter", Kind::Text, ""),
     key("probe.enabled", Kind::Bool, "true"),
     key("probe.memory_max_mb", Kind::Int(64, 1 << 30), "4096"),
     key("probe.cpu_max_s", Kind::Int(1, 86_400), "120"),

@@ -19,8 +19,11 @@ use super::signature::Signed;
 use super::view::Life;
 use super::{Settings, lineage, sweep, trial};
 use crate::batch::{Lane, LaneParts, Padding, ThreadBudget};
-use crate::domain::{Digest, ModelName, ModelSettings, Signature, TensorSpec, Version};
+use crate::domain::{
+    Digest, ModelName, ModelSettings, RecordSettings, Recording, Signature, TensorSpec, Version,
+};
 use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
+use crate::ledger::capture;
 use crate::observe::{Observer, VersionStats};
 use crate::route::Served;
 
@@ -186,6 +189,7 @@ impl Preparer {
         if let Some(declared) = &manifest.declared {
             agree(declared, &report.signature).map_err(PrepareError::Contradiction)?;
         }
+        recording(settings, &self.settings.recording, &report.signature)?;
         padding(settings, &report.signature).map_err(|error| {
             match report.findings.notes.first() {
                 Some(note) if !report.findings.batched => {
@@ -312,6 +316,7 @@ impl Preparer {
         }
         let padding = padding(settings, &signature)?
             .filter(|_| checked.report.findings.padded && batch.size_max > 1);
+        let recording = recording(settings, &self.settings.recording, &signature)?;
         let rows = warm_rows(if batched { batch.size_max } else { 1 });
         let (mut ready, mut warmed) = (Vec::with_capacity(sessions), Vec::new());
         for _ in 0..sessions {
@@ -352,6 +357,7 @@ impl Preparer {
             settings: settings.clone(),
             lane,
             stats,
+            recording,
         })
     }
 }
@@ -362,6 +368,16 @@ fn warm_rows(size_max: usize) -> Vec<usize> {
     let mut rows: Vec<usize> = powers.take_while(|rows| *rows < size_max).collect();
     rows.push(size_max.max(1));
     rows
+}
+
+/// What the ledger keeps of the model's predictions.
+fn recording(
+    settings: &ModelSettings,
+    all: &RecordSettings,
+    signature: &Signature,
+) -> Result<Recording, PrepareError> {
+    let resolved = capture::resolve(&settings.ledger, all, signature);
+    resolved.map_err(|problems| PrepareError::Contradiction(problems.join("; ")))
 }
 
 /// How the model's requests are padded, if `tidegate.toml` says so.

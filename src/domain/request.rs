@@ -92,6 +92,8 @@ pub struct RouteHeaders {
     pub sticky_key: Option<String>,
     /// Those that some model's traffic asks for, by name in lower case.
     pub named: Vec<(Arc<str>, String)>,
+    /// The header that is configured to say whom the data is about.
+    pub subject: Option<String>,
 }
 
 impl RouteHeaders {
@@ -126,6 +128,8 @@ pub struct AnswerHead {
     pub version: Option<Version>,
     pub digest: Option<Digest>,
     pub arm: Option<Arm>,
+    /// Number of its record, if it has one.
+    pub ledger_seq: Option<u64>,
 }
 
 /// A finished prediction.

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::RecordSettings;
+
 /// Which engine a model runs on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -165,6 +167,9 @@ pub struct ModelSettings {
     pub cached: bool,
     /// Most bytes of one request's outputs; `None`: the gateway's.
     pub output_bytes_max: Option<usize>,
+    /// What the ledger keeps of its predictions.
+    #[serde(default, skip_serializing_if = "RecordSettings::is_default")]
+    pub ledger: RecordSettings,
 }
 
 /// Which of a model's versions are loaded.

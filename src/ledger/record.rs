@@ -4,6 +4,8 @@
 //! straight into the frame, without a message in between. Read by the generated code of
 //! `proto/ledger.proto`; a test holds the two against each other.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use prost::Message;
 use uuid::Uuid;
@@ -23,18 +25,39 @@ pub struct Context<'a> {
     pub engine: &'a str,
     /// Of the route table that the request saw.
     pub config_revision: u64,
+    /// What decided what is kept of the tensors.
+    pub capture: &'a str,
+    /// Names the one that the data is about, without telling who that is; empty: nobody asked.
+    pub subject: &'a [u8],
 }
 
-/// What becomes of one tensor.
-#[derive(Clone, Debug)]
-pub enum Kept<'a> {
-    Data(&'a [u8]),
+/// Longest text of a caller's, or of an error, that a record holds; a longer one is cut.
+pub const TEXT_BYTES_MAX: usize = 64 << 10;
+
+/// What is left of one tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept<'a> {
+    pub content: Content<'a>,
+    /// Columns that were made zero, or empty, before.
+    pub masked: Vec<u64>,
+}
+
+/// What becomes of a tensor's bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content<'a> {
+    Data(Cow<'a, [u8]>),
     Digest([u8; 32]),
     Hashed([u8; 32]),
     Sealed(Vec<u8>),
-    Truncated(&'a [u8]),
+    Truncated(Cow<'a, [u8]>),
     /// Why.
     Dropped(&'static str),
+}
+
+impl<'a> From<Content<'a>> for Kept<'a> {
+    fn from(content: Content<'a>) -> Self {
+        Self { content, masked: Vec::new() }
+    }
 }
 
 /// Makes the record of a call. `keep` decides what is kept of a tensor, by its name.
@@ -80,11 +103,13 @@ pub fn prediction<'a>(
     put_uint(head, 19, context.config_revision);
     put_bytes(head, 20, context.engine.as_bytes());
     put_uint(head, 21, completion.rows as u64);
+    put_bytes(head, 22, context.capture.as_bytes());
+    put_bytes(head, 23, context.subject);
     draft.body(Form::Whole, salt);
     let payload = draft.buffer();
-    put_bytes(payload, 1, completion.request_id.as_bytes());
+    put_bytes(payload, 1, cut(&completion.request_id));
     if let Outcome::Failed { message, .. } = &completion.outcome {
-        put_bytes(payload, 2, message.as_bytes());
+        put_bytes(payload, 2, cut(message));
     }
     let specs = context.signature.map(|signature| (&signature.inputs[..], &signature.outputs[..]));
     let (inputs, outputs) = specs.unwrap_or_default();
@@ -146,21 +171,30 @@ fn nanos(time: std::time::Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
+fn cut(text: &str) -> &[u8] {
+    &text.as_bytes()[..text.floor_char_boundary(TEXT_BYTES_MAX)]
+}
+
 fn put_tensor(out: &mut Vec<u8>, field: u32, name: &str, tensor: &Tensor, kept: &Kept<'_>) {
     let datatype = tensor.datatype().name();
     let dims: usize = tensor.shape().iter().map(|dim| varint_len(*dim as u64)).sum();
-    let (tag, content): (u32, &[u8]) = match kept {
-        Kept::Data(data) => (4, data),
-        Kept::Digest(digest) => (5, digest),
-        Kept::Hashed(hash) => (6, hash),
-        Kept::Sealed(sealed) => (7, sealed),
-        Kept::Truncated(data) => (8, data),
-        Kept::Dropped(why) => (9, why.as_bytes()),
+    let masked: usize = kept.masked.iter().map(|column| varint_len(*column)).sum();
+    let (tag, content): (u32, &[u8]) = match &kept.content {
+        Content::Data(data) => (4, data),
+        Content::Digest(digest) => (5, digest),
+        Content::Hashed(hash) => (6, hash),
+        Content::Sealed(sealed) => (7, sealed),
+        Content::Truncated(data) => (8, data),
+        Content::Dropped(why) => (9, why.as_bytes()),
     };
     let field_len = |len: usize| if len == 0 { 0 } else { 1 + varint_len(len as u64) + len };
     // A oneof is there even when what it holds is empty.
     let content_len = 1 + varint_len(content.len() as u64) + content.len();
-    let len = field_len(name.len()) + field_len(datatype.len()) + field_len(dims) + content_len;
+    let len = field_len(name.len())
+        + field_len(datatype.len())
+        + field_len(dims)
+        + content_len
+        + field_len(masked);
     put_varint(out, u64::from(field << 3 | 2));
     put_varint(out, len as u64);
     put_bytes(out, 1, name.as_bytes());
@@ -173,6 +207,11 @@ fn put_tensor(out: &mut Vec<u8>, field: u32, name: &str, tensor: &Tensor, kept: 
     put_varint(out, u64::from(tag << 3 | 2));
     put_varint(out, content.len() as u64);
     out.extend_from_slice(content);
+    if masked > 0 {
+        put_varint(out, 10 << 3 | 2);
+        put_varint(out, masked as u64);
+        kept.masked.iter().for_each(|column| put_varint(out, *column));
+    }
 }
 
 /// As proto3 has it: what is empty or zero is left out.
@@ -261,10 +300,18 @@ mod tests {
         let (completion, salt) = (completion(), [3; 32]);
         let spec = TensorSpec { name: "x".to_owned(), datatype: DataType::Fp32, shape: None };
         let signature = Signature { inputs: vec![spec], outputs: Vec::new(), batched: true };
-        let context =
-            Context { signature: Some(&signature), engine: "tract 0.23", config_revision: 12 };
+        let context = Context {
+            signature: Some(&signature),
+            engine: "tract 0.23",
+            config_revision: 12,
+            capture: "full",
+            subject: &[1, 2],
+        };
         let (mut draft, mut bytes) = (Draft::default(), Vec::new());
-        prediction(&mut draft, &completion, &context, &salt, |_, tensor| Kept::Data(tensor.data()));
+        prediction(&mut draft, &completion, &context, &salt, |_, tensor| Kept {
+            content: Content::Data(Cow::Borrowed(tensor.data())),
+            masked: vec![1, 300],
+        });
         draft.put(4, &mut bytes);
         assert_eq!(bytes.len(), draft.len());
         let Parsed::Frame(frame) = parse(&bytes) else { panic!("{:?}", parse(&bytes)) };
@@ -280,12 +327,14 @@ mod tests {
         assert_eq!((head.batch_size, head.rows, head.cached), (8, 2, true));
         assert_eq!(head.shadow_of, completion.shadow_of.unwrap().as_bytes()[..]);
         assert_eq!((head.config_revision, &*head.engine), (12, "tract 0.23"));
+        assert_eq!((&*head.capture, &head.subject[..]), ("full", &[1, 2][..]));
         let payload = record.payload.unwrap();
         assert_eq!((payload.request_id, &*payload.error), (completion.request_id, "no"));
         let [input] = &payload.inputs[..] else { panic!() };
         assert_eq!((&*input.name, &*input.datatype, &input.shape[..]), ("x", "FP32", &[1, 2][..]));
         let Some(ledger::tensor::Content::Data(data)) = &input.content else { panic!() };
         assert_eq!(data, completion.inputs[0].data());
+        assert_eq!(input.masked, [1, 300]);
         // Written as the generated code would write it, to the byte.
         let mut again = Vec::new();
         head.encode_raw(&mut again);

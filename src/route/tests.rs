@@ -2,7 +2,7 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::batch::{LaneParts, ThreadBudget};
-use crate::domain::{BatchSettings, Protocol, RouteHeaders};
+use crate::domain::{BatchSettings, Protocol, Recording, RouteHeaders};
 use crate::engine::Model as _;
 use crate::engine::fake::FakeModel;
 use crate::observe::Observer;
@@ -35,6 +35,7 @@ fn served(number: u64) -> Arc<Served> {
         settings: ModelSettings::default(),
         lane: lane.unwrap(),
         stats,
+        recording: Recording::default(),
     })
 }
 
@@ -73,7 +74,7 @@ fn picked(
         timeout: None,
         trace: None,
         sticky_key: None,
-        headers: RouteHeaders { sticky_key: None, named: named.collect() },
+        headers: RouteHeaders { named: named.collect(), ..RouteHeaders::default() },
         principal: None,
     };
     let keys = Keys { call: &call, parameters: &[], prediction_id: Uuid::nil() };

@@ -23,6 +23,7 @@ use crate::batch::{BatchError, Ran, ThreadBudget};
 use crate::domain::{
     Completion, Deadline, ErrorKind, Failure, NamedTensor, Outcome, RouteReason, Tensor, Timings,
 };
+use crate::ledger::About;
 use crate::observe::{OUTPUTS_MAX, ShadowOutcome};
 use crate::panics;
 use crate::route::Served;
@@ -119,11 +120,30 @@ impl Shared {
         match &done {
             // Nothing was begun that would have to be recorded.
             Err(Stopped { outcome: ShadowOutcome::Busy, .. }) => {}
-            _ => self.observer.completed(Some(&shadow.stats), &completion),
+            _ => {
+                self.observer.completed(Some(&shadow.stats), &completion);
+                self.record(&run, &completion);
+            }
         }
         done.map_err(|stopped| stopped.outcome)?;
         self.compare(&run, &*run.primary()?, &completion);
         Ok(())
+    }
+
+    /// Nobody waits for it.
+    fn record(&self, run: &Run<'_>, completion: &Completion) {
+        let Some(ledger) = self.ledger.get() else { return };
+        let (shadow, origin) = (run.shadow, &run.answered.origin);
+        let about = About {
+            signature: Some(&shadow.signature),
+            engine: shadow.engine,
+            recording: Some(&shadow.recording),
+            config_revision: origin.config_revision,
+            subject: origin.subject.as_deref(),
+        };
+        if let Err(why) = ledger.append(completion, &about) {
+            tracing::debug!(%why, "a shadow could not be recorded");
+        }
     }
 
     /// Runs the shadow, and puts into `completion` what came of it.

@@ -9,8 +9,8 @@ use uuid::Uuid;
 use super::*;
 use crate::batch::{Lane, LaneParts, ThreadBudget};
 use crate::domain::{
-    Arm, BatchSettings, DataType, Digest, ModelSettings, Outcome, Protocol, RouteReason, Shape,
-    Signature, Timings,
+    Arm, BatchSettings, DataType, Digest, ModelSettings, Outcome, Protocol, Recording, RouteReason,
+    Shape, Signature, Timings,
 };
 use crate::engine::fake::FakeModel;
 use crate::engine::{EngineError, Model, Session};
@@ -71,6 +71,7 @@ impl Stage {
             settings: ModelSettings::default(),
             lane: lane.unwrap(),
             stats,
+            recording: Recording::default(),
         })
     }
 
@@ -100,7 +101,7 @@ impl Stage {
         let pick = Pick { served: Arc::clone(primary), arm, reason, mirrors };
         let completion = answered(primary, input, output);
         let id = completion.prediction_id;
-        self.shadows.offer(&pick, completion);
+        self.shadows.offer(&pick, completion, Origin::default());
         id
     }
 

@@ -19,6 +19,7 @@ const ASKED_LEN_MAX: usize = VALUE_LEN_MAX + 4;
 const PREDICTION_ID: HeaderName = HeaderName::from_static("tidegate-prediction-id");
 const MODEL_VERSION: HeaderName = HeaderName::from_static("tidegate-model-version");
 const ARM: HeaderName = HeaderName::from_static("tidegate-arm");
+const LEDGER_SEQ: HeaderName = HeaderName::from_static("tidegate-ledger-seq");
 const MODEL_DIGEST: HeaderName = HeaderName::from_static("tidegate-model-digest");
 
 /// When a request's headers were there; its deadline and its total time count from here.
@@ -57,6 +58,7 @@ pub fn route_headers(headers: &HeaderMap, api: &Api) -> RouteHeaders {
     let configured = api.settings.sticky_header.as_deref();
     RouteHeaders {
         sticky_key: configured.and_then(|name| sticky_key(headers, name)),
+        subject: api.settings.subject_header.as_deref().and_then(|name| sticky_key(headers, name)),
         named: api.gateway.look_at_table(|table| asked(headers, table.header_names())),
     }
 }
@@ -102,6 +104,12 @@ pub fn answer_headers(head: &AnswerHead, headers: &mut HeaderMap) {
     }
     if let Some(version) = head.version {
         headers.insert(MODEL_VERSION, HeaderValue::from(version.get()));
+    }
+    if let Some(seq) = head.ledger_seq {
+        let mut value = HeaderValue::from(seq);
+        // As the id: it never comes again.
+        value.set_sensitive(true);
+        headers.insert(LEDGER_SEQ, value);
     }
     let mut put = |name: HeaderName, value: &str| {
         if let Ok(value) = HeaderValue::from_str(value) {

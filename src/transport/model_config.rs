@@ -183,7 +183,18 @@ mod tests {
             budget: Arc::new(ThreadBudget::new(1)),
         };
         let lane = Lane::new(parts).unwrap();
-        Served { model, version, digest, engine: "onnxruntime", signature, settings, lane, stats }
+        let recording = crate::domain::Recording::default();
+        Served {
+            model,
+            version,
+            digest,
+            engine: "onnxruntime",
+            signature,
+            settings,
+            lane,
+            stats,
+            recording,
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tidegate::batch::{Lane, LaneParts, ThreadBudget};
 use tidegate::domain::{
     BatchSettings, Digest, Failure, IndexEntry, ModelControl, ModelFile, ModelName, ModelSettings,
-    Version,
+    Recording, Version,
 };
 use tidegate::engine::Model;
 use tidegate::gateway::{self, Gateway};
@@ -120,6 +120,7 @@ impl Inside {
             settings,
             lane: lane.unwrap(),
             stats,
+            recording: Recording::default(),
         };
         let mut table = RouteTable::clone(&self.table.snapshot());
         let versions = BTreeMap::from([(version, Arc::new(served))]);

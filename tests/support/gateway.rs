@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tidegate::batch::{Lane, LaneParts, ThreadBudget};
 use tidegate::domain::{
     BatchSettings, Digest, Failure, IndexEntry, ModelControl, ModelFile, ModelName, ModelSettings,
-    Signature, Version,
+    Recording, Signature, Version,
 };
 use tidegate::engine::Session;
 use tidegate::gateway::{self, Gateway};
@@ -80,7 +80,18 @@ pub fn served_as(
     let lane = Lane::new(parts).unwrap();
     stats.set_gauges(Box::new(lane.gauges()));
     let signature = signature.clone();
-    Arc::new(Served { model, version, digest, engine: "fake", signature, settings, lane, stats })
+    let recording = Recording::default();
+    Arc::new(Served {
+        model,
+        version,
+        digest,
+        engine: "fake",
+        signature,
+        settings,
+        lane,
+        stats,
+        recording,
+    })
 }
 
 /// A table of these models, each under its own name.

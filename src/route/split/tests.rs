@@ -237,7 +237,7 @@ fn one_key_is_one_version_wherever_it_stands() {
     let by_header = split_of(&traffic, &[1, 2], &[], SALT);
     let with_header = |name: &str, value: &str| {
         let named = vec![(name.into(), value.to_owned())];
-        CallMeta { headers: RouteHeaders { sticky_key: None, named }, ..call() }
+        CallMeta { headers: RouteHeaders { named, ..RouteHeaders::default() }, ..call() }
     };
     assert_eq!(reason(&by_header, &with_header("x-user", "42"), &[]), wanted);
     assert_eq!(by_header.header_names(), [Arc::from("x-user")]);
@@ -257,7 +257,7 @@ fn one_key_is_one_version_wherever_it_stands() {
     let other = [("user".to_owned(), ParameterValue::Int(7))];
     assert_eq!(reason(&by_parameter, &keyed("42"), &other), wanted, "the key's own header wins");
     let configured = CallMeta {
-        headers: RouteHeaders { sticky_key: Some("42".into()), named: vec![] },
+        headers: RouteHeaders { sticky_key: Some("42".into()), ..RouteHeaders::default() },
         ..call()
     };
     assert_eq!(reason(&plain, &configured, &[]), wanted);
@@ -303,14 +303,16 @@ fn rules_come_before_weights_and_in_order() {
     ];
     for (group, number, arm) in cases {
         let named = vec![("x-group".into(), group.to_owned())];
-        let call = CallMeta { headers: RouteHeaders { sticky_key: None, named }, ..keyed("u") };
+        let call =
+            CallMeta { headers: RouteHeaders { named, ..RouteHeaders::default() }, ..keyed("u") };
         let chosen = choose(&split, &call, &[]);
         assert_eq!((chosen.version.get(), chosen.arm.as_str()), (number, arm), "{group}");
     }
     // A rule leads where no weight does, but does not make up for what has one.
     let only = split_of(&traffic, &[2], &[], SALT);
     let named = vec![("x-group".into(), "beta".to_owned())];
-    let call = CallMeta { headers: RouteHeaders { sticky_key: None, named }, ..keyed("u") };
+    let call =
+        CallMeta { headers: RouteHeaders { named, ..RouteHeaders::default() }, ..keyed("u") };
     assert_eq!(choose(&only, &call, &[]).version, version(2));
     assert!(only.usual().is_none());
 }

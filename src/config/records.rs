@@ -1,0 +1,72 @@
+//! From the section `[ledger]` to the settings of the ledger.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::layers::Layers;
+use crate::domain::{Capture, Durability, OnUnrecorded, RecordSettings, SAMPLE_ALL};
+use crate::ledger;
+
+pub(super) fn settings(from: &mut Layers) -> ledger::Settings {
+    let state_dir = from.text("server.state_dir").unwrap_or_default();
+    ledger::Settings {
+        segment_bytes: from.number("ledger.segment_bytes"),
+        segment_age_max: Duration::from_secs(from.number("ledger.segment_age_s")),
+        flush_interval: from.millis("ledger.flush_interval_ms"),
+        queue_bytes_max: from.size("ledger.queue_bytes_max"),
+        free_bytes_min: from.number("ledger.free_bytes_min"),
+        free_bytes_warn: from.number("ledger.free_bytes_warn"),
+        checkpoint_interval: Duration::from_secs(from.number("ledger.checkpoint_interval_s")),
+        recording: recording(from),
+        subject_parameter: from.text("ledger.subject_parameter"),
+        ..ledger::Settings::new(Path::new(&state_dir))
+    }
+}
+
+/// What is kept of models that say nothing else.
+pub(super) fn recording(from: &mut Layers) -> RecordSettings {
+    let mut word = |path: &str| from.text(path).unwrap_or_default();
+    RecordSettings {
+        durability: Durability::parse(&word("ledger.durability")),
+        on_error: OnUnrecorded::parse(&word("ledger.on_error")),
+        capture: Capture::parse(&word("ledger.capture")),
+        sample: Some(sample(from.ratio("ledger.sample_rate"))),
+        tensor_bytes_max: Some(from.size("ledger.tensor_bytes_max")),
+        record_bytes_max: Some(from.size("ledger.record_bytes_max")),
+        tensors: Vec::new(),
+    }
+}
+
+pub(super) fn subject_header(from: &mut Layers) -> Option<String> {
+    let name = from.text("ledger.subject_header")?.to_ascii_lowercase();
+    if http::HeaderName::from_bytes(name.as_bytes()).is_err() {
+        from.problems.add("ledger.subject_header", format!("'{name}' is no header name"));
+        return None;
+    }
+    Some(name)
+}
+
+pub(super) fn unsafe_notes(settings: &ledger::Settings) -> Vec<String> {
+    let recording = &settings.recording;
+    let mut notes = Vec::new();
+    if recording.durability == Some(Durability::Off) {
+        notes.push("ledger.durability: predictions are not recorded".to_owned());
+    }
+    if recording.on_error == Some(OnUnrecorded::Serve) {
+        notes.push(
+            "ledger.on_error: predictions whose record cannot be written are answered".to_owned(),
+        );
+    }
+    notes
+}
+
+/// Of [`SAMPLE_ALL`]; a ratio of 1 is all of them.
+pub(crate) fn sample(ratio: f64) -> u64 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a ratio between 0 and 1, of 2^32"
+    )]
+    let share = (ratio.clamp(0.0, 1.0) * SAMPLE_ALL as f64).round() as u64;
+    share
+}

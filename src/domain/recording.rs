@@ -1,0 +1,194 @@
+//! What the ledger keeps of a model's predictions, and how long an answer waits for it.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a record has to be before its answer leaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// On the disk.
+    Sync,
+    /// With the operating system.
+    #[default]
+    Buffered,
+    /// Nowhere: there is no record.
+    Off,
+}
+
+impl Durability {
+    pub const NAMES: &'static [&'static str] = &["sync", "buffered", "off"];
+
+    pub fn parse(text: &str) -> Option<Self> {
+        Some(match text {
+            "sync" => Self::Sync,
+            "buffered" => Self::Buffered,
+            "off" => Self::Off,
+            _ => return None,
+        })
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Sync => "sync",
+            Self::Buffered => "buffered",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// What becomes of an answer whose record cannot be written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnUnrecorded {
+    /// It does not leave: 503.
+    #[default]
+    Refuse,
+    /// It leaves, and is counted.
+    Serve,
+}
+
+impl OnUnrecorded {
+    pub const NAMES: &'static [&'static str] = &["refuse", "serve"];
+
+    pub fn parse(text: &str) -> Option<Self> {
+        Some(match text {
+            "refuse" => Self::Refuse,
+            "serve" => Self::Serve,
+            _ => return None,
+        })
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Refuse => "refuse",
+            Self::Serve => "serve",
+        }
+    }
+}
+
+/// What is kept of the tensors that no rule names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Capture {
+    #[default]
+    Full,
+    /// Their hashes.
+    Digest,
+    /// Names, datatypes and shapes only.
+    None,
+}
+
+impl Capture {
+    pub const NAMES: &'static [&'static str] = &["full", "digest", "none"];
+
+    pub fn parse(text: &str) -> Option<Self> {
+        Some(match text {
+            "full" => Self::Full,
+            "digest" => Self::Digest,
+            "none" => Self::None,
+            _ => return None,
+        })
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Digest => "digest",
+            Self::None => "none",
+        }
+    }
+}
+
+/// What becomes of the tensors that a rule names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Treatment {
+    Keep,
+    Drop,
+    Digest,
+    /// A keyed hash, so that nobody can try out what it may have been.
+    Hash,
+    /// So many of its first bytes.
+    Truncate(usize),
+    /// With the key of the one it is about.
+    Encrypt,
+}
+
+/// Columns of a tensor of rows, the last axis.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Columns {
+    /// The others are masked.
+    Keep(Vec<usize>),
+    /// These are masked.
+    Mask(Vec<usize>),
+}
+
+/// A rule of `[[ledger.tensors]]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorRule {
+    /// A tensor's name, or a pattern of names.
+    pub name: String,
+    pub treatment: Treatment,
+    /// Masked before anything else is done.
+    pub columns: Option<Columns>,
+}
+
+/// Most rules of one model.
+pub const TENSOR_RULES_MAX: usize = 256;
+/// Of [`RecordSettings::sample`].
+pub const SAMPLE_ALL: u64 = 1 << 32;
+
+/// What somebody said of it, as far as they said it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RecordSettings {
+    pub durability: Option<Durability>,
+    pub on_error: Option<OnUnrecorded>,
+    pub capture: Option<Capture>,
+    /// So many of [`SAMPLE_ALL`] predictions have their tensors kept.
+    pub sample: Option<u64>,
+    /// Larger tensors have their hash kept.
+    pub tensor_bytes_max: Option<usize>,
+    /// Of all that is kept of one record's tensors; what comes after has its hash kept.
+    pub record_bytes_max: Option<usize>,
+    pub tensors: Vec<TensorRule>,
+}
+
+impl RecordSettings {
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What is done for one version of a model: everything said, every rule by a tensor's own name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recording {
+    pub durability: Durability,
+    pub on_error: OnUnrecorded,
+    pub capture: Capture,
+    pub sample: u64,
+    pub tensor_bytes_max: usize,
+    pub record_bytes_max: usize,
+    pub tensors: Vec<TensorRule>,
+    /// Some rule needs to know whom the data is about.
+    pub needs_subject: bool,
+    /// Name and hash of all this, for the records.
+    pub stamp: String,
+}
+
+impl Default for Recording {
+    fn default() -> Self {
+        Self {
+            durability: Durability::Buffered,
+            on_error: OnUnrecorded::Refuse,
+            capture: Capture::Full,
+            sample: SAMPLE_ALL,
+            tensor_bytes_max: 1 << 20,
+            record_bytes_max: 4 << 20,
+            tensors: Vec::new(),
+            needs_subject: false,
+            stamp: "full".to_owned(),
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! What the metrics page shows of the ledger.
+
+use super::Ledger;
+use super::log::LogStats;
+use crate::observe::page::{Family, Kind};
+
+impl Ledger {
+    /// For the page: one series for each log.
+    pub fn families(&self) -> Vec<Family> {
+        let stats = self.stats();
+        let family = |name, kind, help, of: fn(&LogStats) -> f64| {
+            let mut family = Family::new(name, kind, help);
+            for (log, stats) in &stats {
+                family.push(vec![("log".into(), (*log).to_owned())], of(stats));
+            }
+            family
+        };
+        let counter = |name, help, of| family(name, Kind::Counter, help, of);
+        let mut families = vec![
+            counter("tidegate_ledger_records_total", "Records that a log took", |log| {
+                log.records as f64
+            }),
+            counter("tidegate_ledger_bytes_total", "Bytes of records that a log took", |log| {
+                log.bytes as f64
+            }),
+            counter(
+                "tidegate_ledger_fsyncs_total",
+                "Times that a log was asked onto the disk",
+                |log| log.fsyncs as f64,
+            ),
+            counter("tidegate_ledger_dropped_total", "Records that a log could not take", |log| {
+                log.dropped as f64
+            }),
+        ];
+        let help = "Answers that left although their record could not be written";
+        let mut missed = Family::new("tidegate_ledger_missed_total", Kind::Counter, help);
+        missed.push(Vec::new(), self.missed() as f64);
+        families.push(missed);
+        families
+    }
+}
