@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rand::Rng as _;
 use ring::hmac;
 use serde::Serialize;
@@ -31,15 +32,27 @@ use crate::domain::{Completion, Durability, OnUnrecorded, RecordSettings, Record
 use capture::{Keeper, Subjects};
 use frame::{Draft, WriterId};
 use log::{Appended, Log, LogSettings, LogStats, OpenError, Recovery, Unrecorded};
+use notary::Notary;
 use record::{Context, Head, Payload};
+use subjects::SubjectKeys;
 
 pub mod capture;
+pub mod checkpoint;
+mod durable;
 pub mod follow;
 pub mod frame;
+pub mod keys;
 pub mod log;
 mod metrics;
+pub mod notary;
+pub mod proofs;
 pub mod reader;
 pub mod record;
+pub mod subjects;
+#[cfg(test)]
+mod testlog;
+pub mod tree;
+pub mod witness;
 
 /// Folder of the ledger in the state's.
 pub const FOLDER: &str = "ledger";
@@ -140,6 +153,9 @@ pub struct Ledger {
     unrouted: Recording,
     hash_key: hmac::Key,
     subjects: OnceLock<Arc<dyn Subjects>>,
+    subject_keys: OnceLock<Arc<SubjectKeys>>,
+    /// Guards the one that signs; it ends when the logs are closed.
+    notary: Mutex<Option<Notary>>,
     /// Answers that left without a record.
     missed: AtomicU64,
     /// Given back when the process ends, however it does.
@@ -173,6 +189,8 @@ impl Ledger {
             feedback: OnceLock::new(),
             hash_key,
             subjects: OnceLock::new(),
+            subject_keys: OnceLock::new(),
+            notary: Mutex::new(None),
             missed: AtomicU64::new(0),
             _lock: lock,
         }))
@@ -318,6 +336,10 @@ impl Ledger {
     pub async fn close(&self) {
         for (_, log) in self.logs() {
             log.close().await;
+        }
+        let notary = self.notary.lock().take();
+        if let Some(notary) = notary {
+            notary.close().await;
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::Ledger;
 use super::log::LogStats;
+use super::notary::Notary;
 use crate::observe::page::{Family, Kind};
 
 impl Ledger {
@@ -36,6 +37,7 @@ impl Ledger {
         let mut missed = Family::new("tidegate_ledger_missed_total", Kind::Counter, help);
         missed.push(Vec::new(), self.missed() as f64);
         families.push(missed);
+        families.extend(self.notary.lock().iter().flat_map(Notary::families));
         families
     }
 }
