@@ -35,7 +35,9 @@ use uuid::Uuid;
 use crate::admit::{Clients, Gatekeeper};
 use crate::control::call::{Call, Refusal};
 use crate::control::desk::{Desk, Pending};
+use crate::ledger::Ledger;
 use crate::panics;
+use crate::route::{Published, RouteTable};
 
 mod asked;
 mod document;
@@ -79,6 +81,14 @@ pub struct Parts {
     pub drain: Drain,
     /// `None` where no MLflow registry with a secret is configured.
     pub mlflow: Option<Webhook>,
+    /// `None` where nothing is recorded.
+    pub audit: Option<Audit>,
+}
+
+/// The ledger, and the versions that it records the predictions of.
+pub struct Audit {
+    pub ledger: Arc<Ledger>,
+    pub table: Arc<Published<RouteTable>>,
 }
 
 /// What handlers share.
@@ -87,6 +97,7 @@ struct Admin {
     known: Known,
     drain: Drain,
     mlflow: Option<Webhook>,
+    audit: Option<Audit>,
     strangers: Strangers,
     readers: routes::events::Readers,
     /// Set once, when the table of routes is complete.
@@ -115,7 +126,7 @@ impl Api {
     /// # Errors
     /// [`NoCredentials`]: there is no admin API that is open to all.
     pub fn new(parts: Parts) -> Result<Arc<Self>, NoCredentials> {
-        let Parts { desk, gatekeeper, clients, hosts, drain, mlflow } = parts;
+        let Parts { desk, gatekeeper, clients, hosts, drain, mlflow, audit } = parts;
         if gatekeeper.is_empty() && clients.is_empty() {
             return Err(NoCredentials);
         }
@@ -124,6 +135,7 @@ impl Api {
             known: Known { gatekeeper, clients },
             drain,
             mlflow,
+            audit,
             strangers: Strangers::default(),
             readers: routes::events::Readers::default(),
             document: OnceLock::new(),

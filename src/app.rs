@@ -28,7 +28,7 @@ use crate::transport::{Api, Health, metrics};
 mod recording;
 mod release;
 
-use release::Release;
+use release::{Recorded, Release};
 
 /// Connections that the kernel holds until we accept them.
 const LISTEN_BACKLOG: i32 = 1024;
@@ -72,7 +72,7 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     // Copies for shadows hold the bytes of requests: they must never be what keeps others out.
     let copies = intake.budget().max() / SHADOW_BYTES_SHARE;
     settings.shadow.queue_bytes_max = settings.shadow.queue_bytes_max.min(copies);
-    let gateway = Gateway::new(table, Arc::clone(&observer), control, settings)
+    let gateway = Gateway::new(Arc::clone(&table), Arc::clone(&observer), control, settings)
         .with_ledger(Arc::clone(&ledger));
     let api = Arc::new(Api {
         gateway: Arc::new(gateway),
@@ -117,7 +117,9 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let traced = CancellationToken::new();
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 
-    release.serve(&config, Arc::clone(api.gateway.shadows()), &observer, stop.asked.clone())?;
+    let shadows = Arc::clone(api.gateway.shadows());
+    let recorded = Recorded { ledger: Arc::clone(&ledger), table };
+    release.serve(&config, shadows, &observer, stop.asked.clone(), recorded)?;
     tokio::select! {
         loaded = release.director.start() => {
             loaded.context("read the model repository")?;

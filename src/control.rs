@@ -18,6 +18,7 @@ use std::time::Duration;
 use crate::domain::{EngineChoice, Failure, ModelName, RecordSettings};
 use manifest::Manifest;
 
+pub mod admin_log;
 pub mod bootstrap;
 pub mod call;
 mod confined;

@@ -22,7 +22,7 @@ pub use index::{IndexEntry, ModelControl, ModelFile, VersionState};
 pub use names::{Digest, Label, ModelName, NameError, Version, VersionRef};
 pub use recording::{
     Capture, Columns, Durability, OnUnrecorded, RecordSettings, Recording, SAMPLE_ALL,
-    TENSOR_RULES_MAX, TensorRule, Treatment,
+    TENSOR_RULES_MAX, TensorRule, Treatment, sample_of,
 };
 pub use request::{
     Answer, AnswerHead, CallMeta, Deadline, InferRequest, Inputs, NamedTensor, ParameterValue,

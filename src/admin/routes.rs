@@ -19,6 +19,7 @@ use crate::admit::Action;
 use crate::control::call::Versioned;
 
 mod approvals;
+mod audit;
 pub(super) mod events;
 mod gateway;
 mod journal;
@@ -60,13 +61,13 @@ pub(super) fn all(admin: Arc<Admin>) -> Doors {
         .add(Needs::Right(Approve), routes!(approvals::post))
         .add(Needs::Some(ReadJournal), routes!(journal::get))
         .add(Needs::Some(ReadModels), routes!(events::get))
+        .add(Needs::Some(ReadJournal), routes!(audit::stats))
         .add(Needs::Right(Drain), routes!(gateway::drain))
         .add(Needs::Right(Reload), routes!(gateway::reload))
         .add(Needs::Nothing, routes!(gateway::mlflow))
         .add_unlisted(Needs::Right(ReadModels), routes!(later::drift))
         .add_unlisted(Needs::Right(ReadModels), routes!(later::quality))
         .add_unlisted(Needs::Some(ReadPredictions), routes!(later::prediction))
-        .add_unlisted(Needs::Some(ReadJournal), routes!(later::audit_stats))
 }
 
 /// A resource as JSON.

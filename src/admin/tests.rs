@@ -107,6 +107,7 @@ impl Bench {
                 Some(right) if right == "right" => Ok(()),
                 _ => Err(Refusal::Forbidden("the signature is wrong".to_owned())),
             })),
+            audit: None,
         })?;
         Ok(Self { api, desk, gatekeeper, keys })
     }

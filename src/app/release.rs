@@ -14,6 +14,7 @@ use super::bind;
 use crate::admin::{self, Hosts, Parts};
 use crate::admit::Gatekeeper;
 use crate::config::Config;
+use crate::control::admin_log::AdminLog;
 use crate::control::call::{Call, Refusal};
 use crate::control::desk::Desk;
 use crate::control::hooks::Hooks;
@@ -22,6 +23,7 @@ use crate::control::source::{Source, Webhooks};
 use crate::control::store::{SqliteStore, Store};
 use crate::control::{Director, Registry, Switchboard, bootstrap, keys, source};
 use crate::engine::Engines;
+use crate::ledger::Ledger;
 use crate::observe::Observer;
 use crate::panics;
 use crate::route::{Published, RouteTable};
@@ -41,6 +43,14 @@ pub(super) struct Release {
     stop: CancellationToken,
     /// Guards the loop that looks at rollouts, for whoever waits for its end.
     rollouts: Mutex<Option<JoinHandle<()>>>,
+    /// Guards the copy of the journal, for whoever ends it.
+    admin_log: Mutex<Option<AdminLog>>,
+}
+
+/// What is recorded, and of whom.
+pub(super) struct Recorded {
+    pub(super) ledger: Arc<Ledger>,
+    pub(super) table: Arc<Published<RouteTable>>,
 }
 
 impl Release {
@@ -81,8 +91,8 @@ impl Release {
         );
         let director = Arc::new(director.context("read the state")?);
         let stop = CancellationToken::new();
-        let rollouts = Mutex::default();
-        Ok(Self { director, registry, store, source, gatekeeper, stop, rollouts })
+        let (rollouts, admin_log) = (Mutex::default(), Mutex::default());
+        Ok(Self { director, registry, store, source, gatekeeper, stop, rollouts, admin_log })
     }
 
     /// Starts what follows the state: keys, rollouts, and the admin listener.
@@ -92,8 +102,11 @@ impl Release {
         shadows: Arc<Shadows>,
         observer: &Arc<Observer>,
         drain: CancellationToken,
+        Recorded { ledger, table }: Recorded,
     ) -> anyhow::Result<()> {
         self.director.set_shadows(shadows);
+        let copied = AdminLog::start(Arc::clone(&self.store), Arc::clone(&ledger));
+        *self.admin_log.lock() = Some(copied.context("start the copy of the journal")?);
         let watched = keys::watch_keys(Arc::clone(&self.store), Arc::clone(&self.gatekeeper));
         tokio::spawn(panics::fatal_async("keys", watched));
         let controller = self.director.rollouts(callout(config, observer)?);
@@ -114,6 +127,7 @@ impl Release {
             hosts: Hosts::new(config.admin_hosts.iter().cloned()),
             drain: self.drain(drain),
             mlflow: self.webhook(config),
+            audit: Some(admin::Audit { ledger: Arc::clone(&ledger), table }),
         })?;
         let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
         tokio::spawn(panics::fatal_async("admin listener", served));
@@ -154,6 +168,12 @@ impl Release {
         };
         if tokio::time::timeout(END_MAX, ended).await.is_err() {
             tracing::warn!("what was going on was not written down in time");
+        }
+        // A thread of its own: it may wait for the disk, and this is the end.
+        if let Some(copy) = self.admin_log.lock().take()
+            && tokio::task::spawn_blocking(move || copy.stop()).await.is_err()
+        {
+            tracing::warn!("the journal was not copied to its end");
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::layers::Layers;
-use crate::domain::{Capture, Durability, OnUnrecorded, RecordSettings, SAMPLE_ALL};
+use crate::domain::{Capture, Durability, OnUnrecorded, RecordSettings, sample_of};
 use crate::ledger;
 
 pub(super) fn settings(from: &mut Layers) -> ledger::Settings {
@@ -30,7 +30,7 @@ pub(super) fn recording(from: &mut Layers) -> RecordSettings {
         durability: Durability::parse(&word("ledger.durability")),
         on_error: OnUnrecorded::parse(&word("ledger.on_error")),
         capture: Capture::parse(&word("ledger.capture")),
-        sample: Some(sample(from.ratio("ledger.sample_rate"))),
+        sample: Some(sample_of(from.ratio("ledger.sample_rate"))),
         tensor_bytes_max: Some(from.size("ledger.tensor_bytes_max")),
         record_bytes_max: Some(from.size("ledger.record_bytes_max")),
         tensors: Vec::new(),
@@ -58,15 +58,4 @@ pub(super) fn unsafe_notes(settings: &ledger::Settings) -> Vec<String> {
         );
     }
     notes
-}
-
-/// Of [`SAMPLE_ALL`]; a ratio of 1 is all of them.
-pub(crate) fn sample(ratio: f64) -> u64 {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a ratio between 0 and 1, of 2^32"
-    )]
-    let share = (ratio.clamp(0.0, 1.0) * SAMPLE_ALL as f64).round() as u64;
-    share
 }

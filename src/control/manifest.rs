@@ -13,6 +13,7 @@ use crate::domain::{DataType, ModelSettings};
 
 mod padding;
 mod pbtxt;
+mod recording;
 mod toml_file;
 
 /// Largest file that is read of a model's configuration.

@@ -139,6 +139,18 @@ pub const TENSOR_RULES_MAX: usize = 256;
 /// Of [`RecordSettings::sample`].
 pub const SAMPLE_ALL: u64 = 1 << 32;
 
+/// A ratio from 0 to 1, of [`SAMPLE_ALL`].
+pub fn sample_of(ratio: f64) -> u64 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "between 0 and 2^32"
+    )]
+    let share = (ratio.clamp(0.0, 1.0) * SAMPLE_ALL as f64).round() as u64;
+    share
+}
+
 /// What somebody said of it, as far as they said it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]

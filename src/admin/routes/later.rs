@@ -19,8 +19,3 @@ pub(super) async fn quality() -> Response {
 pub(super) async fn prediction() -> Response {
     LATER.because("predictions are kept from the ledger on").into_response()
 }
-
-#[utoipa::path(get, path = "/audit/stats", operation_id = "audit.stats")]
-pub(super) async fn audit_stats() -> Response {
-    LATER.because("the audit comes with the ledger").into_response()
-}

@@ -3,7 +3,8 @@ use std::time::Duration;
 
 use super::*;
 use crate::domain::{
-    EngineChoice, PadValue, PaddedInput, PaddedOutput, PaddingSettings, Provider, VersionPolicy,
+    Capture, Columns, Durability, EngineChoice, OnUnrecorded, PadValue, PaddedInput, PaddedOutput,
+    PaddingSettings, Provider, RecordSettings, TensorRule, Treatment, VersionPolicy,
 };
 
 struct Folder {
@@ -337,6 +338,89 @@ fn every_problem_of_padding_is_named() {
     ];
     for (text, path, message) in cases {
         let error = toml(&format!("[batch]\n{text}")).unwrap_err();
+        let named = error
+            .problems
+            .iter()
+            .any(|line| line.contains(&format!(": {path}: ")) && line.contains(message));
+        assert!(named, "{text}: {:?}", error.problems);
+    }
+}
+
+const RECORDED: &str = "
+[ledger]
+durability = 'sync'
+on_error = 'serve'
+capture = 'digest'
+sample_rate = 0.25
+tensor_bytes_max = 10
+record_bytes_max = 100
+[[ledger.tensors]]
+name = 'age*'
+action = 'truncate'
+truncate_bytes = 4
+[[ledger.tensors]]
+name = 'x'
+fields_mask = [0, 2]
+";
+
+#[test]
+fn what_is_recorded_is_read() {
+    let ledger = toml(RECORDED).unwrap().settings.ledger;
+    let rule =
+        |name: &str, treatment, columns| TensorRule { name: name.to_owned(), treatment, columns };
+    assert_eq!(
+        ledger,
+        RecordSettings {
+            durability: Some(Durability::Sync),
+            on_error: Some(OnUnrecorded::Serve),
+            capture: Some(Capture::Digest),
+            sample: Some(1 << 30),
+            tensor_bytes_max: Some(10),
+            record_bytes_max: Some(100),
+            tensors: vec![
+                rule("age*", Treatment::Truncate(4), None),
+                rule("x", Treatment::Keep, Some(Columns::Mask(vec![0, 2]))),
+            ],
+        }
+    );
+}
+
+#[test]
+fn every_problem_of_what_is_recorded_is_named() {
+    let cases: &[(&str, &str, &str)] = &[
+        ("durability = 'fast'", "ledger.durability", "'sync', 'buffered', 'off'"),
+        ("durable = true", "ledger.durable", "unknown key"),
+        ("on_error = 1", "ledger.on_error", "'refuse', 'serve'"),
+        ("sample_rate = 2", "ledger.sample_rate", "from 0 to 1, got 2"),
+        ("tensor_bytes_max = 1000000000", "ledger.tensor_bytes_max", "at most 25165824"),
+        ("tensors = 1", "ledger.tensors", "sections"),
+        ("tensors = [{ action = 'drop' }]", "ledger.tensors[0].name", "a tensor's name"),
+        ("tensors = [{ name = 'x' }]", "ledger.tensors[0].action", "what is done"),
+        ("tensors = [{ name = 'x', action = 'eat' }]", "ledger.tensors[0].action", "'eat'"),
+        ("tensors = [{ name = 'x', acton = 'drop' }]", "ledger.tensors[0].acton", "unknown key"),
+        (
+            "tensors = [{ name = 'x', action = 'truncate' }]",
+            "ledger.tensors[0].truncate_bytes",
+            "is expected",
+        ),
+        (
+            "tensors = [{ name = 'x', action = 'keep', truncate_bytes = 1 }]",
+            "ledger.tensors[0].truncate_bytes",
+            "only then",
+        ),
+        (
+            "tensors = [{ name = 'x', fields_keep = [-1] }]",
+            "ledger.tensors[0].fields_keep",
+            "numbers of columns",
+        ),
+        (
+            "tensors = [{ name = 'x', fields_keep = [1], fields_mask = [1] }]",
+            "ledger.tensors[0].fields_mask",
+            "without",
+        ),
+    ];
+    for (text, path, message) in cases {
+        let error = toml(&format!("[ledger]\n{text}")).unwrap_err();
         let named = error
             .problems
             .iter()

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use toml::Value;
 
-use super::{Draft, padding};
+use super::{Draft, padding, recording};
 use crate::domain::{BatchSettings, EngineChoice, Provider, VersionPolicy};
 
 /// Every key but those of `[labels]`, which are output names.
@@ -43,6 +43,13 @@ pub(super) const KEYS: &[(&str, &str)] = &[
     ("versions.all", "true"),
     ("versions.signature_change", "true"),
     ("versions.specific", "[1, 3]"),
+    ("ledger.durability", "'sync'"),
+    ("ledger.on_error", "'serve'"),
+    ("ledger.capture", "'digest'"),
+    ("ledger.sample_rate", "0.5"),
+    ("ledger.tensor_bytes_max", "1024"),
+    ("ledger.record_bytes_max", "4096"),
+    ("ledger.tensors", "[{ name = 'x', action = 'hash' }]"),
 ];
 
 /// What `[engine]` says about providers, until all of it is read.
@@ -83,6 +90,7 @@ pub(super) fn apply(draft: &mut Draft<'_>, text: &str) {
                     Ok(())
                 }
                 "batch" => batch(draft, name, value),
+                "ledger" => recording::apply(draft, name, value),
                 "labels" => labels(draft, &path, name, value),
                 _ => other(draft, &path, value),
             };
@@ -95,9 +103,9 @@ pub(super) fn apply(draft: &mut Draft<'_>, text: &str) {
     finish_batch(draft, rows_said, size_said);
 }
 
-type Done = Result<(), String>;
+pub(super) type Done = Result<(), String>;
 
-fn unknown() -> Done {
+pub(super) fn unknown() -> Done {
     Err("unknown key".to_owned())
 }
 
