@@ -10,10 +10,12 @@ use http_body_util::BodyExt;
 use serde_json::{Value, json};
 
 use super::problem::PROBLEM_JSON;
-use super::{Api, Door, Hosts, Needs, PREFIX, Parts, Peer};
+use super::{Api, Audit, Door, Hosts, Needs, PREFIX, Parts, Peer};
 use crate::admit::keys::{GrantRecord, KeyRecord};
 use crate::admit::{Clients, Gatekeeper, KeySet, Role, Token};
 use crate::control::call::Refusal;
+use crate::ledger::{self, Ledger};
+use crate::route::{Published, RouteTable};
 
 mod document;
 mod paper;
@@ -28,6 +30,7 @@ struct Bench {
     gatekeeper: Arc<Gatekeeper>,
     /// Names, tokens and what they may do.
     keys: Vec<(String, Token, KeyRecord)>,
+    _state: tempfile::TempDir,
 }
 
 /// One answer, read.
@@ -94,6 +97,8 @@ impl Bench {
         let gatekeeper = Arc::new(Gatekeeper::default());
         hand_out(&gatekeeper, &keys);
         let drained = Arc::clone(&desk);
+        let state = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(ledger::Settings::new(state.path()), []).unwrap();
         let api = Api::new(Parts {
             desk: Arc::clone(&desk) as _,
             gatekeeper: Arc::clone(&gatekeeper),
@@ -107,9 +112,9 @@ impl Bench {
                 Some(right) if right == "right" => Ok(()),
                 _ => Err(Refusal::Forbidden("the signature is wrong".to_owned())),
             })),
-            audit: None,
+            audit: Some(Audit { ledger, table: Arc::new(Published::new(RouteTable::default())) }),
         })?;
-        Ok(Self { api, desk, gatekeeper, keys })
+        Ok(Self { api, desk, gatekeeper, keys, _state: state })
     }
 
     fn revoke(&mut self, name: &str) {
