@@ -39,6 +39,7 @@ use subjects::SubjectKeys;
 pub mod capture;
 pub mod checkpoint;
 mod durable;
+pub mod erase;
 pub mod follow;
 pub mod frame;
 pub mod keys;
@@ -46,12 +47,14 @@ pub mod log;
 mod metrics;
 pub mod notary;
 pub mod proofs;
+pub mod prove;
 pub mod reader;
 pub mod record;
 pub mod subjects;
 #[cfg(test)]
 mod testlog;
 pub mod tree;
+pub mod verify;
 pub mod witness;
 
 /// Folder of the ledger in the state's.
@@ -156,6 +159,9 @@ pub struct Ledger {
     subject_keys: OnceLock<Arc<SubjectKeys>>,
     /// Guards the one that signs; it ends when the logs are closed.
     notary: Mutex<Option<Notary>>,
+    /// Guards the rewriting of segments: one erasure at a time.
+    erasing: Mutex<()>,
+    erasure_hook: OnceLock<erase::Hook>,
     /// Answers that left without a record.
     missed: AtomicU64,
     /// Given back when the process ends, however it does.
@@ -191,6 +197,8 @@ impl Ledger {
             subjects: OnceLock::new(),
             subject_keys: OnceLock::new(),
             notary: Mutex::new(None),
+            erasing: Mutex::default(),
+            erasure_hook: OnceLock::new(),
             missed: AtomicU64::new(0),
             _lock: lock,
         }))

@@ -103,11 +103,13 @@ pub(super) fn complete(operation: &mut Operation, door: &Door) {
 
 /// Verbs say all in their path.
 fn body_is_optional(door: &Door) -> bool {
-    door.path.contains(':') || matches!(door.name.as_str(), "drain" | "reload")
+    let verb = door.path.contains(':') && door.name != "audit.erase";
+    verb || matches!(door.name.as_str(), "drain" | "reload")
 }
 
 /// Changes of something that has no tag.
-const STANDALONE: [&str; 3] = ["drain", "reload", "rollout.start"];
+const STANDALONE: [&str; 5] =
+    ["audit.erase", "audit.rotateKey", "drain", "reload", "rollout.start"];
 
 /// `{model}` and the others, in their order.
 fn names(path: &str) -> impl Iterator<Item = &str> {

@@ -20,6 +20,7 @@ use crate::control::call::Versioned;
 
 mod approvals;
 mod audit;
+mod erase;
 pub(super) mod events;
 mod gateway;
 mod journal;
@@ -31,8 +32,8 @@ mod traffic;
 /// The table.
 pub(super) fn all(admin: Arc<Admin>) -> Doors {
     use Action::{
-        Approve, ChangeTraffic, ChangeVersions, Drain, ReadJournal, ReadModels, ReadPredictions,
-        Reload, Rollout,
+        Approve, ChangeKeys, ChangeTraffic, ChangeVersions, Drain, Erase, ReadJournal, ReadModels,
+        ReadPredictions, Reload, Rollout,
     };
     Doors::new(admin)
         .add(Needs::Nothing, routes!(gateway::health))
@@ -62,6 +63,8 @@ pub(super) fn all(admin: Arc<Admin>) -> Doors {
         .add(Needs::Some(ReadJournal), routes!(journal::get))
         .add(Needs::Some(ReadModels), routes!(events::get))
         .add(Needs::Some(ReadJournal), routes!(audit::stats))
+        .add(Needs::Right(Erase), routes!(erase::erase))
+        .add(Needs::Right(ChangeKeys), routes!(erase::rotate_key))
         .add(Needs::Right(Drain), routes!(gateway::drain))
         .add(Needs::Right(Reload), routes!(gateway::reload))
         .add(Needs::Nothing, routes!(gateway::mlflow))

@@ -78,6 +78,8 @@ pub enum Action {
     ReadJournal,
     /// Recorded predictions, with their inputs and outputs.
     ReadPredictions,
+    /// Take out what records of the ledger hold.
+    Erase,
     ReadKeys,
     ChangeKeys,
     Drain,
@@ -86,7 +88,7 @@ pub enum Action {
 }
 
 impl Action {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::ReadModels,
         Self::Predict,
         Self::Feedback,
@@ -96,6 +98,7 @@ impl Action {
         Self::Approve,
         Self::ReadJournal,
         Self::ReadPredictions,
+        Self::Erase,
         Self::ReadKeys,
         Self::ChangeKeys,
         Self::Drain,
@@ -114,6 +117,7 @@ impl Action {
             Self::Approve => "approve",
             Self::ReadJournal => "read the journal",
             Self::ReadPredictions => "read predictions",
+            Self::Erase => "erase records",
             Self::ReadKeys => "read keys",
             Self::ChangeKeys => "change keys",
             Self::Drain => "drain",
@@ -124,7 +128,7 @@ impl Action {
     /// Concerns no model but the gateway: a grant limited to models does not allow it, or whoever
     /// administers one model could give himself the others.
     pub fn is_of_gateway(self) -> bool {
-        matches!(self, Self::ReadKeys | Self::ChangeKeys | Self::Drain | Self::Reload)
+        matches!(self, Self::Erase | Self::ReadKeys | Self::ChangeKeys | Self::Drain | Self::Reload)
     }
 }
 
@@ -147,6 +151,7 @@ fn allowed(action: Action) -> &'static [Role] {
         Action::Approve => &[Deployer, Admin],
         Action::ReadJournal => &[Deployer, Auditor, Admin],
         Action::ReadPredictions => &[Auditor, Admin],
+        Action::Erase => &[Admin],
         Action::ReadKeys => &[Auditor, Admin],
         Action::ChangeKeys => &[Admin],
         Action::Drain => &[Admin],

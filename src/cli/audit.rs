@@ -4,6 +4,9 @@ use std::process::ExitCode;
 
 use clap::Subcommand;
 
+mod erase;
+mod prove;
+mod rotate;
 mod verify;
 
 #[derive(clap::Args)]
@@ -14,12 +17,27 @@ pub(super) struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Check every record of a ledger, offline
+    /// Check every record, tree and checkpoint of a ledger, offline
     Verify(verify::Args),
+    /// Make a proof that a record is in the log, to be given away
+    Prove(prove::ProveArgs),
+    /// Check such a proof, without the log
+    CheckProof(prove::CheckArgs),
+    /// Take out what a record, or everything about somebody, held; its proofs go on to hold
+    Erase(erase::Args),
+    /// Make a new key that checkpoints are signed with
+    RotateKey(rotate::Args),
+    /// Print the verifier keys that this ledger signs with
+    PublicKey(rotate::PublicArgs),
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
     match &args.command {
         Command::Verify(args) => verify::run(args),
+        Command::Prove(args) => prove::run(args),
+        Command::CheckProof(args) => prove::check(args),
+        Command::Erase(args) => erase::run(args),
+        Command::RotateKey(args) => rotate::run(args),
+        Command::PublicKey(args) => rotate::public(args),
     }
 }

@@ -21,7 +21,8 @@
 //!   written end of `checkpoints` is the beginning of that one, or it is a fault.
 
 use std::fmt::Write as _;
-use std::io;
+use std::fs::File;
+use std::io::{self, BufRead, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
@@ -36,6 +37,8 @@ pub const LAST: &str = "checkpoint";
 pub const ALL: &str = "checkpoints";
 /// Longest note that is read.
 pub const NOTE_BYTES_MAX: usize = 64 << 10;
+/// What is read of the end of all checkpoints: the longest note and the one before it.
+const TAIL_BYTES: u64 = 4 * NOTE_BYTES_MAX as u64;
 /// Most signatures of one note; witnesses may have added theirs.
 const SIGNATURES_MAX: usize = 64;
 const SIGNATURE_START: &str = "\u{2014} ";
@@ -211,51 +214,77 @@ impl Note {
     }
 }
 
-/// Notes that were appended one after the other.
-#[derive(Debug, Default)]
-pub struct Notes {
-    /// Each with the offset that it begins at.
-    pub whole: Vec<(u64, Note)>,
-    /// Offset behind the last of them.
-    pub end: u64,
-    /// What is there after that, if it is not the beginning of anything.
-    pub fault: Option<NoteError>,
-    /// What is there after that.
-    pub torn: Vec<u8>,
+/// Reads notes that were appended one after the other.
+pub struct Notes<R> {
+    from: R,
+    /// Offset behind the last whole note.
+    end: u64,
+    /// What is behind that.
+    torn: Vec<u8>,
 }
 
-/// Takes the content of [`ALL`] apart.
-pub fn notes(bytes: &[u8]) -> Notes {
-    let mut found = Notes::default();
-    let mut rest = bytes;
-    // A note has an empty line inside, and one behind it.
-    while let Some(len) = note_len(rest) {
-        let text = std::str::from_utf8(&rest[..len - 1]);
-        match text.map_err(|_| NoteError::Form("no text")).and_then(str::parse) {
-            Ok(note) => found.whole.push((found.end, note)),
-            Err(error) => {
-                found.fault = Some(error);
-                break;
+impl<R: BufRead> Notes<R> {
+    /// `offset` is where `from` begins in its file.
+    pub fn new(from: R, offset: u64) -> Self {
+        Self { from, end: offset, torn: Vec::new() }
+    }
+
+    /// The next note, and where it begins; `None` where there is no whole one.
+    ///
+    /// # Errors
+    /// When it cannot be read, or something else is there.
+    pub fn next_note(&mut self) -> Result<Option<(u64, Note)>, NotesError> {
+        let mut text = std::mem::take(&mut self.torn);
+        let mut blank_lines = 0;
+        // A note has an empty line inside, and one behind it.
+        while blank_lines < 2 {
+            let before = text.len();
+            let room = (2 * NOTE_BYTES_MAX).saturating_sub(before) as u64;
+            self.from.by_ref().take(room).read_until(b'\n', &mut text)?;
+            match text.get(before..) {
+                Some(b"\n") => blank_lines += 1,
+                Some([.., b'\n']) => {}
+                _ if room == 0 => return Err(NoteError::Form("too long").into()),
+                _ => {
+                    self.torn = text;
+                    return Ok(None);
+                }
             }
         }
-        found.end += len as u64;
-        rest = &rest[len..];
+        let note = std::str::from_utf8(&text[..text.len() - 1]);
+        let note = note.map_err(|_| NoteError::Form("no text"))?.parse()?;
+        let at = self.end;
+        self.end += text.len() as u64;
+        Ok(Some((at, note)))
     }
-    found.torn = rest.to_vec();
-    found
+
+    /// Offset behind the last whole note, and what is there.
+    pub fn rest(self) -> (u64, Vec<u8>) {
+        (self.end, self.torn)
+    }
+
+    pub fn end(&self) -> u64 {
+        self.end
+    }
 }
 
-fn note_len(bytes: &[u8]) -> Option<usize> {
-    let blank = |from: usize| bytes.get(from..)?.windows(2).position(|two| two == b"\n\n");
-    let inside = blank(0)? + 2;
-    Some(inside + blank(inside)? + 2)
+#[derive(Debug, thiserror::Error)]
+pub enum NotesError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Note(#[from] NoteError),
 }
 
-/// The checkpoints of a log, as its files have them.
+/// The end of a log's checkpoints, as its files have them.
 #[derive(Debug, Default)]
 pub struct Stored {
-    pub all: Notes,
-    /// The last one; `all` may lack it, when it was not appended yet.
+    /// The last one in [`ALL`].
+    pub newest: Option<Note>,
+    /// Offset behind it, and what is there.
+    pub end: u64,
+    pub torn: Vec<u8>,
+    /// The last one; [`ALL`] may lack it, when it was not appended yet.
     pub last: Option<Note>,
 }
 
@@ -268,57 +297,84 @@ pub enum StoredError {
 }
 
 impl Stored {
-    /// Reads both files of a log. Neither has to be there.
+    /// Reads the last checkpoint, and the end of the file of all. Neither file has to be there.
     ///
     /// # Errors
     /// When one cannot be read, or one holds what is no checkpoint.
     pub fn read(log: &Path) -> Result<Self, StoredError> {
-        let read = |name| {
-            let file = log.join(name);
-            match std::fs::read(&file) {
-                Ok(bytes) => Ok((file, bytes)),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok((file, Vec::new())),
-                Err(error) => Err(StoredError::Io { file, error }),
-            }
-        };
         // In this order: the last one that is read is never older than those that are listed.
-        let (all_file, all) = read(ALL)?;
-        let (last_file, last) = read(LAST)?;
-        let text = std::str::from_utf8(&last).map_err(|_| NoteError::Form("no text"));
-        let last: Option<Note> = match last.is_empty() {
-            true => None,
-            false => Some(text.and_then(str::parse).map_err(|error| StoredError::Note {
-                file: last_file.clone(),
-                offset: 0,
-                error,
-            })?),
+        let mut stored = Self::read_all(&log.join(ALL))?;
+        let file = log.join(LAST);
+        let fault = |error| StoredError::Note { file: file.clone(), offset: 0, error };
+        let text = match std::fs::read(&file) {
+            Ok(bytes) => String::from_utf8(bytes).map_err(|_| fault(NoteError::Form("no text")))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(StoredError::Io { file, error }),
         };
-        let all = notes(&all);
-        let note = |file, offset, error| StoredError::Note { file, offset, error };
-        if let Some(error) = all.fault.clone() {
-            return Err(note(all_file, all.end, error));
+        if !text.is_empty() {
+            stored.last = Some(text.parse().map_err(fault)?);
         }
-        let next = last.as_ref().map(|last| format!("{last}\n")).unwrap_or_default();
-        let newest = all.whole.last().map(|(_, note)| note);
-        if !next.as_bytes().starts_with(&all.torn) {
-            let error = NoteError::Form("neither a checkpoint nor the beginning of the last one");
-            return Err(note(all_file, all.end, error));
+        if !format!("{text}\n").as_bytes().starts_with(&stored.torn) {
+            let what = "neither a checkpoint nor the beginning of the last one";
+            let (file, offset) = (log.join(ALL), stored.end);
+            return Err(StoredError::Note { file, offset, error: NoteError::Form(what) });
         }
-        if last.as_ref() != newest {
-            let size = newest.map_or(0, |note| note.checkpoint.tree.size);
-            let after = last.as_ref().and_then(|last| last.checkpoint.after());
-            if after != Some(size) {
-                let error = NoteError::Form("does not follow the last one of the others");
-                return Err(note(last_file, 0, error));
+        let size = stored.newest.as_ref().map_or(0, |note| note.checkpoint.tree.size);
+        let after = stored.last.as_ref().and_then(|last| last.checkpoint.after());
+        match stored.last == stored.newest || after == Some(size) {
+            true => Ok(stored),
+            false => Err(fault(NoteError::Form("does not follow the last one of the others"))),
+        }
+    }
+
+    fn read_all(file: &Path) -> Result<Self, StoredError> {
+        let io = |error| StoredError::Io { file: file.to_owned(), error };
+        let mut all = match File::open(file) {
+            Ok(all) => all,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(io(error)),
+        };
+        let len = all.metadata().map_err(io)?.len();
+        let from = len.saturating_sub(TAIL_BYTES);
+        let mut tail = Vec::new();
+        all.seek(SeekFrom::Start(from)).and_then(|_| all.read_to_end(&mut tail)).map_err(io)?;
+        let start = if from == 0 { 0 } else { boundary(&tail) };
+        let mut notes = Notes::new(&tail[start..], from + start as u64);
+        let mut newest = None;
+        loop {
+            match notes.next_note() {
+                Ok(Some((_, note))) => newest = Some(note),
+                Ok(None) => break,
+                Err(NotesError::Io(error)) => return Err(io(error)),
+                Err(NotesError::Note(error)) => {
+                    let (file, offset) = (file.to_owned(), notes.end());
+                    return Err(StoredError::Note { file, offset, error });
+                }
             }
         }
-        Ok(Self { all, last })
+        let (end, torn) = notes.rest();
+        Ok(Self { newest, end, torn, last: None })
     }
 
     /// The last checkpoint's size and root.
     pub fn tree(&self) -> Option<State> {
         self.last.as_ref().map(|note| note.checkpoint.tree)
     }
+}
+
+/// Where the first note begins that is whole in the end of a file: behind an empty line after
+/// signatures.
+fn boundary(tail: &[u8]) -> usize {
+    let mut signed = false;
+    let mut at = 0;
+    for line in tail.split_inclusive(|byte| *byte == b'\n') {
+        at += line.len();
+        if signed && line == b"\n" {
+            return at;
+        }
+        signed = line.starts_with(SIGNATURE_START.as_bytes());
+    }
+    0
 }
 
 #[cfg(test)]
@@ -367,6 +423,25 @@ mod tests {
     }
 
     #[test]
+    fn the_end_of_many_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = SigningKey::generate().unwrap();
+        let all: Vec<Note> = (0..1500).map(|at| note(at + 1, at, &key)).collect();
+        let text: String = all.iter().map(|note| format!("{note}\n")).collect();
+        assert!(text.len() as u64 > TAIL_BYTES);
+        std::fs::write(folder.path().join(ALL), &text).unwrap();
+        std::fs::write(folder.path().join(LAST), all[1499].to_string()).unwrap();
+        let stored = Stored::read(folder.path()).unwrap();
+        assert_eq!((stored.newest.as_ref(), stored.end), (all.last(), text.len() as u64));
+        let mut notes = Notes::new(text.as_bytes(), 0);
+        let mut read = Vec::new();
+        while let Some((_, note)) = notes.next_note().unwrap() {
+            read.push(note);
+        }
+        assert_eq!(read, all);
+    }
+
+    #[test]
     fn stored_checkpoints_follow_each_other() {
         let folder = tempfile::tempdir().unwrap();
         let key = SigningKey::generate().unwrap();
@@ -380,7 +455,8 @@ mod tests {
         let both = format!("{first}\n{second}\n");
         let both = both.as_bytes();
         let stored = write(both, &second.to_string()).unwrap();
-        assert_eq!(stored.all.whole.len(), 2);
+        assert_eq!(stored.newest.as_ref(), Some(&second));
+        assert_eq!(stored.end, both.len() as u64);
         // Cut short while the second was appended, or before that.
         for cut in first.to_string().len() + 1..both.len() {
             assert!(write(&both[..cut], &second.to_string()).is_ok(), "{cut}");

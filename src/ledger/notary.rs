@@ -596,13 +596,12 @@ fn append(log: &Path, bytes: &[u8]) -> Result<(), Halt> {
 /// Appends the last checkpoint, if the last process ended before it did.
 fn repair(log: &Path, stored: &Stored) -> Result<(), Halt> {
     let all = log.join(ALL);
-    let newest = stored.all.whole.last().map(|(_, note)| note);
-    let Some(last) = stored.last.as_ref().filter(|last| Some(*last) != newest) else {
+    let Some(last) = stored.last.as_ref().filter(|_| stored.last != stored.newest) else {
         return Ok(());
     };
-    if !stored.all.torn.is_empty() {
+    if !stored.torn.is_empty() {
         let cut = OpenOptions::new().write(true).open(&all);
-        let cut = cut.and_then(|file| file.set_len(stored.all.end));
+        let cut = cut.and_then(|file| file.set_len(stored.end));
         cut.map_err(|error| Halt::Io { path: all.clone(), error })?;
     }
     append(log, format!("{last}\n").as_bytes())

@@ -46,7 +46,7 @@ impl Ledger {
         let subjects = Arc::new(subjects.map_err(NotaryError::Subjects)?);
         self.set_subjects(Arc::clone(&subjects) as _);
         drop(self.subject_keys.set(subjects));
-        Ok(())
+        self.keep_erasing().map_err(NotaryError::Thread)
     }
 
     /// The keys of subjects, once [`Ledger::start_notary`] opened them.

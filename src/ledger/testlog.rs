@@ -1,5 +1,6 @@
 //! A log of a test's own: records are put into it as the log puts them, one after the other.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,9 +58,8 @@ impl TestLog {
             std::fs::write(&path, head.encode()).unwrap();
             path
         });
-        let mut all = std::fs::read(&*path).unwrap();
-        all.extend_from_slice(&bytes);
-        std::fs::write(path, all).unwrap();
+        let mut file = std::fs::OpenOptions::new().append(true).open(path).unwrap();
+        file.write_all(&bytes).unwrap();
         self.next.store(seq + 1, Ordering::SeqCst);
         seq
     }

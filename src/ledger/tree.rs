@@ -31,7 +31,7 @@ pub const TREE: &str = "tree";
 const TREE_BEFORE: &str = "tree.before";
 pub const HASH_BYTES: u64 = 32;
 /// Each file has one hash for so many (2^8) of the file below.
-const STEP: u32 = 8;
+pub(super) const STEP: u32 = 8;
 /// Files: enough for 2^63 records.
 pub const LEVELS: u32 = 8;
 /// Longest proof that is taken: no tree of 2^64 leaves has a longer one.

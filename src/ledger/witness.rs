@@ -259,7 +259,7 @@ mod tests {
     use object_store::ObjectStoreExt as _;
 
     use super::*;
-    use crate::ledger::checkpoint::{Checkpoint, notes};
+    use crate::ledger::checkpoint::{Checkpoint, Notes};
     use crate::ledger::keys::SigningKey;
     use crate::ledger::tree::State;
 
@@ -291,7 +291,9 @@ mod tests {
             }
             drop(witness);
         }
-        assert_eq!(notes(&std::fs::read(file).unwrap()).whole.len(), 2);
+        let seen = std::fs::read(file).unwrap();
+        let mut notes = Notes::new(&seen[..], 0);
+        assert_eq!(std::iter::from_fn(|| notes.next_note().unwrap()).count(), 2);
         let path = ObjectPath::from("a/b/tidegate/01/admin/00000000000000000007");
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         assert!(runtime.block_on(store.head(&path)).is_ok());
