@@ -259,10 +259,10 @@ fn start(root: &Path, here: &Path, away: &Path, without: bool) -> Gateway {
 }
 
 /// Xorshift: the same moments in every run, as far as clocks go.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

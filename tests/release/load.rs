@@ -62,6 +62,14 @@ pub(crate) struct Ran {
     /// By its header.
     pub(crate) named: u32,
     pub(crate) arm: String,
+    pub(crate) recorded: Option<Recorded>,
+}
+
+/// What the answer says of its record in the ledger.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Recorded {
+    pub(crate) id: String,
+    pub(crate) seq: u64,
 }
 
 /// What became of a request.
@@ -223,6 +231,12 @@ fn named(headers: &HeaderMap) -> Option<u32> {
     headers.get("tidegate-model-version")?.to_str().ok()?.parse().ok()
 }
 
+fn recorded(headers: &HeaderMap) -> Option<Recorded> {
+    let id = headers.get("tidegate-prediction-id")?.to_str().ok()?.to_owned();
+    let seq = headers.get("tidegate-ledger-seq")?.to_str().ok()?.parse().ok()?;
+    Some(Recorded { id, seq })
+}
+
 /// The version that `y` proves.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked before")]
 fn ran(ask: &Ask, y: f64, headers: &HeaderMap) -> Result<Ran, Failed> {
@@ -232,7 +246,10 @@ fn ran(ask: &Ask, y: f64, headers: &HeaderMap) -> Result<Ran, Failed> {
     }
     let arm = headers.get("tidegate-arm").and_then(|arm| arm.to_str().ok());
     match (named(headers), arm) {
-        (Some(named), Some(arm)) => Ok(Ran { proven: k as u32, named, arm: arm.to_owned() }),
+        (Some(named), Some(arm)) => {
+            let (arm, recorded) = (arm.to_owned(), recorded(headers));
+            Ok(Ran { proven: k as u32, named, arm, recorded })
+        }
         _ => Err(Failed::new(format!("no version or arm in {headers:?}"))),
     }
 }

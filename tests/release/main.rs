@@ -7,7 +7,7 @@
 //! depends on how fast anything is.
 //!
 //! The runs here are short. `RELEASE_SWAPS=1000 RELEASE_ROUTED=100000 RELEASE_KILLS=500
-//! RELEASE_CYCLES=1000 RELEASE_HEAVY_MIB=512 cargo test --release --test release -- --nocapture`
+//! RELEASE_CYCLES=1000 RELEASE_HEAVY_MIB=512 LEDGER_KILLS=500 cargo test --release --test release -- --nocapture`
 //! makes them long ones.
 
 #![cfg(all(feature = "ort", feature = "tract"))]
@@ -25,6 +25,7 @@ mod gateway;
 mod heavy;
 mod inside;
 mod kills;
+mod ledger;
 mod load;
 mod models;
 mod routing;
