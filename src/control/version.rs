@@ -20,7 +20,8 @@ use super::view::Life;
 use super::{Settings, lineage, sweep, trial};
 use crate::batch::{Lane, LaneParts, Padding, ThreadBudget};
 use crate::domain::{
-    Digest, ModelName, ModelSettings, RecordSettings, Recording, Signature, TensorSpec, Version,
+    Digest, Durability, ModelName, ModelSettings, RecordSettings, Recording, Signature, TensorSpec,
+    Version,
 };
 use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
 use crate::ledger::capture;
@@ -326,6 +327,9 @@ impl Preparer {
                 .map_err(PrepareError::Warmup)?;
             warmed.extend(seen);
             ready.push(session);
+        }
+        if recording.durability == Durability::Off {
+            tracing::warn!(%model, %version, "predictions are not recorded");
         }
         if settings.batch.padding.is_some() && padding.is_none() {
             tracing::warn!(%model, %version, "batch.padding has no effect");
