@@ -1,0 +1,193 @@
+//! The thread that turns sealed segments into Parquet, `ledger-parquet`.
+//!
+//! It looks at the log's folder now and then and converts what has no manifest, or another than its
+//! segment. Nobody waits for it, and it runs when nobody else wants the processor.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::{Manifest, ParquetError, convert};
+use crate::ledger::export::Selection;
+use crate::ledger::frame::WriterId;
+use crate::ledger::reader::{self, SegmentFile, SegmentReader};
+
+/// A segment that could not be converted is tried again after this.
+const AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// Below what serves: the processor's idle time, for the most part.
+const NICE: i32 = 10;
+
+/// What is converted, and to where.
+#[derive(Clone, Debug)]
+pub struct ConverterSettings {
+    /// Folder of the log of predictions.
+    pub log: PathBuf,
+    /// Folder of the Parquet files.
+    pub root: PathBuf,
+    /// How often the log's folder is looked at.
+    pub every: Duration,
+}
+
+/// How far the conversion is, for metrics and `audit stats`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Of this process.
+    pub segments: u64,
+    pub rows: u64,
+    pub failures: u64,
+    /// Sealed segments that are not converted yet.
+    pub waiting: u64,
+    /// Why the latest failure was.
+    pub failure: Option<String>,
+}
+
+/// The thread; dropped, it ends.
+pub struct Converter {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Guards only itself: it is held for no longer than a copy takes.
+    progress: Mutex<Progress>,
+    /// Guards the wish to end, which the thread sleeps on.
+    stop: Mutex<bool>,
+    woken: Condvar,
+}
+
+impl Converter {
+    /// Starts the thread. `between` runs on it after each look: what else is to be done with files
+    /// of the log.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn start(
+        settings: ConverterSettings,
+        between: impl FnMut() + Send + 'static,
+    ) -> io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let its = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name("ledger-parquet".to_owned());
+        let thread = thread.spawn(move || work(&settings, &its, between))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    pub fn progress(&self) -> Progress {
+        self.shared.progress.lock().clone()
+    }
+
+    /// Ends the thread; a file that is half written is given up.
+    pub fn stop(&mut self) {
+        *self.shared.stop.lock() = true;
+        self.shared.woken.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that makes Parquet of the ledger had panicked");
+        }
+    }
+}
+
+impl Drop for Converter {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn work(settings: &ConverterSettings, shared: &Shared, mut between: impl FnMut()) {
+    // On Linux of this thread alone. Without it the work is done all the same.
+    if let Err(error) = rustix::process::nice(NICE) {
+        tracing::debug!(%error, "the thread that makes Parquet runs as others do");
+    }
+    let mut failed: HashMap<u64, Instant> = HashMap::new();
+    loop {
+        // A panic must not end the conversion for good; the hook has told where it was.
+        if crate::panics::caught(|| look(settings, shared, &mut failed)).is_none() {
+            shared.progress.lock().failures += 1;
+        }
+        if crate::panics::caught(&mut between).is_none() {
+            shared.progress.lock().failures += 1;
+        }
+        let mut stop = shared.stop.lock();
+        if !*stop {
+            shared.woken.wait_for(&mut stop, settings.every);
+        }
+        if *stop {
+            return;
+        }
+    }
+}
+
+fn look(settings: &ConverterSettings, shared: &Shared, failed: &mut HashMap<u64, Instant>) {
+    let todo = match todo(settings) {
+        Ok(todo) => todo,
+        Err(error) => return shared.failed(settings, None, &error),
+    };
+    shared.progress.lock().waiting = todo.len() as u64;
+    for segment in todo {
+        let at = segment.first_seq;
+        if failed.get(&at).is_some_and(|when| when.elapsed() < AGAIN_AFTER) {
+            continue;
+        }
+        let stopped = || *shared.stop.lock();
+        match convert(&segment, &settings.root, &Selection::default(), &stopped) {
+            Ok(manifest) => {
+                failed.remove(&at);
+                let mut progress = shared.progress.lock();
+                progress.segments += 1;
+                progress.rows += manifest.segment.records;
+                progress.waiting = progress.waiting.saturating_sub(1);
+                progress.failure = None;
+            }
+            Err(ParquetError::Stopped) => return,
+            Err(error) => {
+                failed.insert(at, Instant::now());
+                shared.failed(settings, Some(at), &error);
+            }
+        }
+    }
+}
+
+/// Sealed segments without a manifest, or with one of what they were before.
+fn todo(settings: &ConverterSettings) -> Result<Vec<SegmentFile>, ParquetError> {
+    let all = match reader::segments(&settings.log) {
+        Err(error) if super::super::export::is_gone(&error) => return Ok(Vec::new()),
+        all => all.map_err(super::ExportError::from)?,
+    };
+    let mut todo = Vec::new();
+    for segment in all.into_iter().filter(|segment| segment.sealed) {
+        let writer = match writer(&segment) {
+            Ok(writer) => writer,
+            // Gone, or no segment; the latter is told when it is converted.
+            Err(()) => WriterId([0; 8]),
+        };
+        let manifest = Manifest::read(&settings.root, writer, segment.first_seq);
+        if !manifest.is_some_and(|manifest| manifest.fits(&segment)) {
+            todo.push(segment);
+        }
+    }
+    Ok(todo)
+}
+
+fn writer(segment: &SegmentFile) -> Result<WriterId, ()> {
+    SegmentReader::open(segment).map(|reader| reader.head().writer).map_err(drop)
+}
+
+impl Shared {
+    fn failed(&self, settings: &ConverterSettings, segment: Option<u64>, error: &ParquetError) {
+        let text = error.to_string();
+        let mut progress = self.progress.lock();
+        progress.failures += 1;
+        if progress.failure.as_ref() != Some(&text) {
+            let log = settings.log.display();
+            tracing::warn!(%error, %log, segment, "a segment of the ledger cannot be made Parquet");
+        }
+        progress.failure = Some(text);
+    }
+}
