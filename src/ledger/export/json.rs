@@ -4,7 +4,8 @@
 //! (a NaN whose bits are not the usual ones has them behind it: `"NaN:0x7fc00001"`); an integer
 //! beyond ±2⁵³ is a text of its digits, since most readers keep numbers as doubles; an element of
 //! `BYTES` that is no UTF-8 is `{"base64": "…"}`. Data that does not fit its own datatype stands
-//! whole under `data_base64`.
+//! whole under `data_base64`. `masked`, where it is, names columns of the last axis that were made zero
+//! or empty before anything else was done.
 
 use std::io::Write as _;
 
@@ -99,6 +100,11 @@ pub fn tensors<'a>(
         out.extend_from_slice(b",\"shape\":[");
         list_of(out, tensor.shape.iter(), |out, dim| integer(out, i128::from(*dim)));
         out.push(b']');
+        if !tensor.masked.is_empty() {
+            out.extend_from_slice(b",\"masked\":[");
+            list_of(out, tensor.masked.iter(), |out, at| integer(out, i128::from(*at)));
+            out.push(b']');
+        }
         match column(tensor) {
             Some(column) => {
                 out.extend_from_slice(b",\"column\":");

@@ -31,7 +31,13 @@ pub(in crate::ledger) fn append(log: &Log, head: &Head, payload: &Payload) -> u6
 
 pub(in crate::ledger) fn tensor(name: &str, datatype: &str, shape: &[u64], data: &[u8]) -> Tensor {
     let content = Some(tensor::Content::Data(data.to_vec().into()));
-    Tensor { name: name.into(), datatype: datatype.into(), shape: shape.to_vec(), content }
+    Tensor {
+        name: name.into(),
+        datatype: datatype.into(),
+        shape: shape.to_vec(),
+        content,
+        masked: Vec::new(),
+    }
 }
 
 pub(in crate::ledger) fn head(number: u64) -> Head {
@@ -258,6 +264,7 @@ fn any_tensor() -> impl Strategy<Value = Tensor> {
             datatype: datatype.name().into(),
             shape,
             content: Some(content),
+            masked: vec![3],
         },
     )
 }
@@ -319,6 +326,7 @@ proptest! {
             for (view, tensor) in views.iter().zip(tensors) {
                 prop_assert_eq!((view.name, view.datatype), (&*tensor.name, &*tensor.datatype));
                 prop_assert_eq!(&view.shape[..], &tensor.shape[..]);
+                prop_assert_eq!(&view.masked[..], &tensor.masked[..]);
                 match (&view.content, tensor.content.as_ref().unwrap()) {
                     (Content::Data(a), tensor::Content::Data(b))
                     | (Content::Digest(a), tensor::Content::Digest(b))

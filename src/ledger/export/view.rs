@@ -54,6 +54,8 @@ pub struct TensorView<'a> {
     pub datatype: &'a str,
     pub shape: SmallVec<[u64; 4]>,
     pub content: Content<'a>,
+    /// Columns that were made zero or empty before.
+    pub masked: SmallVec<[u64; 4]>,
 }
 
 /// What was kept of a tensor.
@@ -146,6 +148,7 @@ impl<'a> TensorView<'a> {
                 7 => tensor.content = Content::Sealed(value.bytes()?),
                 8 => tensor.content = Content::Truncated(value.bytes()?),
                 9 => tensor.content = Content::Dropped(value.text()?),
+                10 => value.uints(&mut tensor.masked)?,
                 _ => {}
             }
         }
