@@ -15,6 +15,7 @@ mod keys;
 mod labels;
 mod list;
 mod models;
+mod replay;
 mod rollout;
 mod serve;
 mod traffic;
@@ -55,6 +56,8 @@ enum Command {
     Journal(journal::Args),
     /// Check, show and export what the ledger holds
     Audit(audit::Args),
+    /// Send recorded inputs again and report how the outputs differ
+    Replay(replay::Args),
     /// Try a model under limits, as told on stdin
     #[command(hide = true)]
     Probe,
@@ -76,6 +79,7 @@ pub fn run() -> ExitCode {
         Command::Rollout(args) => rollout::run(&args),
         Command::Journal(args) => journal::run(&args),
         Command::Audit(args) => audit::run(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::Probe => crate::control::probe::child_main(),
     }
 }

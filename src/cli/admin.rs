@@ -207,6 +207,17 @@ impl Client {
         answer(self.send(request).await?).await
     }
 
+    /// The answer as it came: its numbers have all of their digits.
+    pub(super) fn get_text(&self, path: &str) -> Result<String, Stop> {
+        self.run(async {
+            let response = self.send(self.http.get(self.url(path)).timeout(ANSWER_MAX)).await?;
+            match response.status().is_success() {
+                true => String::from_utf8(bytes(response).await?).map_err(Stop::failed),
+                false => Err(refused(response).await),
+            }
+        })
+    }
+
     /// A stream of events after `after`, whatever time it takes.
     pub(super) async fn events(&self, after: Option<u64>) -> Result<Response, Stop> {
         let mut request = self.http.get(self.url("/events")).header("accept", "text/event-stream");

@@ -7,7 +7,14 @@ use clap::Subcommand;
 mod erase;
 mod prove;
 mod rotate;
+mod export;
+mod select;
+mod show;
+mod stats;
+mod tail;
 mod verify;
+
+pub(super) use select::Select;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -29,6 +36,14 @@ enum Command {
     RotateKey(rotate::Args),
     /// Print the verifier keys that this ledger signs with
     PublicKey(rotate::PublicArgs),
+    /// Write records as lines of JSON or as Parquet
+    Export(export::Args),
+    /// Show one prediction, and run it again
+    Show(show::Args),
+    /// Show how much a ledger holds, and of what
+    Stats(stats::Args),
+    /// Print records as they come
+    Tail(tail::Args),
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
@@ -39,5 +54,9 @@ pub(super) fn run(args: &Args) -> ExitCode {
         Command::Erase(args) => erase::run(args),
         Command::RotateKey(args) => rotate::run(args),
         Command::PublicKey(args) => rotate::public(args),
+        Command::Export(args) => export::run(args),
+        Command::Show(args) => show::run(args),
+        Command::Stats(args) => stats::run(args),
+        Command::Tail(args) => tail::run(args),
     }
 }

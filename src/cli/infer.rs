@@ -19,7 +19,7 @@ use crate::domain::{ModelName, VersionRef};
 mod data;
 
 /// Largest answer that is read, in bytes.
-const ANSWER_SIZE_MAX: usize = 1 << 30;
+pub(super) const ANSWER_SIZE_MAX: usize = 1 << 30;
 /// Values of an output that are printed; the rest is counted.
 const VALUES_SHOWN_MAX: usize = 16;
 
@@ -59,7 +59,7 @@ fn parse_version(text: &str) -> Result<VersionRef, crate::domain::NameError> {
 }
 
 /// Holds a token for a gateway that asks for one. Not an argument: those can be seen by others.
-const TOKEN_VARIABLE: &str = "TIDEGATE_TOKEN";
+pub(super) const TOKEN_VARIABLE: &str = "TIDEGATE_TOKEN";
 
 /// Why there is no answer, by exit code.
 enum Stop {
@@ -97,7 +97,7 @@ fn exchange(args: &Args, token: Option<&Secret<String>>) -> Result<Answer, Stop>
     runtime.block_on(send(args, prepared, credential.as_ref()))
 }
 
-fn credential(token: &Secret<String>) -> anyhow::Result<HeaderValue> {
+pub(super) fn credential(token: &Secret<String>) -> anyhow::Result<HeaderValue> {
     let value = HeaderValue::try_from(format!("Bearer {}", token.expose().trim()));
     let mut value = value.map_err(|_| anyhow!("{TOKEN_VARIABLE} holds no token"))?;
     value.set_sensitive(true);
