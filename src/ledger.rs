@@ -50,8 +50,10 @@ pub mod notary;
 pub mod proofs;
 pub mod prove;
 pub mod parquet;
+pub mod proofs;
 pub mod reader;
 pub mod record;
+pub mod retention;
 pub mod subjects;
 #[cfg(test)]
 mod testlog;

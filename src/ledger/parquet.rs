@@ -67,24 +67,38 @@ pub enum ParquetError {
     Stopped,
 }
 
-/// Writes what is wanted of a segment below `root`, and its manifest. `stopped` is asked now and
-/// then whether to break off.
+/// How a segment is converted.
+pub struct Job<'a> {
+    pub wanted: &'a Selection,
+    /// Asked now and then whether to break off.
+    pub stopped: &'a dyn Fn() -> bool,
+    /// Days that a model's records are kept, for the manifest.
+    pub days_of: &'a dyn Fn(&str) -> Option<u32>,
+}
+
+impl<'a> Job<'a> {
+    /// To its end, by somebody who removes nothing.
+    pub fn of(wanted: &'a Selection) -> Self {
+        Self { wanted, stopped: &|| false, days_of: &|_| None }
+    }
+}
+
+/// Writes what is wanted of a segment below `root`, and its manifest.
 ///
 /// # Errors
 /// When the segment cannot be read, or a file not be written; what was written is no harm then.
 pub fn convert(
     segment: &SegmentFile,
     root: &Path,
-    wanted: &Selection,
-    stopped: &dyn Fn() -> bool,
+    job: &Job<'_>,
 ) -> Result<Manifest, ParquetError> {
     let mut entry = SegmentEntry::of(segment)?;
-    let (head, parts) = survey(segment, wanted, &mut entry, stopped)?;
+    let (head, parts) = survey(segment, job, &mut entry)?;
     let Some(head) = head else { return Ok(Manifest::default()) };
     let parts: Vec<(Part, Survey)> = parts.into_iter().collect();
     let mut manifest = Manifest::new(&head, entry);
     for some in parts.chunks(SHEETS_MAX) {
-        let files = write_parts(segment, root, wanted, &head, some, &manifest, stopped)?;
+        let files = write_parts(segment, root, job, &head, some, manifest.segment.last_seq)?;
         manifest.files.extend(files);
     }
     manifest.checkpoint = checkpoint(segment, manifest.segment.last_seq);
@@ -138,13 +152,12 @@ type Part = (String, Date);
 
 fn survey(
     segment: &SegmentFile,
-    wanted: &Selection,
+    job: &Job<'_>,
     entry: &mut SegmentEntry,
-    stopped: &dyn Fn() -> bool,
 ) -> Result<(Option<SegmentHead>, BTreeMap<Part, Survey>), ParquetError> {
     let mut parts: HashMap<Date, HashMap<String, Survey>> = HashMap::new();
-    let head = scan_file::<ParquetError>(segment, wanted, |_, view| {
-        if view.seq.is_multiple_of(1024) && stopped() {
+    let head = scan_file::<ParquetError>(segment, job.wanted, |_, view| {
+        if view.seq.is_multiple_of(1024) && (job.stopped)() {
             return Err(ParquetError::Stopped);
         }
         entry.last_seq = Some(view.seq);
@@ -162,15 +175,13 @@ fn survey(
     Ok((head, flat.collect()))
 }
 
-#[expect(clippy::too_many_arguments, reason = "one pass over a segment, in parts only for memory")]
 fn write_parts(
     segment: &SegmentFile,
     root: &Path,
-    wanted: &Selection,
+    job: &Job<'_>,
     head: &SegmentHead,
     parts: &[(Part, Survey)],
-    manifest: &Manifest,
-    stopped: &dyn Fn() -> bool,
+    end: Option<u64>,
 ) -> Result<Vec<FileEntry>, ParquetError> {
     let mut sheets = Vec::with_capacity(parts.len());
     let mut index: HashMap<Date, HashMap<&str, usize>> = HashMap::new();
@@ -186,13 +197,12 @@ fn write_parts(
         sheets.push(Temporary::create(&path, survey.columns(), &about, false)?);
         index.entry(*date).or_default().insert(model, at);
     }
-    let end = manifest.segment.last_seq;
-    scan_file::<ParquetError>(segment, wanted, |head, view| {
+    scan_file::<ParquetError>(segment, job.wanted, |head, view| {
         // Came since the survey; of an open segment only.
         if Some(view.seq) > end {
             return Ok(ControlFlow::Break(()));
         }
-        if view.seq.is_multiple_of(1024) && stopped() {
+        if view.seq.is_multiple_of(1024) && (job.stopped)() {
             return Err(ParquetError::Stopped);
         }
         let of_day = index.get(&Date::of(view.time_ns));
@@ -215,6 +225,7 @@ fn write_parts(
             last_seq: survey.last_seq,
             first_time_ns: survey.first_ns,
             last_time_ns: survey.last_ns,
+            retention_days: (job.days_of)(model),
             removed: false,
         });
     }

@@ -150,7 +150,7 @@ fn as_parquet(log: &Path, wanted: &Selection, out: &Path) -> Result<Done, Stop> 
     let mut done = Done::default();
     let mut problems = Vec::new();
     for segment in segments(log, wanted).map_err(Stop::failed)? {
-        match parquet::convert(&segment, out, wanted, &|| false) {
+        match parquet::convert(&segment, out, &parquet::Job::of(wanted)) {
             Ok(manifest) => {
                 done.records += manifest.segment.records;
                 let files = manifest.files.iter().map(|file| out.join(&file.file));

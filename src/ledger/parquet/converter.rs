@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{Manifest, ParquetError, convert};
+use super::{Job, Manifest, ParquetError, convert};
 use crate::ledger::export::Selection;
 use crate::ledger::frame::WriterId;
 use crate::ledger::reader::{self, SegmentFile, SegmentReader};
+use crate::ledger::retention::DaysOf;
 
 /// A segment that could not be converted is tried again after this.
 const AGAIN_AFTER: Duration = Duration::from_secs(60);
@@ -23,12 +24,14 @@ const AGAIN_AFTER: Duration = Duration::from_secs(60);
 const NICE: i32 = 10;
 
 /// What is converted, and to where.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ConverterSettings {
     /// Folder of the log of predictions.
     pub log: PathBuf,
     /// Folder of the Parquet files.
     pub root: PathBuf,
+    /// Days that a model's records are kept, if that is known.
+    pub days_of: DaysOf,
     /// How often the log's folder is looked at.
     pub every: Duration,
 }
@@ -82,10 +85,15 @@ impl Converter {
         self.shared.progress.lock().clone()
     }
 
-    /// Ends the thread; a file that is half written is given up.
-    pub fn stop(&mut self) {
+    /// Asks the thread to end, and waits for nothing.
+    pub fn ask_to_stop(&self) {
         *self.shared.stop.lock() = true;
         self.shared.woken.notify_all();
+    }
+
+    /// Ends the thread; a file that is half written is given up.
+    pub fn stop(&mut self) {
+        self.ask_to_stop();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -136,7 +144,9 @@ fn look(settings: &ConverterSettings, shared: &Shared, failed: &mut HashMap<u64,
             continue;
         }
         let stopped = || *shared.stop.lock();
-        match convert(&segment, &settings.root, &Selection::default(), &stopped) {
+        let days_of = &*settings.days_of;
+        let job = Job { wanted: &Selection::default(), stopped: &stopped, days_of };
+        match convert(&segment, &settings.root, &job) {
             Ok(manifest) => {
                 failed.remove(&at);
                 let mut progress = shared.progress.lock();

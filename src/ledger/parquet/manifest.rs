@@ -56,6 +56,9 @@ pub struct FileEntry {
     pub last_seq: u64,
     pub first_time_ns: i64,
     pub last_time_ns: i64,
+    /// What its model said of how long, when the file was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention_days: Option<u32>,
     /// Its time had come before that of its segment.
     #[serde(default)]
     pub removed: bool,

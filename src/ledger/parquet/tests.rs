@@ -10,8 +10,6 @@ use crate::ledger::export::tests::{append, head, log, payload, tensor};
 use crate::ledger::reader;
 use crate::ledger::record::{Head, Payload};
 
-const NEVER: &dyn Fn() -> bool = &|| false;
-
 /// A sealed segment of the records.
 fn sealed(dir: &Path, records: impl IntoIterator<Item = (Head, Payload)>) -> SegmentFile {
     let log = log(dir);
@@ -47,7 +45,7 @@ fn a_segment_becomes_a_file_for_each_model_and_day() {
     let records =
         [(head(0), payload()), (other, payload()), (day(1), payload()), (gap, Payload::default())];
     let segment = sealed(&dir, records);
-    let manifest = convert(&segment, &root, &Selection::default(), NEVER).unwrap();
+    let manifest = convert(&segment, &root, &Job::of(&Selection::default())).unwrap();
     let files: Vec<&str> = manifest.files.iter().map(|file| &*file.file).collect();
     let name = "abababababababab-00000000000000000000.parquet";
     assert_eq!(
@@ -69,7 +67,7 @@ fn a_segment_becomes_a_file_for_each_model_and_day() {
     assert_eq!(Manifest::all(&root), [manifest.clone()]);
     assert!(manifest.fits(&segment));
     // Once more: the same bytes under the same names.
-    let again = convert(&segment, &root, &Selection::default(), NEVER).unwrap();
+    let again = convert(&segment, &root, &Job::of(&Selection::default())).unwrap();
     assert_eq!(again, manifest);
 }
 
@@ -88,7 +86,7 @@ fn tensors_have_columns_of_their_types() {
     let mut three = payload();
     three.inputs = vec![tensor("x", "INT64", &[1], &i64::MIN.to_le_bytes())];
     let segment = sealed(&dir, [(head(0), payload()), (head(1), two), (head(2), three)]);
-    let manifest = convert(&segment, &root, &Selection::default(), NEVER).unwrap();
+    let manifest = convert(&segment, &root, &Job::of(&Selection::default())).unwrap();
     let batch = read(&root.join(&manifest.files[0].file));
     assert!(batch.column_by_name("model").is_none(), "the folder says it");
     let x = column(&batch, "in_x").as_list::<i32>();
@@ -123,7 +121,7 @@ fn much_data_is_in_its_column_alone() {
     let bytes = [&20_000_u32.to_le_bytes()[..], &[0xff; 20_000]].concat();
     large.outputs = vec![tensor("y", "BYTES", &[1], &bytes)];
     let segment = sealed(&dir, [(head(0), large)]);
-    let manifest = convert(&segment, &root, &Selection::default(), NEVER).unwrap();
+    let manifest = convert(&segment, &root, &Job::of(&Selection::default())).unwrap();
     let batch = read(&root.join(&manifest.files[0].file));
     let json = column(&batch, "inputs").as_string::<i32>().value(0);
     assert_eq!(json, r#"[{"name":"x","datatype":"FP32","shape":[5000],"column":"in_x"}]"#);
@@ -153,7 +151,7 @@ fn many_models_are_written_some_at_a_time() {
     let (dir, root) = (folder.path().join("log"), folder.path().join("parquet"));
     let of = |number: u64| Head { model: format!("m{:02}", number % 20), ..head(number) };
     let segment = sealed(&dir, (0..100).map(|number| (of(number), payload())));
-    let manifest = convert(&segment, &root, &Selection::default(), NEVER).unwrap();
+    let manifest = convert(&segment, &root, &Job::of(&Selection::default())).unwrap();
     assert_eq!(manifest.files.len(), 20);
     for (at, file) in manifest.files.iter().enumerate() {
         let batch = read(&root.join(&file.file));
@@ -222,7 +220,7 @@ fn how_fast_small_records_become_parquet() {
     let of = |number: u64| (Head { prediction_id: id(number).into(), ..head(number) }, payload());
     let segment = sealed(&dir, (0..rows).map(of));
     let started = std::time::Instant::now();
-    let manifest = convert(&segment, &root, &Selection::default(), NEVER).unwrap();
+    let manifest = convert(&segment, &root, &Job::of(&Selection::default())).unwrap();
     let took = started.elapsed();
     let bytes: u64 = manifest.files.iter().map(|file| file.bytes).sum();
     let rate = rows as f64 / took.as_secs_f64();

@@ -1,0 +1,172 @@
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::*;
+use crate::ledger::export::Selection;
+use crate::ledger::export::tests::{append, head, log, payload};
+use crate::ledger::parquet::{Job, convert};
+
+const DAY: u64 = 86_400;
+/// When the first record of [`head`] came, in seconds.
+const BEGAN: u64 = 1_764_065_472;
+
+struct Bench {
+    _folder: tempfile::TempDir,
+    retention: Retention,
+    records: Arc<Mutex<Vec<(Head, Payload)>>>,
+    delivered: Arc<AtomicU64>,
+}
+
+/// A log of two sealed segments, a day apart, of two models each, and an open one.
+fn bench(days_of: impl Fn(&str) -> Option<u32> + Send + Sync + 'static) -> Bench {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, root) = (folder.path().join("predictions"), folder.path().join("parquet"));
+    for day in 0..3_u64 {
+        let log = log(&dir);
+        for (at, model) in ["iris", "digits"].into_iter().enumerate() {
+            let head = Head { model: model.into(), ..head(day * DAY * 1000 + at as u64) };
+            append(&log, &head, &payload());
+        }
+    }
+    let segments = reader::segments(&dir).unwrap();
+    assert_eq!(segments.iter().filter(|segment| segment.sealed).count(), 2);
+    for segment in segments.iter().filter(|segment| segment.sealed) {
+        convert(segment, &root, &Job::of(&Selection::default())).unwrap();
+    }
+    let (records, delivered) =
+        (Arc::<Mutex<Vec<_>>>::default(), Arc::new(AtomicU64::new(u64::MAX)));
+    let (noted, so_far) = (Arc::clone(&records), Arc::clone(&delivered));
+    let retention = Retention {
+        log: dir,
+        name: "predictions",
+        parquet: root,
+        days: 10,
+        days_of: Arc::new(days_of),
+        delivered: Arc::new(move || so_far.load(Ordering::Relaxed)),
+        holds: Arc::new(Holds::open(folder.path()).unwrap()),
+        announce: Box::new(move |head, payload| {
+            noted.lock().push((head.clone(), payload.clone()));
+            true
+        }),
+    };
+    Bench { _folder: folder, retention, records, delivered }
+}
+
+impl Bench {
+    /// So many days after the first record.
+    fn step(&mut self, days: u64) -> Removed {
+        let now = UNIX_EPOCH + Duration::from_secs(BEGAN + days * DAY + 60);
+        self.retention.step(now).unwrap()
+    }
+
+    fn first_seqs(&self) -> Vec<u64> {
+        reader::segments(&self.retention.log).unwrap().iter().map(|it| it.first_seq).collect()
+    }
+
+    fn hold(&self, model: Option<&str>, since_ns: Option<i64>, until_ns: Option<i64>) {
+        let hold = Hold {
+            name: "case-1".into(),
+            model: model.map(Into::into),
+            since_ns,
+            until_ns,
+            reason: "court".into(),
+            by: "counsel".into(),
+            put_ns: 1,
+        };
+        self.retention.holds.put(hold).unwrap();
+    }
+}
+
+#[test]
+fn a_segment_goes_when_its_time_has_come_and_that_is_recorded() {
+    let mut bench = bench(|_| None);
+    assert_eq!(bench.step(9), Removed::default());
+    assert!(bench.records.lock().is_empty());
+    assert_eq!(bench.step(10), Removed { segments: 1, records: 2, files: 0 });
+    assert_eq!(bench.first_seqs(), [2, 4]);
+    let (head, payload) = bench.records.lock()[0].clone();
+    assert_eq!((head.kind(), &*head.action, head.count), (Kind::Retention, REMOVE, 2));
+    let body: serde_json::Value = serde_json::from_slice(&payload.body).unwrap();
+    assert_eq!((&body["log"], &body["removed_below"]), (&json!("predictions"), &json!(2)));
+    assert_eq!(body["models"], json!(["digits", "iris"]));
+    let left = Manifest::all(&bench.retention.parquet);
+    assert_eq!(left.len(), 1);
+    assert!(!bench.retention.parquet.join("model=iris/date=2025-11-25").exists());
+    assert!(bench.retention.parquet.join(&left[0].files[0].file).exists());
+    // The open segment never goes.
+    assert_eq!(bench.step(1000).segments, 1);
+    assert_eq!(bench.first_seqs(), [4]);
+}
+
+#[test]
+fn holds_win_and_so_do_sinks_and_models_that_keep_longer() {
+    let mut held = bench(|_| None);
+    held.hold(Some("iris"), None, Some(i64::MAX));
+    // The other model's Parquet goes, the segment stays.
+    assert_eq!(held.step(1000), Removed { segments: 0, records: 0, files: 2 });
+    held.retention.holds.lift("case-1").unwrap();
+    assert_eq!(held.step(1000).segments, 2);
+
+    let mut elsewhere = bench(|_| None);
+    elsewhere.hold(None, None, Some(1));
+    assert_eq!(elsewhere.step(1000).segments, 2);
+
+    let mut waiting = bench(|_| None);
+    waiting.delivered.store(3, Ordering::Relaxed);
+    assert_eq!(waiting.step(1000).segments, 1);
+
+    let mut longer = bench(|model| (model == "iris").then_some(100));
+    assert_eq!(longer.step(50), Removed { segments: 0, records: 0, files: 2 });
+    assert_eq!(longer.step(102).segments, 2);
+
+    let mut for_ever = bench(|_| Some(0));
+    assert_eq!(for_ever.step(10_000), Removed::default());
+}
+
+#[test]
+fn nothing_goes_that_cannot_be_recorded() {
+    let mut bench = bench(|_| None);
+    bench.retention.announce = Box::new(|_, _| false);
+    assert_eq!(bench.step(1000).segments, 0);
+    assert_eq!(bench.first_seqs(), [0, 2, 4]);
+}
+
+#[test]
+fn what_a_crash_left_goes_at_the_next_look() {
+    let mut bench = bench(|_| None);
+    let first = reader::segments(&bench.retention.log).unwrap().remove(0);
+    std::fs::remove_file(first.path).unwrap();
+    bench.step(0);
+    let left: Vec<u64> =
+        Manifest::all(&bench.retention.parquet).iter().map(|it| it.segment.first_seq).collect();
+    assert_eq!(left, [2]);
+    assert!(!bench.retention.parquet.join("model=iris/date=2025-11-25").exists());
+}
+
+#[test]
+fn holds_are_kept_and_wrong_ones_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let holds = Holds::open(folder.path()).unwrap();
+    let hold = |name: &str| Hold {
+        name: name.into(),
+        model: None,
+        since_ns: None,
+        until_ns: None,
+        reason: String::new(),
+        by: String::new(),
+        put_ns: 0,
+    };
+    holds.put(hold("a")).unwrap();
+    assert!(matches!(holds.put(hold("a")), Err(HoldError::Exists(_))));
+    assert!(matches!(holds.put(hold("../a")), Err(HoldError::Name)));
+    let backwards = Hold { since_ns: Some(2), until_ns: Some(1), ..hold("b") };
+    assert!(matches!(holds.put(backwards), Err(HoldError::Time)));
+    assert_eq!(Holds::open(folder.path()).unwrap().all(), [hold("a")]);
+    assert!(matches!(holds.lift("b"), Err(HoldError::Unknown(_))));
+    holds.lift("a").unwrap();
+    assert!(Holds::open(folder.path()).unwrap().all().is_empty());
+    std::fs::write(folder.path().join("holds.json"), "{").unwrap();
+    assert!(Holds::open(folder.path()).is_err());
+}
