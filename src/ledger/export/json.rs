@@ -264,18 +264,35 @@ fn element(out: &mut Vec<u8>, bytes: &[u8]) {
 /// JSON as it is, but on one line; what is none as a text of base64.
 fn body(out: &mut Vec<u8>, bytes: &[u8]) {
     match serde_json::from_slice::<&serde_json::value::RawValue>(bytes) {
-        // Ends of lines are space there: within texts they are escaped.
-        Ok(_) => out.extend(bytes.iter().map(|byte| match byte {
-            b'\n' | b'\r' => b' ',
-            byte => *byte,
-        })),
+        // Ends of lines are space between texts, and escaped within.
+        Ok(json) => {
+            let one_line = escaped(json.get()).replace(['\n', '\r'], " ");
+            out.extend_from_slice(one_line.as_bytes());
+        }
         Err(_) => element(out, bytes),
     }
 }
 
 /// Appends a text as JSON has it.
 pub fn text(out: &mut Vec<u8>, string: &str) {
-    serialized(out, string);
+    match string.is_ascii() || !string.contains(LINE_ENDS) {
+        true => serialized(out, string),
+        false => {
+            let start = out.len();
+            serialized(out, string);
+            let written = String::from_utf8_lossy(&out.split_off(start)).into_owned();
+            out.extend_from_slice(escaped(&written).as_bytes());
+        }
+    }
+}
+
+/// What JSON allows in a text, and some programs take for the end of a line.
+const LINE_ENDS: [char; 3] = ['\u{85}', '\u{2028}', '\u{2029}'];
+
+fn escaped(json: &str) -> String {
+    LINE_ENDS.iter().fold(json.to_owned(), |json, end| {
+        json.replace(*end, &format!("\\u{:04x}", u32::from(*end)))
+    })
 }
 
 fn serialized(out: &mut Vec<u8>, value: &(impl serde::Serialize + ?Sized)) {

@@ -126,7 +126,7 @@ impl Manifest {
     }
 
     /// Whether the segment is still as it was when it was converted.
-    pub(super) fn fits(&self, segment: &SegmentFile) -> bool {
+    pub fn fits(&self, segment: &SegmentFile) -> bool {
         SegmentEntry::of(segment).is_ok_and(|now| {
             (now.bytes, now.modified_ns) == (self.segment.bytes, self.segment.modified_ns)
         })

@@ -181,8 +181,12 @@ fn the_converter_finds_what_is_sealed_and_what_changed() {
     let folder = tempfile::tempdir().unwrap();
     let (dir, root) = (folder.path().join("log"), folder.path().join("parquet"));
     let segment = sealed(&dir, [(head(0), payload())]);
-    let settings =
-        ConverterSettings { log: dir.clone(), root: root.clone(), every: Duration::from_millis(5) };
+    let settings = ConverterSettings {
+        log: dir.clone(),
+        root: root.clone(),
+        days_of: std::sync::Arc::new(|_| Some(7)),
+        every: Duration::from_millis(5),
+    };
     let mut converter = Converter::start(settings, || {}).unwrap();
     let wait = |what: &dyn Fn() -> bool| {
         for _ in 0..2000 {
