@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use clap::Subcommand;
 
 mod erase;
+mod export;
 mod prove;
 mod rotate;
-mod export;
 mod select;
 mod show;
 mod stats;
