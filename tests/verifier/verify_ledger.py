@@ -236,7 +236,9 @@ class Frame:
 
 def read_head(data, path):
     head = data[:SEGMENT_HEAD]
-    need(len(head) == SEGMENT_HEAD and head[:8] == b"TGLEDGR1" and not any(head[8:12]), path, "not a segment")
+    need(len(head) == SEGMENT_HEAD and head[:8] == b"TGLEDGR1", path, "not a segment")
+    mark = struct.unpack_from("<I", head, 8)[0]
+    need(path.suffix != ".seg" or mark in (0, len(data)), path, f"{len(data)} bytes, sealed with {mark}")
     need(struct.unpack_from("<I", head, 12)[0] == crc32c(head[16:]), path, "the head's checksum is wrong")
     name = head[41 : 41 + head[40]].decode()
     return name, head[32:40].hex(), struct.unpack_from("<Q", head, 16)[0]
