@@ -22,6 +22,7 @@ mod assemble;
 mod layers;
 mod records;
 pub mod schema;
+mod sinks;
 mod sources;
 
 pub use layers::{Problem, Problems};
@@ -45,6 +46,8 @@ pub struct Config {
     pub transport: transport::Settings,
     pub gateway: gateway::Settings,
     pub ledger: ledger::Settings,
+    /// Where the ledger is delivered.
+    pub sinks: ledger::delivery::Settings,
     /// Memory of all of ONNX Runtime's runs on the CPU, in bytes; `None`: no limit.
     pub engine_memory_max: Option<usize>,
     /// What is demanded of releases.

@@ -35,7 +35,6 @@ pub mod registry;
 pub mod rollout;
 mod samples;
 mod scan;
-pub mod secret;
 mod signature;
 pub mod source;
 pub mod store;
@@ -46,6 +45,7 @@ mod version;
 pub mod view;
 mod yaml;
 
+pub use crate::secret;
 pub use director::Director;
 pub use fetch::FetchError;
 pub use inspect::{EngineTrial, Inspection, Verdict, inspect, validate};

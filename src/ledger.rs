@@ -30,6 +30,7 @@ use serde::Serialize;
 
 use crate::domain::{Completion, Durability, OnUnrecorded, RecordSettings, Recording, Signature};
 use capture::{Keeper, Subjects};
+use delivery::{Delivery, SinkStats};
 use frame::{Draft, WriterId};
 use log::{Appended, Log, LogSettings, LogStats, OpenError, Recovery, Unrecorded};
 use notary::Notary;
@@ -38,6 +39,7 @@ use subjects::SubjectKeys;
 
 pub mod capture;
 pub mod checkpoint;
+pub mod delivery;
 mod durable;
 pub mod erase;
 pub mod export;
@@ -94,8 +96,6 @@ pub struct Settings {
     pub free_bytes_warn: u64,
     /// Time between two checkpoints.
     pub checkpoint_interval: Duration,
-    /// Where checkpoints go.
-    pub witnesses: Vec<witness::Settings>,
     /// Of models that say nothing else.
     pub recording: RecordSettings,
     /// Request parameter that says whom the data is about.
@@ -114,7 +114,6 @@ impl Settings {
             free_bytes_min: 256 << 20,
             free_bytes_warn: 1 << 30,
             checkpoint_interval: Duration::from_secs(10),
-            witnesses: Vec::new(),
             recording: RecordSettings::default(),
             subject_parameter: None,
         }
@@ -168,6 +167,7 @@ pub struct Ledger {
     /// Guards the rewriting of segments: one erasure at a time.
     erasing: Mutex<()>,
     erasure_hook: OnceLock<erase::Hook>,
+    delivery: OnceLock<Delivery>,
     /// Answers that left without a record.
     missed: AtomicU64,
     /// Given back when the process ends, however it does.
@@ -205,6 +205,7 @@ impl Ledger {
             notary: Mutex::new(None),
             erasing: Mutex::default(),
             erasure_hook: OnceLock::new(),
+            delivery: OnceLock::new(),
             missed: AtomicU64::new(0),
             _lock: lock,
         }))
@@ -355,6 +356,38 @@ impl Ledger {
         if let Some(notary) = notary {
             notary.close().await;
         }
+        if let Some(delivery) = self.delivery() {
+            delivery.stop().await;
+        }
+    }
+
+    /// Begins to deliver, if there is anyone to deliver to. Before the first record of this process.
+    ///
+    /// # Errors
+    /// When the log cannot be read, or its thread not be started.
+    pub fn start_delivery(self: &Arc<Self>, settings: &delivery::Settings) -> anyhow::Result<()> {
+        if settings.is_empty() {
+            return Ok(());
+        }
+        let log = Arc::downgrade(self);
+        let end = move || log.upgrade().map_or(0, |ledger| ledger.predictions.stats().written_seq);
+        let source = delivery::Source {
+            dir: self.settings.dir.clone(),
+            writer: self.writer.to_string(),
+            end: Arc::new(end),
+        };
+        drop(self.delivery.set(Delivery::start(settings, source)?));
+        Ok(())
+    }
+
+    /// What delivers, if there is anyone to deliver to.
+    pub fn delivery(&self) -> Option<&Delivery> {
+        self.delivery.get()
+    }
+
+    /// Predictions before this number are not needed for delivery any more.
+    pub fn delivered_up_to(&self) -> u64 {
+        self.delivery().map_or(u64::MAX, Delivery::delivered_up_to)
     }
 
     /// The engine with its version, if that is known.
@@ -372,6 +405,7 @@ pub struct Health {
     pub problem: Option<String>,
     pub missed: u64,
     pub logs: Vec<LogHealth>,
+    pub sinks: Vec<SinkStats>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -407,6 +441,7 @@ impl Ledger {
             problem: self.predictions.check().err().map(|problem| problem.to_string()),
             missed: self.missed(),
             logs: self.stats().into_iter().map(log).collect(),
+            sinks: self.delivery().map(Delivery::stats).unwrap_or_default(),
         }
     }
 }

@@ -19,5 +19,6 @@ pub mod observe;
 pub mod panics;
 pub mod proto;
 pub mod route;
+pub mod secret;
 pub mod shadow;
 pub mod transport;

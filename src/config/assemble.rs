@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::layers::{Layers, Problems};
-use super::{Config, records, sources};
+use super::{Config, records, sinks, sources};
 use crate::admit::Clients;
 use crate::control::source::Location;
 use crate::domain::{EngineChoice, ModelName};
@@ -34,6 +34,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         transport: transport_settings(from),
         gateway: gateway_settings(from),
         ledger: records::settings(from),
+        sinks: sinks::settings(from),
         engine_memory_max: match from.size("engine.run_memory_max_mb") {
             // The rest is for weights, requests and everything else.
             0 => transport::intake::memory_limit()
@@ -377,6 +378,7 @@ fn unsafe_notes(config: &Config) -> Vec<String> {
     }
     notes.extend(sources::unsafe_notes(&config.control.source));
     notes.extend(records::unsafe_notes(&config.ledger));
+    notes.extend(sinks::unsafe_notes(&config.sinks));
     if !config.control.probe_enabled {
         notes.push(
             "probe.enabled: models are loaded without a trial in a child process first".to_owned(),

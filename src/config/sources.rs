@@ -87,13 +87,13 @@ fn endpoint(from: &mut Layers) -> Option<Url> {
     fit
 }
 
-fn secret(from: &mut Layers, path: &'static str) -> Option<SecretRef> {
+pub(super) fn secret(from: &mut Layers, path: &'static str) -> Option<SecretRef> {
     let parsed = from.text(path)?.parse::<SecretRef>();
     parsed.map_err(|error| from.problems.add(path, error.to_string())).ok()
 }
 
 /// Values separated by commas.
-fn list<T, E: std::fmt::Display>(
+pub(super) fn list<T, E: std::fmt::Display>(
     from: &mut Layers,
     path: &'static str,
     parse: impl Fn(&str) -> Result<T, E>,

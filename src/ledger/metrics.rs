@@ -1,6 +1,7 @@
 //! What the metrics page shows of the ledger.
 
 use super::Ledger;
+use super::delivery::Delivery;
 use super::log::LogStats;
 use super::notary::Notary;
 use crate::observe::page::{Family, Kind};
@@ -38,6 +39,7 @@ impl Ledger {
         missed.push(Vec::new(), self.missed() as f64);
         families.push(missed);
         families.extend(self.notary.lock().iter().flat_map(Notary::families));
+        families.extend(self.delivery().into_iter().flat_map(Delivery::families));
         families
     }
 }

@@ -14,6 +14,7 @@ use crate::admin::problem::{LATER, Problem};
 use crate::admin::{Admin, Audit};
 use crate::admit::Action;
 use crate::domain::{Durability, Recording, SAMPLE_ALL};
+use crate::ledger::delivery::SinkStats;
 
 /// How the ledger does.
 #[derive(Serialize, ToSchema)]
@@ -29,6 +30,8 @@ pub(super) struct AuditView {
     default: RecordingView,
     models: Vec<ModelRecordingView>,
     logs: Vec<LogView>,
+    /// Where the ledger is delivered.
+    sinks: Vec<SinkStats>,
 }
 
 /// What is recorded of a version that is loaded.
@@ -115,6 +118,7 @@ pub(super) async fn stats(
         default: RecordingView::new(ledger.unrouted()),
         models: models.collect(),
         logs: health.logs.into_iter().map(LogView::from).collect(),
+        sinks: health.sinks,
     };
     Ok(json(StatusCode::OK, &view))
 }

