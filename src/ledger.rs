@@ -96,6 +96,8 @@ pub struct Settings {
     pub free_bytes_warn: u64,
     /// Time between two checkpoints.
     pub checkpoint_interval: Duration,
+    /// Where checkpoints go.
+    pub witnesses: Vec<witness::Settings>,
     /// Of models that say nothing else.
     pub recording: RecordSettings,
     /// Request parameter that says whom the data is about.
@@ -114,6 +116,7 @@ impl Settings {
             free_bytes_min: 256 << 20,
             free_bytes_warn: 1 << 30,
             checkpoint_interval: Duration::from_secs(10),
+            witnesses: Vec::new(),
             recording: RecordSettings::default(),
             subject_parameter: None,
         }

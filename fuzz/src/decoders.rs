@@ -11,6 +11,11 @@ use bytes::Bytes;
 use tidegate::domain::{
     DataType, Dim, Failure, Inputs, NamedTensor, Shape, Signature, Tensor, TensorSpec,
 };
+use tidegate::ledger::checkpoint::{Note, Notes};
+use tidegate::ledger::frame::{self, Parsed, SegmentHead, WriterId};
+use tidegate::ledger::prove::Proof;
+use tidegate::ledger::reader::{SegmentFile, SegmentReader};
+use tidegate::ledger::record::Record;
 use tidegate::transport::grpc;
 use tidegate::transport::http::binary::{self, SharedSlice};
 use tidegate::transport::http::compress::{self, Encoding};
@@ -30,6 +35,7 @@ pub const DECODERS: &[(&str, Decoder)] = &[
     ("compressed", compressed),
     ("grpc_infer", grpc_infer),
     ("onnx", onnx),
+    ("ledger", ledger),
 ];
 
 pub fn infer_json(data: &[u8]) {
@@ -92,6 +98,59 @@ pub fn onnx(data: &[u8]) {
     let signature = &model.signature;
     assert!(!signature.outputs.is_empty());
     assert!(signature.inputs.iter().chain(&signature.outputs).all(|spec| !spec.name.is_empty()));
+}
+
+/// A file of a ledger: a segment, sealed or not, a checkpoint, a proof.
+pub fn ledger(data: &[u8]) {
+    if let Ok(head) = SegmentHead::decode(data) {
+        assert_eq!(SegmentHead::decode(&head.encode()), Ok(head));
+    }
+    let path = std::env::temp_dir().join(format!("tidegate-fuzz-{}", std::process::id()));
+    let head = SegmentHead {
+        log: "predictions".to_owned(),
+        writer: WriterId([7; 8]),
+        first_seq: 0,
+        created_ns: 0,
+    };
+    for sealed in [false, true] {
+        // What is a segment as it is, and what follows the head of one.
+        for bytes in [data, &[&head.encode(), data].concat()] {
+            std::fs::write(&path, bytes).expect("a temporary file");
+            let segment = SegmentFile { first_seq: 0, sealed, path: path.clone() };
+            if let Ok(reader) = SegmentReader::open(&segment) {
+                frames(reader, bytes.len());
+            }
+        }
+    }
+    drop(std::fs::remove_file(&path));
+    if let Ok(text) = std::str::from_utf8(data)
+        && let Ok(note) = text.parse::<Note>()
+    {
+        assert_eq!(note.to_string(), text);
+        assert!(note.verify([]).is_err());
+    }
+    let mut notes = Notes::new(data, 0);
+    while let Ok(Some((at, _))) = notes.next_note() {
+        assert!(at < notes.end());
+    }
+    if let Ok(proof) = serde_json::from_slice::<Proof>(data) {
+        assert!(proof.check(&[]).is_err());
+    }
+}
+
+/// Every frame that is accepted is one, and stays the same leaf without its payload.
+fn frames(mut reader: SegmentReader, len: usize) {
+    let mut next = 0;
+    while let Ok(Some(frame)) = reader.next_frame() {
+        assert_eq!(frame.seq, next);
+        let (leaf, erased) = (frame.leaf(), frame.erased());
+        let Parsed::Frame(erased) = frame::parse(&erased) else { unreachable!("not a frame") };
+        assert_eq!((erased.seq, erased.leaf()), (frame.seq, leaf));
+        drop(Record::read(&frame));
+        next += 1;
+    }
+    assert!(reader.offset() <= len as u64);
+    drop(reader.rest());
 }
 
 fn infer(body: &[u8], json_len: Option<usize>) {

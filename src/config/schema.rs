@@ -129,6 +129,8 @@ pub const KEYS: &[Key] = &[
     key("ledger.free_bytes_min", Kind::Int(0, 1 << 50), "268435456"),
     key("ledger.free_bytes_warn", Kind::Int(0, 1 << 50), "1073741824"),
     key("ledger.checkpoint_interval_s", Kind::Int(1, 86_400), "10"),
+    key("ledger.witness_file", Kind::Text, ""),
+    key("ledger.witness_url", Kind::Text, ""),
     key("ledger.capture", Kind::OneOf(&["full", "digest", "none"]), "full"),
     key("ledger.sample_rate", Kind::Ratio, "1.0"),
     key("ledger.tensor_bytes_max", Kind::Int(0, RECORD_BYTES_MAX), "1048576"),

@@ -18,6 +18,7 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -36,6 +37,8 @@ use super::{ADMIN, FEEDBACK, Ledger, PREDICTIONS};
 
 /// Number after the last record of the log of changes whose erasure is done.
 const DONE: &str = "erased";
+/// Where the mark stands in a segment's head.
+const MARK_AT: u64 = 8;
 /// Ranges of numbers that one record names; what has more becomes several.
 const RANGES_MAX: usize = 10_000;
 /// What such a record calls itself.
@@ -243,6 +246,9 @@ pub fn rewrite(segment: &SegmentFile, ranges: &[Range]) -> Result<bool, EraseErr
         written.map_err(failed)?;
     }
     let placed = copy.into_inner().map_err(io::IntoInnerError::into_error).and_then(|file| {
+        // The mark of a sealed segment is its length.
+        let len = u32::try_from(file.metadata()?.len()).unwrap_or(0);
+        file.write_all_at(&len.to_le_bytes(), MARK_AT)?;
         file.sync_all()?;
         std::fs::rename(&temporary, &segment.path)?;
         durable::sync_folder_of(&segment.path)
@@ -459,3 +465,6 @@ fn unhex(text: &str) -> Option<Tag> {
     let bytes: Option<Vec<u8>> = (0..32).map(digit).collect();
     bytes.filter(|_| text.len() == 64)?.try_into().ok()
 }
+
+#[cfg(test)]
+mod tests;

@@ -79,7 +79,7 @@ impl SegmentHead {
         if &bytes[..8] != MAGIC {
             return Err("not a segment of a ledger");
         }
-        if u32_at(bytes, 8) != 0 || u32_at(bytes, 12) != crc32c::crc32c(&bytes[16..]) {
+        if u32_at(bytes, 12) != crc32c::crc32c(&bytes[16..]) {
             return Err("the segment's head does not match its checksum");
         }
         let len = usize::from(bytes[40]).min(NAME_BYTES_MAX);

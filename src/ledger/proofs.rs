@@ -7,7 +7,7 @@ use super::log::Appended;
 use super::notary::{self, Announce, Followed, Notary, NotaryError};
 use super::record::{Head, Kind, Payload};
 use super::subjects::SubjectKeys;
-use super::{ADMIN, FEEDBACK, Ledger, PREDICTIONS, witness};
+use super::{ADMIN, FEEDBACK, Ledger, PREDICTIONS};
 
 /// What a record of a new key calls itself.
 const KEY_ACTION: &str = "ledger.key";
@@ -25,15 +25,12 @@ impl Ledger {
     ///
     /// # Errors
     /// When the keys cannot be used.
-    pub fn start_notary(
-        self: &Arc<Self>,
-        witnesses: Vec<witness::Settings>,
-    ) -> Result<(), NotaryError> {
+    pub fn start_notary(self: &Arc<Self>) -> Result<(), NotaryError> {
         let settings = notary::Settings {
             ledger: self.settings.dir.clone(),
             writer: self.writer,
             interval: self.settings.checkpoint_interval,
-            witnesses,
+            witnesses: self.settings.witnesses.clone(),
         };
         let logs = [PREDICTIONS, ADMIN, FEEDBACK].map(|name| {
             let ledger = Arc::downgrade(self);

@@ -61,7 +61,11 @@ pub(super) struct KeysView {
 /// and why, is recorded first. Takes a reason.
 #[utoipa::path(post, path = "/audit:erase", operation_id = "audit.erase", tag = "audit",
     request_body(content = EraseChange),
-    responses((status = 200, description = "What was erased.", body = ErasedView)))]
+    responses(
+        (status = 200, description = "What was erased.", body = ErasedView),
+        (status = 404, description = "No record here has such a payload.",
+            body = crate::admin::problem::ProblemBody, content_type = "application/problem+json"),
+    ))]
 pub(super) async fn erase(
     State(admin): State<Arc<Admin>>,
     asked: Asked,
