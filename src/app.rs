@@ -65,6 +65,7 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     }
     let ledger = recording::open(&config, described, &observer)?;
     let table = Arc::new(Published::new(RouteTable::default()));
+    recording::keep(&ledger, &table)?;
     let release = Release::open(&config, Arc::new(engines), Arc::clone(&table), &observer)?;
     let control: Arc<dyn ModelControl> = Arc::clone(&release.registry) as Arc<dyn ModelControl>;
     let intake = Intake::new(&config.transport);

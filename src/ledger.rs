@@ -59,6 +59,7 @@ pub mod subjects;
 #[cfg(test)]
 mod testlog;
 pub mod tree;
+pub mod upkeep;
 pub mod verify;
 pub mod witness;
 
@@ -98,6 +99,8 @@ pub struct Settings {
     pub checkpoint_interval: Duration,
     /// Where checkpoints go.
     pub witnesses: Vec<witness::Settings>,
+    /// Days that records are kept of models that say nothing else; 0: for ever.
+    pub retention_days: u32,
     /// Of models that say nothing else.
     pub recording: RecordSettings,
     /// Request parameter that says whom the data is about.
@@ -117,6 +120,7 @@ impl Settings {
             free_bytes_warn: 1 << 30,
             checkpoint_interval: Duration::from_secs(10),
             witnesses: Vec::new(),
+            retention_days: retention::DAYS,
             recording: RecordSettings::default(),
             subject_parameter: None,
         }
@@ -171,6 +175,9 @@ pub struct Ledger {
     erasing: Mutex<()>,
     erasure_hook: OnceLock<erase::Hook>,
     delivery: OnceLock<Delivery>,
+    upkeep: OnceLock<upkeep::Upkeep>,
+    /// From where on records are not with every sink yet.
+    delivered: OnceLock<Box<dyn Fn() -> u64 + Send + Sync>>,
     /// Answers that left without a record.
     missed: AtomicU64,
     /// Given back when the process ends, however it does.
@@ -209,6 +216,8 @@ impl Ledger {
             erasing: Mutex::default(),
             erasure_hook: OnceLock::new(),
             delivery: OnceLock::new(),
+            upkeep: OnceLock::new(),
+            delivered: OnceLock::new(),
             missed: AtomicU64::new(0),
             _lock: lock,
         }))
@@ -352,6 +361,7 @@ impl Ledger {
 
     /// Hands over what waits and seals the logs. Records that come later are refused.
     pub async fn close(&self) {
+        self.stop_upkeep();
         for (_, log) in self.logs() {
             log.close().await;
         }

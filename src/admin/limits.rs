@@ -55,6 +55,9 @@ pub(super) const ANSWER_MAX: Duration = Duration::from_secs(60);
 /// last request.
 pub(super) const LOAD_ANSWER_MAX: Duration = Duration::from_secs(900);
 
+/// Predictions that are looked for at once: each reads from the disk.
+pub(super) const LOOKUPS_MAX: usize = 2;
+
 /// Readers of events at once, and those of one principal.
 pub(super) const READERS_MAX: usize = 64;
 pub(super) const READERS_OF_ONE_MAX: usize = 16;

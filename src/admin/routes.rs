@@ -23,17 +23,19 @@ mod audit;
 mod erase;
 pub(super) mod events;
 mod gateway;
+mod holds;
 mod journal;
 mod later;
 mod models;
+mod predictions;
 mod rollouts;
 mod traffic;
 
 /// The table.
 pub(super) fn all(admin: Arc<Admin>) -> Doors {
     use Action::{
-        Approve, ChangeKeys, ChangeTraffic, ChangeVersions, Drain, Erase, ReadJournal, ReadModels,
-        ReadPredictions, Reload, Rollout,
+        Approve, ChangeKeys, ChangeTraffic, ChangeVersions, Drain, Erase, Hold, ReadJournal,
+        ReadModels, ReadPredictions, Reload, Rollout,
     };
     Doors::new(admin)
         .add(Needs::Nothing, routes!(gateway::health))
@@ -62,7 +64,11 @@ pub(super) fn all(admin: Arc<Admin>) -> Doors {
         .add(Needs::Right(Approve), routes!(approvals::post))
         .add(Needs::Some(ReadJournal), routes!(journal::get))
         .add(Needs::Some(ReadModels), routes!(events::get))
+        .add(Needs::Some(ReadPredictions), routes!(predictions::get))
         .add(Needs::Some(ReadJournal), routes!(audit::stats))
+        .add(Needs::Some(ReadJournal), routes!(holds::list))
+        .add(Needs::Right(Hold), routes!(holds::put))
+        .add(Needs::Right(Hold), routes!(holds::delete))
         .add(Needs::Right(Erase), routes!(erase::erase))
         .add(Needs::Right(ChangeKeys), routes!(erase::rotate_key))
         .add(Needs::Right(Drain), routes!(gateway::drain))
@@ -70,7 +76,6 @@ pub(super) fn all(admin: Arc<Admin>) -> Doors {
         .add(Needs::Nothing, routes!(gateway::mlflow))
         .add_unlisted(Needs::Right(ReadModels), routes!(later::drift))
         .add_unlisted(Needs::Right(ReadModels), routes!(later::quality))
-        .add_unlisted(Needs::Some(ReadPredictions), routes!(later::prediction))
 }
 
 /// A resource as JSON.

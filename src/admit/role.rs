@@ -78,6 +78,8 @@ pub enum Action {
     ReadJournal,
     /// Recorded predictions, with their inputs and outputs.
     ReadPredictions,
+    /// Put and lift legal holds on records of the ledger.
+    Hold,
     /// Take out what records of the ledger hold.
     Erase,
     ReadKeys,
@@ -88,7 +90,7 @@ pub enum Action {
 }
 
 impl Action {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::ReadModels,
         Self::Predict,
         Self::Feedback,
@@ -98,6 +100,7 @@ impl Action {
         Self::Approve,
         Self::ReadJournal,
         Self::ReadPredictions,
+        Self::Hold,
         Self::Erase,
         Self::ReadKeys,
         Self::ChangeKeys,
@@ -117,6 +120,7 @@ impl Action {
             Self::Approve => "approve",
             Self::ReadJournal => "read the journal",
             Self::ReadPredictions => "read predictions",
+            Self::Hold => "hold records",
             Self::Erase => "erase records",
             Self::ReadKeys => "read keys",
             Self::ChangeKeys => "change keys",
@@ -128,7 +132,15 @@ impl Action {
     /// Concerns no model but the gateway: a grant limited to models does not allow it, or whoever
     /// administers one model could give himself the others.
     pub fn is_of_gateway(self) -> bool {
-        matches!(self, Self::Erase | Self::ReadKeys | Self::ChangeKeys | Self::Drain | Self::Reload)
+        matches!(
+            self,
+            Self::Hold
+                | Self::Erase
+                | Self::ReadKeys
+                | Self::ChangeKeys
+                | Self::Drain
+                | Self::Reload
+        )
     }
 }
 
@@ -151,6 +163,7 @@ fn allowed(action: Action) -> &'static [Role] {
         Action::Approve => &[Deployer, Admin],
         Action::ReadJournal => &[Deployer, Auditor, Admin],
         Action::ReadPredictions => &[Auditor, Admin],
+        Action::Hold => &[Auditor, Admin],
         Action::Erase => &[Admin],
         Action::ReadKeys => &[Auditor, Admin],
         Action::ChangeKeys => &[Admin],

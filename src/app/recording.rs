@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::domain::{Durability, OnUnrecorded};
 use crate::ledger::Ledger;
 use crate::observe::Observer;
+use crate::route::{Published, RouteTable};
 use crate::transport::Api;
 
 /// How often it is asked whether records can be written.
@@ -29,6 +30,19 @@ pub(super) fn open(
     let shown = Arc::clone(&ledger);
     observer.add_families(Box::new(move || shown.families()));
     Ok(ledger)
+}
+
+/// Starts what is done with the log's files: Parquet, and retention as the served models have it.
+pub(super) fn keep(ledger: &Arc<Ledger>, table: &Arc<Published<RouteTable>>) -> anyhow::Result<()> {
+    let (table, usual) = (Arc::clone(table), ledger.settings().retention_days);
+    let days_of = move |model: &str| {
+        let table = table.snapshot();
+        let routes = table.models.iter().find(|(name, _)| name.as_str() == model)?.1;
+        let days = routes.versions.values().map(|it| it.recording.retention_days.unwrap_or(usual));
+        // For ever is the longest of all.
+        days.reduce(|a, b| if a == 0 || b == 0 { 0 } else { a.max(b) })
+    };
+    ledger.start_upkeep(Arc::new(days_of)).context("keep the ledger's files")
 }
 
 /// Keeps readiness in step with the log: a gateway that would refuse its predictions for want of a

@@ -6,6 +6,7 @@ use clap::Subcommand;
 
 mod erase;
 mod export;
+mod hold;
 mod prove;
 mod rotate;
 mod select;
@@ -44,6 +45,10 @@ enum Command {
     Stats(stats::Args),
     /// Print records as they come
     Tail(tail::Args),
+    /// Keep records that their retention would remove, or let them go
+    Hold(hold::HoldArgs),
+    /// List what is held
+    Holds(hold::HoldsArgs),
 }
 
 pub(super) fn run(args: &Args) -> ExitCode {
@@ -58,5 +63,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
         Command::Show(args) => show::run(args),
         Command::Stats(args) => stats::run(args),
         Command::Tail(args) => tail::run(args),
+        Command::Hold(args) => hold::hold(args),
+        Command::Holds(args) => hold::holds(args),
     }
 }

@@ -19,6 +19,7 @@ pub(super) fn settings(from: &mut Layers) -> ledger::Settings {
         free_bytes_warn: from.number("ledger.free_bytes_warn"),
         checkpoint_interval: Duration::from_secs(from.number("ledger.checkpoint_interval_s")),
         witnesses: witnesses(from),
+        retention_days: u32::try_from(from.number("ledger.retention_days")).unwrap_or(0),
         recording: recording(from),
         subject_parameter: from.text("ledger.subject_parameter"),
         ..ledger::Settings::new(Path::new(&state_dir))
@@ -54,6 +55,8 @@ pub(super) fn recording(from: &mut Layers) -> RecordSettings {
         sample: Some(sample_of(from.ratio("ledger.sample_rate"))),
         tensor_bytes_max: Some(from.size("ledger.tensor_bytes_max")),
         record_bytes_max: Some(from.size("ledger.record_bytes_max")),
+        // The ledger's own setting has it.
+        retention_days: None,
         tensors: Vec::new(),
     }
 }

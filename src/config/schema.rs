@@ -135,6 +135,7 @@ pub const KEYS: &[Key] = &[
     key("ledger.sample_rate", Kind::Ratio, "1.0"),
     key("ledger.tensor_bytes_max", Kind::Int(0, RECORD_BYTES_MAX), "1048576"),
     key("ledger.record_bytes_max", Kind::Int(0, RECORD_BYTES_MAX), "4194304"),
+    key("ledger.retention_days", Kind::Int(0, 36_500), "180"),
     key("ledger.subject_header", Kind::Text, ""),
     key("ledger.subject_parameter", Kind::Text, ""),
     key("sinks.models", Kind::Text, ""),

@@ -162,6 +162,18 @@ pub trait Desk: Send + Sync {
         detail: &'a str,
     ) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
+    /// Journals what the listener does by itself: that somebody read what is somebody's data.
+    ///
+    /// # Errors
+    /// When it cannot be journalled: then it must not be done.
+    fn noted<'a>(
+        &'a self,
+        action: &'a str,
+        model: Option<&'a ModelName>,
+        subject: &'a str,
+        call: &'a Call,
+    ) -> Pending<'a, ()>;
+
     /// Looks at the source now.
     fn reload(&self, call: Call) -> Pending<'_, ReloadView>;
 

@@ -164,6 +164,8 @@ pub struct RecordSettings {
     pub tensor_bytes_max: Option<usize>,
     /// Of all that is kept of one record's tensors; what comes after has its hash kept.
     pub record_bytes_max: Option<usize>,
+    /// Days that records are kept; 0: for ever.
+    pub retention_days: Option<u32>,
     pub tensors: Vec<TensorRule>,
 }
 
@@ -182,6 +184,8 @@ pub struct Recording {
     pub sample: u64,
     pub tensor_bytes_max: usize,
     pub record_bytes_max: usize,
+    /// Days that the model's records are kept, if it says so; 0: for ever.
+    pub retention_days: Option<u32>,
     pub tensors: Vec<TensorRule>,
     /// Some rule needs to know whom the data is about.
     pub needs_subject: bool,
@@ -198,6 +202,7 @@ impl Default for Recording {
             sample: SAMPLE_ALL,
             tensor_bytes_max: 1 << 20,
             record_bytes_max: 4 << 20,
+            retention_days: None,
             tensors: Vec::new(),
             needs_subject: false,
             stamp: "full".to_owned(),

@@ -64,6 +64,7 @@ pub fn resolve(
             .record_bytes_max
             .or(all.record_bytes_max)
             .unwrap_or(usual.record_bytes_max),
+        retention_days: asked.retention_days,
         needs_subject: tensors.iter().any(|rule| rule.treatment == Treatment::Encrypt),
         tensors,
         stamp: String::new(),

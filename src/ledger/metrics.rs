@@ -38,6 +38,7 @@ impl Ledger {
         let mut missed = Family::new("tidegate_ledger_missed_total", Kind::Counter, help);
         missed.push(Vec::new(), self.missed() as f64);
         families.push(missed);
+        families.extend(self.upkeep_families());
         families.extend(self.notary.lock().iter().flat_map(Notary::families));
         families.extend(self.delivery().into_iter().flat_map(Delivery::families));
         families

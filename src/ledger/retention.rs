@@ -29,7 +29,7 @@ use super::record::{Head, Kind, Payload};
 
 mod holds;
 
-pub use holds::{Hold, HoldError, Holds};
+pub use holds::{HOLDS_MAX, Hold, HoldError, Holds};
 
 /// Default of `ledger.retention_days`: logs of AI systems are kept for six months at least.
 pub const DAYS: u32 = 180;

@@ -1,7 +1,11 @@
 """What the ledger says of predictions, held against the clients' own books: by DuckDB, pyarrow and pandas, as they are."""
 
+import base64
+import hashlib
 import json
 import math
+import os
+import re
 import shutil
 import subprocess
 import time
@@ -14,6 +18,7 @@ import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 from conftest import BINARY, MODELS, ROOT, running
+from test_admin import Admin
 
 FIXTURES = ROOT / "tests" / "fixtures"
 TYPES = ["fp32", "fp64", "fp16", "int64", "uint64", "int32", "bool", "bytes"]
@@ -47,8 +52,6 @@ def value_of(datatype, element):
     """What an export says of one element, as what was sent: the words of NaN and infinity, large integers as text."""
     if datatype == "BYTES":
         if isinstance(element, dict):
-            import base64
-
             return base64.b64decode(element["base64"])
         return element.encode()
     if datatype.startswith("FP"):
@@ -299,3 +302,128 @@ def test_an_export_while_the_gateway_writes(tmp_path):
 def duckdb_rows(folder, model):
     table = duckdb.sql(f"select * from read_parquet('{folder}/model={model}/**/*.parquet', union_by_name = true)")
     return [dict(zip(table.columns, row)) for row in table.fetchall()]
+
+
+def wait_for(what, within_s=60):
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not come")
+
+
+def admin(server):
+    return Admin(server.admin, (server.state / "admin-token").read_text().strip())
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory):
+    """A gateway that was started twice, so that its first segment is sealed; and the client's books."""
+    folder = tmp_path_factory.mktemp("again")
+    models = repository(folder / "models")
+    with running(models, folder) as server:
+        books = work(server)
+    with running(models, folder) as server:
+        yield server, books
+
+
+def test_sealed_segments_become_parquet_by_themselves(again):
+    server, books = again
+    root = server.state / "ledger" / "parquet"
+    manifests = wait_for(lambda: sorted(root.glob("_segments/*.json")))
+    rows = 0
+    for path in manifests:
+        manifest = json.loads(path.read_text())
+        for entry in manifest["files"]:
+            data = (root / entry["file"]).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == entry["sha256"] and len(data) == entry["bytes"]
+            rows += entry["rows"]
+    assert rows >= len(books)
+    of_iris = {number: entry for number, entry in books.items() if entry["model"] == "iris"}
+    found = [row for row in duckdb_rows(root, "iris") if row["prediction_id"] in books]
+    agrees(found, of_iris)
+    agrees(pandas.read_parquet(root / "model=iris").to_dict("records"), of_iris)
+
+
+def test_one_prediction_over_the_admin_api(again):
+    server, books = again
+    number, entry = next((number, entry) for number, entry in books.items() if entry["model"] == "iris")
+    caller = admin(server)
+    answer = caller.get(f"/predictions/{number}")
+    assert answer.status == 200 and answer.json["request_id"] == entry["request_id"]
+    assert answer.json == lines(server.state, "--id", number)[0]
+    # Who read it is in the journal.
+    events = caller.ok("GET", "/journal?action=prediction.read")["events"]
+    assert [event["subject"] for event in events] == [number] and events[0]["model"] == "iris"
+    for nothing in (uuid.uuid4(), "x", "0193e5a0-7c1d-7b7a-8d8e-2f4f7b1c9a10"):
+        answer = caller.get(f"/predictions/{nothing}")
+        assert (answer.status, answer.code) == (404, "not_found"), nothing
+    shown = tidegate("audit", "show", number, "--address", f"http://{server.admin}", "--state-dir", server.state)
+    assert f"prediction_id: {number}" in shown
+    stats = tidegate("audit", "stats", "--address", f"http://{server.admin}", "--state-dir", server.state, "--json")
+    assert json.loads(stats)["writer"]
+
+
+def test_only_who_may_reads_a_prediction(again):
+    server, books = again
+    number, entry = next((number, entry) for number, entry in books.items() if entry["model"] == "iris")
+    keys = [("viewer", [], 403), ("deployer", [], 403), ("auditor", [], 200), ("auditor", ["iris"], 200), ("auditor", ["other*"], 404)]
+    for at, (role, models, status) in enumerate(keys):
+        limits = [argument for model in models for argument in ("--models", model)]
+        made = tidegate("keys", "create", "--name", f"reader-{at}", "--role", role, *limits, "--state-dir", server.state)
+        caller = Admin(server.admin, made.strip())
+        wait_for(lambda: caller.get("/models").status != 401)
+        answer = caller.get(f"/predictions/{number}")
+        assert answer.status == status, (role, models, answer.status)
+
+
+def test_holds_are_put_and_lifted(again):
+    server, _ = again
+    where = ("--address", f"http://{server.admin}", "--state-dir", server.state)
+    tidegate("audit", "hold", "case-17", "--model", "iris", "--since", "2026-01-01", *where, code=1)  # It takes a reason.
+    tidegate("audit", "hold", "case-17", "--model", "iris", "--since", "2026-01-01", "--reason", "court", *where)
+    (hold,) = json.loads(tidegate("audit", "holds", "--json", *where))["holds"]
+    assert (hold["name"], hold["model"], hold["since"]) == ("case-17", "iris", "2026-01-01T00:00:00.000000000Z")
+    assert "court" in tidegate("audit", "holds", *where)
+    tidegate("audit", "hold", "case-17", "--reason", "again", *where, code=1)
+    tidegate("audit", "hold", "case-17", "--lift", "--reason", "closed", *where)
+    assert json.loads(tidegate("audit", "holds", "--json", *where))["holds"] == []
+    changes = [record for record in lines(server.state / "ledger" / "admin") if record["kind"] == "retention"]
+    assert [(change["action"], change["body"]["reason"]) for change in changes] == [
+        ("hold.put", "court"), ("hold.lift", "closed"),
+    ]
+
+
+def test_what_the_page_says_works(again, tmp_path, monkeypatch):
+    """Every command and query of docs/audit.md from "Query" on, as it stands there."""
+    server, books = again
+    page = (ROOT / "docs" / "audit.md").read_text().split("## Query", 1)[1]
+    (tmp_path / "tidegate-state").symlink_to(server.state)
+    number = next(number for number, entry in books.items() if entry["model"] == "iris")
+    # Where this test's gateway is; all else is as on the page.
+    shell = f"""
+tidegate() {{
+  case "$1 $2 $*" in
+    *--log*|"audit stats tidegate-state"*|"audit tail"*|"audit export"*) where="" ;;
+    *) where="--address http://{server.admin} --state-dir {server.state}" ;;
+  esac
+  case "$*" in replay*|*--reproduce*) where="$where --url http://{server.http}" ;; esac
+  "{BINARY}" "$@" $where
+}}
+"""
+    blocks = re.findall(r"```(sh|sql)\n(.*?)```", page, re.S)
+    assert {kind for kind, _ in blocks} == {"sh", "sql"} and len(blocks) >= 5
+    monkeypatch.chdir(tmp_path)
+    wait_for(lambda: list(tmp_path.glob("tidegate-state/ledger/parquet/_segments/*.json")))
+    for kind, block in blocks:
+        if kind == "sh":
+            done = subprocess.run(
+                ["bash", "-euc", shell + block], capture_output=True, text=True, timeout=120, check=False,
+                env={**os.environ, "ID": number},
+            )
+            assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        else:
+            for query in block.split(";"):
+                assert not query.strip() or duckdb.sql(query).fetchall(), query

@@ -126,7 +126,7 @@ pub(super) async fn rotate_key(
     Ok(json(StatusCode::OK, &KeysView { keys }))
 }
 
-fn ledger(admin: &Admin) -> Result<Arc<Ledger>, Problem> {
+pub(super) fn ledger(admin: &Admin) -> Result<Arc<Ledger>, Problem> {
     match &admin.audit {
         Some(Audit { ledger, .. }) => Ok(Arc::clone(ledger)),
         None => Err(LATER.because("this gateway has no ledger")),
@@ -134,7 +134,9 @@ fn ledger(admin: &Admin) -> Result<Arc<Ledger>, Problem> {
 }
 
 /// On a thread of its own: it reads files and waits for the disk.
-async fn apart<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
+pub(super) async fn apart<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Problem> {
     let (done, answer) = tokio::sync::oneshot::channel();
     let thread = std::thread::Builder::new().name("audit".to_owned()).spawn(move || {
         // A caller that is gone gets no answer.

@@ -14,8 +14,3 @@ pub(super) async fn drift() -> Response {
 pub(super) async fn quality() -> Response {
     LATER.because("quality comes with monitoring").into_response()
 }
-
-#[utoipa::path(get, path = "/predictions/{id}", operation_id = "prediction.get")]
-pub(super) async fn prediction() -> Response {
-    LATER.because("predictions are kept from the ledger on").into_response()
-}

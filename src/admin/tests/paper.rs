@@ -403,6 +403,17 @@ impl Desk for Paper {
         Box::pin(async {})
     }
 
+    fn noted<'a>(
+        &'a self,
+        action: &'a str,
+        model: Option<&'a ModelName>,
+        subject: &'a str,
+        call: &'a Call,
+    ) -> Pending<'a, ()> {
+        self.write_down(&format!("{action} {subject}"), model, call);
+        now(Ok(()))
+    }
+
     fn reload(&self, call: Call) -> Pending<'_, ReloadView> {
         self.write_down("reload", None, &call);
         now(Ok(ReloadView { models: 2, versions: 4 }))

@@ -185,6 +185,20 @@ impl Desk for Director {
         })
     }
 
+    fn noted<'a>(
+        &'a self,
+        action: &'a str,
+        model: Option<&'a ModelName>,
+        subject: &'a str,
+        call: &'a Call,
+    ) -> Pending<'a, ()> {
+        let (action, subject) = (action.to_owned(), subject.to_owned());
+        let (model, call) = (model.cloned(), call.clone());
+        self.inner.run(move |inner| {
+            inner.append(&[inner.event(&action, model.as_ref(), &subject, &call)])
+        })
+    }
+
     fn reload(&self, call: Call) -> Pending<'_, ReloadView> {
         self.inner.reload(call)
     }

@@ -12,6 +12,8 @@ use crate::domain::{
 
 /// Most that may be kept of one record; a frame of the log has a limit.
 const RECORD_BYTES_MAX: usize = 24 << 20;
+/// A hundred years.
+const DAYS_MAX: u32 = 36_500;
 /// Most columns that a rule may name.
 const COLUMNS_MAX: usize = 65_536;
 
@@ -33,6 +35,7 @@ pub(super) fn apply(draft: &mut Draft<'_>, name: &str, value: &Value) -> Done {
         "capture" => ledger.capture = Some(word(value, Capture::NAMES, Capture::parse)?),
         "sample_rate" => ledger.sample = Some(sample(value)?),
         "tensor_bytes_max" => ledger.tensor_bytes_max = Some(bytes(value)?),
+        "retention_days" => ledger.retention_days = Some(days(value)?),
         "record_bytes_max" => ledger.record_bytes_max = Some(bytes(value)?),
         _ => return unknown(),
     }
@@ -58,6 +61,13 @@ fn bytes(value: &Value) -> Result<usize, String> {
         true => Ok(bytes),
         false => Err(format!("expected at most {RECORD_BYTES_MAX}, got {bytes}")),
     }
+}
+
+/// 0: for ever.
+fn days(value: &Value) -> Result<u32, String> {
+    let days = value.as_integer().and_then(|days| u32::try_from(days).ok());
+    let days = days.filter(|days| *days <= DAYS_MAX);
+    days.ok_or_else(|| format!("expected 0 (for ever) to {DAYS_MAX} days, got {value}"))
 }
 
 /// Those that are right; what is wrong with the others is a problem of the draft.

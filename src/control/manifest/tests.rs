@@ -354,6 +354,7 @@ capture = 'digest'
 sample_rate = 0.25
 tensor_bytes_max = 10
 record_bytes_max = 100
+retention_days = 30
 [[ledger.tensors]]
 name = 'age*'
 action = 'truncate'
@@ -377,6 +378,7 @@ fn what_is_recorded_is_read() {
             sample: Some(1 << 30),
             tensor_bytes_max: Some(10),
             record_bytes_max: Some(100),
+            retention_days: Some(30),
             tensors: vec![
                 rule("age*", Treatment::Truncate(4), None),
                 rule("x", Treatment::Keep, Some(Columns::Mask(vec![0, 2]))),

@@ -49,6 +49,7 @@ pub(super) const KEYS: &[(&str, &str)] = &[
     ("ledger.sample_rate", "0.5"),
     ("ledger.tensor_bytes_max", "1024"),
     ("ledger.record_bytes_max", "4096"),
+    ("ledger.retention_days", "365"),
     ("ledger.tensors", "[{ name = 'x', action = 'hash' }]"),
 ];
 

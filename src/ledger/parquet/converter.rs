@@ -94,7 +94,9 @@ impl Converter {
     /// Ends the thread; a file that is half written is given up.
     pub fn stop(&mut self) {
         self.ask_to_stop();
+        // The thread itself may be the last that had the ledger: it ends by itself then.
         if let Some(thread) = self.thread.take()
+            && thread.thread().id() != std::thread::current().id()
             && thread.join().is_err()
         {
             tracing::error!("the thread that makes Parquet of the ledger had panicked");
