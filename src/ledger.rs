@@ -176,8 +176,6 @@ pub struct Ledger {
     erasure_hook: OnceLock<erase::Hook>,
     delivery: OnceLock<Delivery>,
     upkeep: OnceLock<upkeep::Upkeep>,
-    /// From where on records are not with every sink yet.
-    delivered: OnceLock<Box<dyn Fn() -> u64 + Send + Sync>>,
     /// Answers that left without a record.
     missed: AtomicU64,
     /// Given back when the process ends, however it does.
@@ -217,7 +215,6 @@ impl Ledger {
             erasure_hook: OnceLock::new(),
             delivery: OnceLock::new(),
             upkeep: OnceLock::new(),
-            delivered: OnceLock::new(),
             missed: AtomicU64::new(0),
             _lock: lock,
         }))

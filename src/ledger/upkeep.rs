@@ -13,7 +13,7 @@ use super::parquet::{self, Converter, ConverterSettings, Manifest, Progress};
 use super::proofs::now_ns;
 use super::reader;
 use super::record::{Head, Kind, Payload};
-use super::retention::{DaysOf, Hold, HoldError, Holds, Retention};
+use super::retention::{DaysOf, Delivered, Hold, HoldError, Holds, Retention};
 use super::{Ledger, PREDICTIONS};
 use crate::observe::page::{Family, Kind as Shown};
 
@@ -75,11 +75,6 @@ impl Ledger {
         self.set_erasure_hook(erased(self.writer, log, root));
         drop(self.upkeep.set(Upkeep { converter, holds, removed }));
         Ok(())
-    }
-
-    /// Says from where on records are not with every sink yet. Later calls have no effect.
-    pub fn set_delivered(&self, delivered: Box<dyn Fn() -> u64 + Send + Sync>) {
-        drop(self.delivered.set(delivered));
     }
 
     /// How far the conversion to Parquet is; `None` when there is none.
@@ -175,13 +170,9 @@ impl Ledger {
     }
 }
 
-/// Without sinks nobody has to be waited for.
-fn delivered(ledger: Weak<Ledger>) -> Arc<dyn Fn() -> u64 + Send + Sync> {
-    Arc::new(move || {
-        let ledger = ledger.upgrade();
-        // A ledger that is closed removes nothing more.
-        ledger.map_or(0, |ledger| ledger.delivered.get().map_or(u64::MAX, |delivered| delivered()))
-    })
+/// A ledger that is closed removes nothing more.
+fn delivered(ledger: Weak<Ledger>) -> Delivered {
+    Arc::new(move || ledger.upgrade().map_or(0, |ledger| ledger.delivered_up_to()))
 }
 
 /// Looks now and then at what may go.
