@@ -21,6 +21,8 @@ use sha2::{Digest as _, Sha256};
 pub const MAGIC: &[u8; 8] = b"TGLEDGR1";
 /// Bytes of a segment's head.
 pub const SEGMENT_HEAD_BYTES: usize = 512;
+/// Where the mark stands in it: four bytes that the checksum leaves out, since they change.
+pub(super) const MARK_AT: usize = 8;
 /// Largest frame, all of it.
 pub const FRAME_BYTES_MAX: usize = 32 << 20;
 /// `len` and `crc`.
@@ -29,8 +31,10 @@ const PRELUDE: usize = 8;
 const FORE: usize = 8;
 const SALT: usize = 32;
 const SEQ: usize = 8;
+/// Records that can have been in what was destroyed before a whole frame: a segment of small ones.
+const SKIPPED_MAX: u64 = 1 << 22;
 /// A frame of an empty head and an empty payload.
-const FRAME_BYTES_MIN: usize = PRELUDE + FORE + SALT + SEQ;
+pub(super) const FRAME_BYTES_MIN: usize = PRELUDE + FORE + SALT + SEQ;
 /// Longest name of a log.
 const NAME_BYTES_MAX: usize = 32;
 
@@ -92,6 +96,29 @@ impl SegmentHead {
             first_seq: u64_at(bytes, 16),
             created_ns: u64_at(bytes, 24),
         })
+    }
+}
+
+/// What a segment's mark says, if anything: of a sealed one its length, of an open one a length up to
+/// which all of it is on the disk.
+pub(super) fn mark(head: &[u8]) -> Option<u64> {
+    Some(u64::from(u32_at(head, MARK_AT))).filter(|mark| *mark > 0)
+}
+
+/// The whole frame at the start of `bytes` if there is one, of a record after `next_seq` and no
+/// later than the bytes can hold. Looks at few bytes where there is none.
+pub(super) fn later(bytes: &[u8], next_seq: u64) -> Option<Frame<'_>> {
+    let total = PRELUDE + u32_at(bytes, 0) as usize;
+    if total < FRAME_BYTES_MIN || total > FRAME_BYTES_MAX || bytes.len() < total {
+        return None;
+    }
+    let seq_max = next_seq.saturating_add((bytes.len() / FRAME_BYTES_MIN) as u64 + SKIPPED_MAX);
+    if !(next_seq..=seq_max).contains(&u64_at(bytes, total - SEQ)) {
+        return None;
+    }
+    match parse(bytes) {
+        Parsed::Frame(frame) => Some(frame),
+        _ => None,
     }
 }
 

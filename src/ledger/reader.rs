@@ -116,10 +116,20 @@ impl SegmentReader {
         let mut head = Vec::with_capacity(SEGMENT_HEAD_BYTES);
         let limit = SEGMENT_HEAD_BYTES as u64;
         file.by_ref().take(limit).read_to_end(&mut head).map_err(failed)?;
+        let mark = frame::mark(&head);
         let head = SegmentHead::decode(&head).map_err(|what| fault(&path, 0, what))?;
         if head.first_seq != segment.first_seq {
             let what = format!("the head says that it begins with {}", head.first_seq);
             return Err(fault(&path, 0, what).into());
+        }
+        if segment.sealed
+            && let Some(mark) = mark
+        {
+            let len = file.metadata().map_err(failed)?.len();
+            if len != mark {
+                let what = format!("{len} bytes, sealed with {mark}");
+                return Err(fault(&path, frame::MARK_AT as u64, what).into());
+            }
         }
         let next_seq = head.first_seq;
         Ok(Self { file, segment, head, buffer: Vec::new(), at: 0, offset: limit, next_seq })
@@ -203,11 +213,7 @@ impl SegmentReader {
             .and_then(|_| self.file.read_to_end(&mut rest))
             .map_err(|error| ReadError::Io { file: self.segment.path.clone(), error })?;
         let Some(last) = rest.iter().rposition(|byte| *byte != 0) else { return Ok(Rest::Nothing) };
-        let later = |bytes: &[u8]| match frame::parse(bytes) {
-            Parsed::Frame(frame) => frame.seq >= self.next_seq,
-            _ => false,
-        };
-        match (0..last).find(|at| later(&rest[*at..])) {
+        match (0..last).find(|at| frame::later(&rest[*at..], self.next_seq).is_some()) {
             None => Ok(Rest::Torn { bytes: last as u64 + 1 }),
             Some(at) => {
                 let found = self.offset + at as u64;
