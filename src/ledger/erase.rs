@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::durable::{self, PUBLIC, TEMPORARY};
-use super::frame::{Form, Frame, SEGMENT_HEAD_BYTES};
+use super::frame::{Form, Frame, MARK, SEGMENT_HEAD_BYTES};
 use super::log::Unrecorded;
 use super::proofs::now_ns;
 use super::reader::{self, ReadError, SegmentFile, SegmentReader};
@@ -235,6 +235,8 @@ pub fn rewrite(segment: &SegmentFile, ranges: &[Range]) -> Result<bool, EraseErr
     let mut copy = BufWriter::with_capacity(1 << 20, file);
     let mut head = [0; SEGMENT_HEAD_BYTES];
     let read = File::open(&segment.path).and_then(|mut file| file.read_exact(&mut head));
+    // It says how long the segment was.
+    head[MARK].fill(0);
     read.and_then(|()| copy.write_all(&head)).map_err(failed)?;
     let mut reader = SegmentReader::open(segment)?;
     while let Some(frame) = reader.next_frame()? {

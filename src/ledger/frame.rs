@@ -22,7 +22,7 @@ pub const MAGIC: &[u8; 8] = b"TGLEDGR1";
 /// Bytes of a segment's head.
 pub const SEGMENT_HEAD_BYTES: usize = 512;
 /// Where the mark stands in it: four bytes that the checksum leaves out, since they change.
-pub(super) const MARK_AT: usize = 8;
+pub(super) const MARK: std::ops::Range<usize> = 8..12;
 /// Largest frame, all of it.
 pub const FRAME_BYTES_MAX: usize = 32 << 20;
 /// `len` and `crc`.
@@ -102,7 +102,7 @@ impl SegmentHead {
 /// What a segment's mark says, if anything: of a sealed one its length, of an open one a length up to
 /// which all of it is on the disk.
 pub(super) fn mark(head: &[u8]) -> Option<u64> {
-    Some(u64::from(u32_at(head, MARK_AT))).filter(|mark| *mark > 0)
+    Some(u64::from(u32_at(head, MARK.start))).filter(|mark| *mark > 0)
 }
 
 /// The whole frame at the start of `bytes` if there is one, of a record after `next_seq` and no

@@ -128,7 +128,7 @@ impl SegmentReader {
             let len = file.metadata().map_err(failed)?.len();
             if len != mark {
                 let what = format!("{len} bytes, sealed with {mark}");
-                return Err(fault(&path, frame::MARK_AT as u64, what).into());
+                return Err(fault(&path, frame::MARK.start as u64, what).into());
             }
         }
         let next_seq = head.first_seq;

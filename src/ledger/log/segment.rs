@@ -16,7 +16,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::disk::{Disk, DiskFile, read_all, write_all};
 use super::{LogSettings, frame, reader};
-use crate::ledger::frame::{MARK_AT, Parsed, SEGMENT_HEAD_BYTES, SegmentHead, WriterId};
+use crate::ledger::frame::{MARK, Parsed, SEGMENT_HEAD_BYTES, SegmentHead, WriterId};
 
 /// Largest of the steps that space is taken in: a log in which little happens takes little.
 pub(super) const ALLOCATE_STEP: u64 = 8 << 20;
@@ -223,7 +223,7 @@ fn copy(
 pub(super) fn mark(file: &dyn DiskFile, len: u64) -> io::Result<()> {
     // A segment that is larger has no mark.
     let mark = u32::try_from(len).unwrap_or(0).to_le_bytes();
-    write_all(file, &mark, MARK_AT as u64).map_err(|(_, error)| error)
+    write_all(file, &mark, MARK.start as u64).map_err(|(_, error)| error)
 }
 
 /// Ends a segment: cuts it to `len`, and names it as one that does not change any more.
