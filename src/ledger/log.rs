@@ -287,8 +287,10 @@ impl Log {
         self.shared.stats()
     }
 
-    /// Asks for the segment that is written to be sealed soon.
-    pub fn seal(&self) {}
+    /// Asks for the segment that is written to be sealed soon, if anything is in it.
+    pub fn seal(&self) {
+        self.shared.seal_asked.store(true, Ordering::Release);
+    }
 
     /// Hands over what waits, asks it onto the disk, and seals the segment.
     pub async fn close(&self) {

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -339,11 +340,13 @@ impl Keeper {
     fn roll(&mut self) {
         let shared = self.shared.clone();
         let settings = &shared.settings;
+        // Whoever asked and got nothing, for want of a spare, asks again.
+        let asked = shared.seal_asked.swap(false, Ordering::AcqRel);
         let due = shared.active.lock().segment.as_ref().is_some_and(|segment| {
             let patient = self.sync_took > ROLL_SYNC_MAX;
             let size = if patient { 2 * settings.segment_bytes } else { settings.segment_bytes };
             let old = settings.segment_age_max <= segment.began.elapsed();
-            segment.first_seq < shared.board.written_seq() && (size <= segment.end || old)
+            segment.first_seq < shared.board.written_seq() && (size <= segment.end || old || asked)
         });
         if !due {
             return;

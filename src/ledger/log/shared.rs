@@ -120,6 +120,8 @@ pub(super) struct Shared {
     pub(super) board: Board,
     pub(super) stores: Stores,
     pub(super) slow: AtomicBool,
+    /// Somebody waits for the segment to be sealed.
+    pub(super) seal_asked: AtomicBool,
     /// A flush is due some time.
     armed: AtomicBool,
     pub(super) counts: Counts,
@@ -166,6 +168,7 @@ impl Shared {
             board: Board::new(next_seq),
             stores: Stores::default(),
             slow: AtomicBool::new(false),
+            seal_asked: AtomicBool::new(false),
             armed: AtomicBool::new(false),
             counts,
             missed: Mutex::new(None),

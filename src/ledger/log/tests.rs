@@ -30,7 +30,15 @@ fn settings(dir: &Path) -> LogSettings {
 }
 
 fn open(settings: &LogSettings) -> (Log, Recovery) {
-    Log::open(settings.clone(), WRITER).unwrap()
+    let until = Instant::now() + Duration::from_secs(5);
+    loop {
+        match Log::open(settings.clone(), WRITER) {
+            // A process that another test of this one has just started has the lock until it is
+            // the program that it is to be.
+            Err(OpenError::Locked { .. }) if Instant::now() < until => std::thread::yield_now(),
+            opened => return opened.unwrap(),
+        }
+    }
 }
 
 /// A record with this text, of about as many bytes as asked for.

@@ -17,10 +17,9 @@ fn sealed(dir: &Path, records: impl IntoIterator<Item = (Head, Payload)>) -> Seg
         append(&log, &head, &payload);
     }
     drop(log);
-    let open = reader::segments(dir).unwrap().pop().unwrap();
-    let path = reader::segment_path(dir, open.first_seq, true);
-    std::fs::rename(&open.path, &path).unwrap();
-    SegmentFile { sealed: true, path, ..open }
+    // Whoever opens it seals what was left.
+    drop(self::log(dir));
+    reader::segments(dir).unwrap().into_iter().rfind(|segment| segment.sealed).unwrap()
 }
 
 fn read(path: &Path) -> RecordBatch {

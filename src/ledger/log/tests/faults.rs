@@ -204,9 +204,7 @@ async fn any_call_may_fail_once() {
             drop(log);
             check_acked(&settings, &acked, &format!("call {failing} failed: {:?}", hit.lock()));
             // And it opens again, whatever was left.
-            let opened = Log::open(settings.clone(), WRITER);
-            let (log, found) =
-                opened.unwrap_or_else(|error| panic!("call {failing}: {:?}: {error}", hit.lock()));
+            let (log, found) = open(&settings);
             assert_eq!(found.damage, None, "call {failing} failed: {:?}", hit.lock());
             assert!(acked.last_key_value().is_none_or(|(last, _)| *last < found.next_seq));
             let next = put(&log, "next").await.unwrap();
