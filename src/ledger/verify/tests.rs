@@ -521,3 +521,67 @@ fn a_log_that_is_written_meanwhile_is_right() {
     stop.store(true, Ordering::SeqCst);
     checking.join().unwrap();
 }
+
+/// CPU time of this process, all threads: other work on the machine does not count.
+fn cpu() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let ticks = |at: usize| fields[at].parse::<f64>().unwrap();
+    (ticks(11) + ticks(12)) / 100.0
+}
+
+/// `cargo test --release --lib how_fast -- --ignored --nocapture`
+#[test]
+#[ignore = "takes long, and says something of an optimised build alone"]
+fn how_fast_it_is() {
+    use std::io::Write as _;
+    for payload_bytes in [500, 4096] {
+        let folder = tempfile::tempdir().unwrap();
+        let log = TestLog::new(folder.path(), PREDICTIONS);
+        TestLog::new(folder.path(), ADMIN);
+        let (mut seq, per_segment) = (0, (64 << 20) / payload_bytes);
+        for _ in 0..8 {
+            let head = crate::ledger::frame::SegmentHead {
+                log: PREDICTIONS.to_owned(),
+                writer: WRITER,
+                first_seq: seq,
+                created_ns: 1,
+            };
+            let file = File::create(segment_path(&log.dir, seq, true)).unwrap();
+            let mut out = io::BufWriter::with_capacity(1 << 20, file);
+            out.write_all(&head.encode()).unwrap();
+            let (mut draft, mut bytes) = (Draft::default(), Vec::new());
+            for _ in 0..per_segment {
+                draft.start();
+                draft.buffer().extend_from_slice(&[7; 150]);
+                draft.body(Form::Whole, &[9; 32]);
+                draft.buffer().resize(16 + 150 + payload_bytes, 3);
+                draft.finish();
+                bytes.clear();
+                draft.put(seq, &mut bytes);
+                out.write_all(&bytes).unwrap();
+                seq += 1;
+            }
+            out.flush().unwrap();
+        }
+        log.next.store(seq, Ordering::SeqCst);
+        let start = std::time::Instant::now();
+        sign(folder.path(), &[&log], false);
+        let signed = start.elapsed();
+        let (start, before) = (std::time::Instant::now(), cpu());
+        let wanted = Wanted { dir: log.dir.clone(), ..Wanted::default() };
+        let report = verify(&wanted).unwrap();
+        let (took, used, bytes) = (start.elapsed(), cpu() - before, report.logs[0].bytes as f64);
+        let speed = |time: Duration| bytes / time.as_secs_f64() / 1e6;
+        eprintln!(
+            "payloads of {payload_bytes}: {seq} records, {:.0} MB; verify {took:.2?} {:.0} MB/s, \
+             {:.0} records/s, {:.0} MB per second of CPU; \
+             notary {signed:.2?} {:.0} MB/s",
+            bytes / 1e6,
+            speed(took),
+            seq as f64 / took.as_secs_f64(),
+            bytes / used / 1e6,
+            speed(signed),
+        );
+    }
+}
