@@ -36,7 +36,7 @@ CONTRACT = [
     "POST /models/{model}:rollback",
     *(f"{method} /models/{{model}}/versions/{{version}}/approvals" for method in ("GET", "POST")),
     "GET /models/{model}/shadow",
-    *("GET /journal", "GET /events", "POST /drain", "POST /reload"),
+    *("GET /journal", "GET /events", "POST /drain", "POST /reload", "GET /predictions/{id}", "GET /audit/stats"),
 ]
 LATER = ["/models/scale/drift", "/models/scale/quality"]
 

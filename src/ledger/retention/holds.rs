@@ -33,11 +33,18 @@ pub struct Hold {
     pub put_ns: i64,
 }
 
+impl Hold {
+    /// What it keeps.
+    fn scope(&self) -> (Option<&str>, Option<i64>, Option<i64>) {
+        (self.model.as_deref(), self.since_ns, self.until_ns)
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum HoldError {
     #[error("a hold's name has 1 to {NAME_LEN_MAX} letters, digits, '.', '_' and '-'")]
     Name,
-    #[error("there is a hold '{0}' already")]
+    #[error("there is a hold '{0}' of other records already")]
     Exists(String),
     #[error("there is no hold '{0}'")]
     Unknown(String),
@@ -90,8 +97,12 @@ impl Holds {
             return Err(HoldError::Time);
         }
         let mut all = self.all.write();
-        if all.iter().any(|other| other.name == hold.name) {
-            return Err(HoldError::Exists(hold.name));
+        if let Some(other) = all.iter().find(|other| other.name == hold.name) {
+            // Asked once more, since the first answer did not come.
+            return match other.scope() == hold.scope() {
+                true => Ok(()),
+                false => Err(HoldError::Exists(hold.name)),
+            };
         }
         if all.len() >= HOLDS_MAX {
             return Err(HoldError::TooMany);

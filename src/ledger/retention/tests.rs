@@ -159,7 +159,9 @@ fn holds_are_kept_and_wrong_ones_refused() {
         put_ns: 0,
     };
     holds.put(hold("a")).unwrap();
-    assert!(matches!(holds.put(hold("a")), Err(HoldError::Exists(_))));
+    holds.put(hold("a")).unwrap();
+    let other = Hold { model: Some("iris".into()), ..hold("a") };
+    assert!(matches!(holds.put(other), Err(HoldError::Exists(_))));
     assert!(matches!(holds.put(hold("../a")), Err(HoldError::Name)));
     let backwards = Hold { since_ns: Some(2), until_ns: Some(1), ..hold("b") };
     assert!(matches!(holds.put(backwards), Err(HoldError::Time)));
