@@ -11,7 +11,8 @@
 //!   not taken yet stays ([`Delivery::delivered_up_to`]), up to a cap, and then `on_cap` decides.
 //! - At least once: an offset is kept after the sink took what is before it, never before. Whatever
 //!   comes twice has the same key and the same content, so that the sink can tell.
-//! - What waits to be sent again is read again: data that was erased meanwhile does not leave.
+//! - A batch is read when it is sent, and read anew when it is sent again: data that was erased
+//!   before does not leave.
 //! - Every answer of a sink is taken, again or refused; every wait ends.
 //!
 //! Deliberately absent: order between sinks, and exactly once, which no sink of these could promise.

@@ -10,7 +10,7 @@
 //!
 //! Invariants:
 //! - Records come in order, each once. One that is missing is a [`Gap`], never passed over.
-//! - What was erased before it was read is not seen.
+//! - What was erased before the last [`Follower::refresh`] is not seen.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -101,6 +101,14 @@ impl Follower {
             what: format!("record {}: {what}", self.next_seq - 1),
         };
         Ok(Some(frame.map_err(broken)?))
+    }
+
+    /// Sees to it that what was erased by now is not read: a segment that was written anew since it
+    /// was opened is opened again.
+    pub fn refresh(&mut self) {
+        if self.reader.as_ref().is_some_and(SegmentReader::is_replaced) {
+            self.reader = None;
+        }
     }
 
     /// Goes on behind a gap.
@@ -358,6 +366,30 @@ mod tests {
         assert_eq!(gap(&mut follower), Gap { from: 2, to: 6 });
         follower.skip(Gap { from: 2, to: 6 });
         assert_eq!(all(&mut follower), [6]);
+    }
+
+    #[test]
+    fn what_was_erased_is_not_read_after_a_refresh() {
+        let log = Segments::new();
+        log.open(0).add(0, 0..3);
+        let mut follower = log.follow(Start::Oldest);
+        follower.next_frame().unwrap();
+        log.seal(0).open(3);
+        follower.refresh();
+        let path = reader::segment_path(log.0.path(), 0, true);
+        let bytes = std::fs::read(&path).unwrap();
+        let mut anew = bytes[..frame::SEGMENT_HEAD_BYTES].to_vec();
+        for seq in 0..3 {
+            let frame = frame_of(seq);
+            let frame::Parsed::Frame(frame) = frame::parse(&frame) else { panic!() };
+            anew.extend_from_slice(&frame.erased());
+        }
+        std::fs::write(path.with_extension("new"), anew).unwrap();
+        std::fs::rename(path.with_extension("new"), &path).unwrap();
+        follower.refresh();
+        let frame = follower.next_frame().unwrap().unwrap();
+        assert_eq!((frame.seq, frame.form), (1, Form::Erased));
+        assert_eq!(all(&mut follower), [2]);
     }
 
     #[test]

@@ -153,6 +153,17 @@ impl SegmentReader {
         self.next_seq
     }
 
+    /// Whether another file has this one's name by now: payloads of it were erased.
+    pub fn is_replaced(&self) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let path = &self.segment.path;
+        let there = std::fs::metadata(path)
+            .or_else(|_| std::fs::metadata(path.with_extension(SEALED)))
+            .map(|there| (there.dev(), there.ino()));
+        let own = self.file.metadata().map(|own| (own.dev(), own.ino()));
+        own.ok().zip(there.ok()).is_some_and(|(own, there)| own != there)
+    }
+
     /// The next frame; `None` at the end of what is there by now. More may come to an open segment,
     /// and this may be called again then: what was no whole frame is read anew.
     ///

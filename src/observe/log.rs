@@ -19,6 +19,9 @@ use tracing_subscriber::{EnvFilter, Registry, reload};
 /// Target of the access log's lines.
 pub const ACCESS: &str = "access";
 
+/// Says each of its failures; whoever uses it says them once.
+const CHATTY: &str = "rskafka=off";
+
 /// Access lines waiting to be written: a second's worth at 8,000 requests a second, about 3 MB.
 const QUEUE_MAX: usize = 8192;
 /// How long the end of the program waits for lines still to be written.
@@ -103,8 +106,9 @@ pub(super) fn take_dropped() -> u64 {
 fn filter(level: &str) -> Result<EnvFilter, LogError> {
     let bad = |_| LogError::Level(level.to_owned());
     let directives = match level {
-        "off" | "error" | "warn" => format!("{level},{ACCESS}=info"),
-        "info" | "debug" | "trace" => format!("warn,tidegate={level},{ACCESS}=info"),
+        "off" | "error" | "warn" => format!("{level},{CHATTY},{ACCESS}=info"),
+        "info" => format!("warn,{CHATTY},tidegate={level},{ACCESS}=info"),
+        "debug" | "trace" => format!("warn,tidegate={level},{ACCESS}=info"),
         // A word by itself would be taken for the name of a target.
         other if !other.contains('=') => return Err(LogError::Level(other.to_owned())),
         other => other.to_owned(),

@@ -30,6 +30,8 @@ use crate::secret::SecretRef;
 const PRODUCE_BYTES_MAX: usize = 900_000;
 /// Largest answer of a broker: metadata of many topics.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// How long the library tries by itself, for a leader that moved.
+const RETRIED_MAX: Duration = Duration::from_secs(1);
 /// Most partitions of a topic.
 const PARTITIONS_MAX: usize = 10_000;
 
@@ -83,7 +85,7 @@ impl Kafka {
                 init_backoff: Duration::from_millis(100),
                 max_backoff: Duration::from_secs(1),
                 base: 2.0,
-                deadline: Some(settings.timeout),
+                deadline: Some(RETRIED_MAX.min(settings.timeout)),
             });
         if settings.tls {
             builder = builder.tls_config(tls());

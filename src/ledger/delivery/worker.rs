@@ -229,6 +229,7 @@ impl Worker {
             Some(follower) => follower,
             none => none.insert(Follower::new(&*self.log, Start::At(self.next_seq))?),
         };
+        follower.refresh();
         let mut batch = Batch { next_seq: self.next_seq, ..Batch::default() };
         let mut bytes = 0;
         for _ in 0..BATCH_LOOKED_AT_MAX {
