@@ -19,9 +19,8 @@ use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 use rand::Rng as _;
@@ -176,8 +175,6 @@ pub struct Ledger {
     erasure_hook: OnceLock<erase::Hook>,
     delivery: OnceLock<Delivery>,
     upkeep: OnceLock<upkeep::Upkeep>,
-    /// Answers that left without a record.
-    missed: AtomicU64,
     /// Given back when the process ends, however it does.
     _lock: File,
 }
@@ -215,7 +212,6 @@ impl Ledger {
             erasure_hook: OnceLock::new(),
             delivery: OnceLock::new(),
             upkeep: OnceLock::new(),
-            missed: AtomicU64::new(0),
             _lock: lock,
         }))
     }
@@ -336,13 +332,9 @@ impl Ledger {
         })
     }
 
-    /// Counts an answer that left without a record.
-    pub fn miss(&self) {
-        self.missed.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub fn missed(&self) -> u64 {
-        self.missed.load(Ordering::Relaxed)
+    /// Notes that a call of this time has no record. A record of the gap says how many there are.
+    pub fn miss(&self, arrived: SystemTime) {
+        self.predictions.missed(arrived);
     }
 
     /// The logs that are open, by name.
@@ -413,7 +405,6 @@ pub struct Health {
     pub writer: String,
     /// Why nothing can be recorded at this moment, if so.
     pub problem: Option<String>,
-    pub missed: u64,
     pub logs: Vec<LogHealth>,
     pub sinks: Vec<SinkStats>,
 }
@@ -431,6 +422,9 @@ pub struct LogHealth {
     pub synced_seq: u64,
     pub queued_bytes: u64,
     pub segments_sealed: u64,
+    /// Age of the oldest record that is not on the disk.
+    pub lag_seconds: f64,
+    pub free_bytes: u64,
 }
 
 impl Ledger {
@@ -445,11 +439,12 @@ impl Ledger {
             synced_seq: stats.synced_seq,
             queued_bytes: stats.queued_bytes,
             segments_sealed: stats.segments_sealed,
+            lag_seconds: stats.lag.as_secs_f64(),
+            free_bytes: stats.free_bytes,
         };
         Health {
             writer: self.writer.to_string(),
             problem: self.predictions.check().err().map(|problem| problem.to_string()),
-            missed: self.missed(),
             logs: self.stats().into_iter().map(log).collect(),
             sinks: self.delivery().map(Delivery::stats).unwrap_or_default(),
         }

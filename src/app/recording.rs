@@ -50,9 +50,15 @@ pub(super) fn keep(ledger: &Arc<Ledger>, table: &Arc<Published<RouteTable>>) -> 
 pub(super) async fn watch(api: Arc<Api>, ledger: Arc<Ledger>) {
     let mut tick = interval(WATCH_EVERY);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut failing = false;
+    let (mut failing, mut scarce) = (false, false);
     loop {
         tick.tick().await;
+        let free_bytes = ledger.predictions().stats().free_bytes;
+        let is_scarce = free_bytes < ledger.settings().free_bytes_warn;
+        if is_scarce && !scarce {
+            tracing::warn!(free_bytes, "the ledger's disk is getting full");
+        }
+        scarce = is_scarce;
         let problem = ledger.predictions().check().err();
         api.health.set_recorded(problem.is_none() || !refuses(&api, &ledger));
         match (&problem, failing) {

@@ -184,13 +184,10 @@ impl<'a> Record<'a> {
             Ok(Some(at)) => wait(ledger, at, durability, deadline).await?,
         };
         let Err(why) = settled else { return Ok(()) };
-        tracing::debug!(%why, "a prediction could not be recorded");
+        self.missed(&why);
         match on_error {
             OnUnrecorded::Refuse => Err(unrecorded(&why)),
-            OnUnrecorded::Serve => {
-                ledger.miss();
-                Ok(())
-            }
+            OnUnrecorded::Serve => Ok(()),
         }
     }
 
@@ -234,7 +231,16 @@ impl<'a> Record<'a> {
         if matches!(self.entry, Entry::Nothing)
             && let Err(why) = self.append()
         {
-            tracing::debug!(%why, "a call could not be recorded");
+            self.missed(&why);
+        }
+    }
+
+    /// There is no record, nor a number of one that could be told.
+    fn missed(&mut self, why: &Unrecorded) {
+        tracing::debug!(%why, "a call could not be recorded");
+        self.entry = Entry::Left;
+        if let Some(ledger) = &self.gateway.ledger {
+            ledger.miss(self.completion().received_at);
         }
     }
 

@@ -4,6 +4,7 @@ use super::Ledger;
 use super::delivery::Delivery;
 use super::log::LogStats;
 use super::notary::Notary;
+use crate::observe::LATENCY_BOUNDS_NS;
 use crate::observe::page::{Family, Kind};
 
 impl Ledger {
@@ -30,14 +31,24 @@ impl Ledger {
                 "Times that a log was asked onto the disk",
                 |log| log.fsyncs as f64,
             ),
-            counter("tidegate_ledger_dropped_total", "Records that a log could not take", |log| {
+            counter("tidegate_ledger_dropped_total", "Calls that have no record", |log| {
                 log.dropped as f64
             }),
+            family(
+                "tidegate_ledger_lag_seconds",
+                Kind::Gauge,
+                "Age of the oldest record that is not on the disk",
+                |log| log.lag.as_secs_f64(),
+            ),
         ];
-        let help = "Answers that left although their record could not be written";
-        let mut missed = Family::new("tidegate_ledger_missed_total", Kind::Counter, help);
-        missed.push(Vec::new(), self.missed() as f64);
-        families.push(missed);
+        let help = "Time of a group of records to where it is waited for";
+        let mut commits = Family::new("tidegate_ledger_commit_seconds", Kind::Histogram, help);
+        for (log, stats) in &stats {
+            let bounds = LATENCY_BOUNDS_NS.iter().map(|bound| *bound as f64 / 1e9);
+            let (counts, sum) = (&stats.commit_buckets, stats.commit_seconds);
+            commits.push_histogram(vec![("log".into(), (*log).to_owned())], bounds, counts, sum);
+        }
+        families.push(commits);
         families.extend(self.upkeep_families());
         families.extend(self.notary.lock().iter().flat_map(Notary::families));
         families.extend(self.delivery().into_iter().flat_map(Delivery::families));

@@ -143,6 +143,7 @@ impl Shared {
         };
         if let Err(why) = ledger.append(completion, &about) {
             tracing::debug!(%why, "a shadow could not be recorded");
+            ledger.miss(completion.received_at);
         }
     }
 

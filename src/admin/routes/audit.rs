@@ -23,9 +23,6 @@ pub(super) struct AuditView {
     writer: String,
     /// Why no prediction can be recorded at this moment; none when they can.
     problem: Option<String>,
-    /// Answers that left although their record could not be written, since the start.
-    #[schema(minimum = 0)]
-    missed: u64,
     /// Calls that got to no model.
     default: RecordingView,
     models: Vec<ModelRecordingView>,
@@ -77,7 +74,7 @@ struct LogView {
     bytes: u64,
     #[schema(minimum = 0)]
     fsyncs: u64,
-    /// Records that could not be taken.
+    /// Calls that have no record.
     #[schema(minimum = 0)]
     dropped: u64,
     /// Number after the last record that the operating system has.
@@ -90,6 +87,12 @@ struct LogView {
     queued_bytes: u64,
     #[schema(minimum = 0)]
     segments_sealed: u64,
+    /// Age of the oldest record that is not on the disk.
+    #[schema(minimum = 0)]
+    lag_seconds: f64,
+    /// Free on its disk.
+    #[schema(minimum = 0)]
+    free_bytes: u64,
 }
 
 /// Whether predictions are recorded, by model, and how the logs do.
@@ -114,7 +117,6 @@ pub(super) async fn stats(
     let view = AuditView {
         writer: health.writer,
         problem: health.problem,
-        missed: health.missed,
         default: RecordingView::new(ledger.unrouted()),
         models: models.collect(),
         logs: health.logs.into_iter().map(LogView::from).collect(),
@@ -151,6 +153,8 @@ impl From<crate::ledger::LogHealth> for LogView {
             synced_seq: log.synced_seq,
             queued_bytes: log.queued_bytes,
             segments_sealed: log.segments_sealed,
+            lag_seconds: log.lag_seconds,
+            free_bytes: log.free_bytes,
         }
     }
 }
