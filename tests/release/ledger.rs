@@ -11,7 +11,7 @@ use tidegate::ledger::{ADMIN, FOLDER, PREDICTIONS};
 
 use crate::gateway::Gateway;
 use crate::kills::Random;
-use crate::load::{Ask, Client, Recorded, Stop, closed_loop};
+use crate::load::{Ask, Client, Recorded, Stop, Wire, closed_loop};
 use crate::{alone, count, models};
 
 const MODEL: &str = "sum";
@@ -178,5 +178,87 @@ fn every_change_is_in_the_admin_log_once_after_kill_9() {
         assert!(wanted.values().filter(|action| *action == "traffic.put").count() >= 6);
         assert!(found.values().any(|action| action == "gateway.stop"), "{found:?}");
         eprintln!("E5: {} changes in the admin log, each once", found.len());
+    });
+}
+
+/// Takes space on a disk until it is dropped.
+struct Ballast(std::path::PathBuf);
+
+impl Ballast {
+    fn of(path: std::path::PathBuf, bytes: u64) -> Self {
+        let file = std::fs::File::create(&path).unwrap();
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Ballast {
+    fn drop(&mut self) {
+        std::fs::remove_file(&self.0).unwrap();
+    }
+}
+
+/// Whether a load balancer would send it traffic.
+fn is_ready(gateway: &Gateway) -> bool {
+    use std::io::{Read as _, Write as _};
+    let mut stream = std::net::TcpStream::connect(gateway.http).unwrap();
+    let head = "GET /v2/health/ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    answer.starts_with(b"HTTP/1.1 200")
+}
+
+fn ready_becomes(gateway: &Gateway, wanted: bool) -> Duration {
+    let start = Instant::now();
+    while is_ready(gateway) != wanted {
+        assert!(start.elapsed() < END_MAX, "ready is not {wanted}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    start.elapsed()
+}
+
+#[test]
+fn a_gateway_is_not_ready_while_its_ledgers_disk_is_full() {
+    const BALLAST: u64 = 64 << 20;
+    // A disk that nobody else writes much to.
+    let root = tempfile::tempdir_in("/dev/shm").unwrap();
+    let room = rustix::fs::statvfs(root.path()).unwrap();
+    let free = room.f_bavail * room.f_frsize;
+    if free < 8 * BALLAST {
+        return eprintln!("no room in /dev/shm, nothing was tested");
+    }
+    models::put(root.path(), MODEL, 1, &models::add(1));
+    let keep = (free - BALLAST).to_string();
+    let settings = [
+        ("TIDEGATE_LEDGER_FREE_BYTES_MIN", keep.as_str()),
+        ("TIDEGATE_LEDGER_SEGMENT_BYTES", "1048576"),
+    ];
+    alone(|runtime| {
+        let gateway = Gateway::start(root.path(), &settings);
+        let client = {
+            let _inside = runtime.enter();
+            Client::new(MODEL, gateway.http, gateway.grpc)
+        };
+        let ask = |at| {
+            let asked = client.ask(Wire::of(at), Ask::plain(at), Instant::now());
+            runtime.block_on(asked).ran.map(|ran| ran.recorded.unwrap())
+        };
+        let mut books: Vec<Recorded> = (0..6).map(|at| ask(at).unwrap()).collect();
+        let ballast = Ballast::of(root.path().join("ballast"), 2 * BALLAST);
+        let gone = ready_becomes(&gateway, false);
+        let refused: Vec<String> = (0..3).map(|at| ask(at).unwrap_err().text).collect();
+        assert!(refused.iter().all(|text| text.contains("cannot be recorded")), "{refused:?}");
+        drop(ballast);
+        let back = ready_becomes(&gateway, true);
+        books.extend((0..6).map(|at| ask(at).unwrap()));
+        agree(root.path(), &books, "full");
+        let gaps: u64 = records(root.path(), PREDICTIONS)
+            .iter()
+            .filter(|record| record.head.kind() == Kind::Gap)
+            .map(|record| record.head.count)
+            .sum();
+        assert_eq!(gaps, 3, "each refused call is in a gap record");
+        eprintln!("E5: disk full: not ready after {gone:?}, ready {back:?} after there was room");
     });
 }
