@@ -41,6 +41,7 @@ pub mod store;
 mod sweep;
 pub mod switchboard;
 mod trial;
+mod turns;
 mod version;
 pub mod view;
 mod yaml;

@@ -22,7 +22,7 @@ pub mod ort;
 #[cfg(feature = "tract")]
 pub mod tract;
 
-pub use engines::{Engines, keep_little_memory, prepare_environment, release_memory};
+pub use engines::{Engines, keep_little_memory, leave, prepare_environment, release_memory};
 
 /// A kind of engine, ready to load models.
 pub trait Backend: Send + Sync {

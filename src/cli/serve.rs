@@ -50,13 +50,15 @@ pub(super) fn run(args: &Args) -> ExitCode {
     let served = runtime
         .context("start the runtime")
         .and_then(|runtime| runtime.block_on(crate::app::serve(config, log)));
-    match served {
-        Ok(()) => ExitCode::SUCCESS,
+    let code = match served {
+        Ok(()) => 0,
         Err(error) => {
             tracing::error!("cannot serve: {error:#}");
-            ExitCode::FAILURE
+            1
         }
-    }
+    };
+    // Runs that were cut off may still be in an engine.
+    crate::engine::leave(code)
 }
 
 /// Whether this process may have `count` more files open. For want of one the runtime panics.

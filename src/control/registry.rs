@@ -29,6 +29,7 @@ use super::probe::Report;
 use super::scan::Repository;
 use super::source::{Listing, Source};
 use super::switchboard::Switchboard;
+use super::turns;
 use super::version::Preparer;
 use super::view::Life;
 use crate::domain::{
@@ -403,6 +404,7 @@ async fn on_loader(
         };
     let (sender, done) = oneshot::channel();
     let thread = std::thread::Builder::new().name("loader".to_owned()).spawn(move || {
+        turns::shorten();
         let result = work();
         drop(slot);
         // Nobody waits any more when the caller went away; the work is done all the same.

@@ -123,6 +123,25 @@ def test_requests_in_flight_at_sigterm_are_answered(tmp_path):
     assert answers == [True] * 4
 
 
+def test_a_second_signal_in_the_middle_of_runs_ends_it_cleanly(tmp_path):
+    """Runs that nobody waits for any more are still in the engine when the process goes."""
+    write_slow(tmp_path / "models" / "slow")
+    rows = np.ones((1024, 1024), np.float32)
+    for attempt in range(3):
+        server = Server(tmp_path / "models", tmp_path / f"server{attempt}")
+        tensor = triton_grpc.InferInput("x", list(rows.shape), "FP32").set_data_from_numpy(rows)
+        with triton_grpc.InferenceServerClient(server.grpc) as client:
+            ended = threading.Semaphore(0)
+            for _ in range(4):
+                client.async_infer("slow", [tensor], callback=lambda result, error: ended.release())
+            time.sleep(0.5)
+            server.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: server.get("/v2/health/ready")[0] == 503, 2)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(20) == 0, server.log.read_text()
+        assert "stopping now" in server.log.read_text()
+
+
 def test_readiness_goes_before_the_listener(tmp_path):
     server = Server(MODELS, tmp_path, "[server]\ndrain_notice_ms = 1500\n")
     server.process.send_signal(signal.SIGTERM)

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::Shared;
 use crate::control::call::Call;
+use crate::control::turns;
 use crate::control::view::Life;
 use crate::domain::{Failure, ModelName, Version};
 use crate::engine::release_memory;
@@ -134,6 +135,7 @@ impl Shared {
 
 fn aside(work: impl FnOnce() + Send + 'static) {
     let thread = std::thread::Builder::new().name("retire".to_owned()).spawn(move || {
+        turns::shorten();
         work();
         release_memory();
     });
