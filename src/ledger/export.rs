@@ -142,7 +142,7 @@ pub fn scan<E: From<ExportError>>(
 ) -> Result<u64, E> {
     let (mut taken, mut flow) = (0, ControlFlow::Continue(()));
     for segment in segments(log, wanted)? {
-        scan_file(&segment, wanted, |head, view| {
+        let reader = scan_file(&segment, wanted, |head, view| {
             taken += 1;
             flow = take(head, view)?;
             Ok::<_, E>(flow)
@@ -150,11 +150,18 @@ pub fn scan<E: From<ExportError>>(
         if flow.is_break() {
             break;
         }
+        // In a sealed one anything that is no record was told of by now.
+        if let Some(mut reader) = reader.filter(|reader| !reader.segment().sealed)
+            && let Rest::Damage(fault) = reader.rest().map_err(ExportError::from)?
+        {
+            return Err(ExportError::from(ReadError::from(fault)).into());
+        }
     }
     Ok(taken)
 }
 
-/// The same for one segment; its head, or `None` when it is gone: its time had come.
+/// The same for one segment, up to the end that it seems to have; `None` when it is gone: its time
+/// had come.
 ///
 /// # Errors
 /// As [`scan`].
@@ -162,7 +169,7 @@ pub fn scan_file<E: From<ExportError>>(
     segment: &SegmentFile,
     wanted: &Selection,
     mut take: impl FnMut(&SegmentHead, &View<'_>) -> Result<ControlFlow<()>, E>,
-) -> Result<Option<SegmentHead>, E> {
+) -> Result<Option<SegmentReader>, E> {
     let mut reader = match SegmentReader::open(segment) {
         Err(error) if is_gone(&error) => return Ok(None),
         opened => opened.map_err(ExportError::from)?,
@@ -174,13 +181,10 @@ pub fn scan_file<E: From<ExportError>>(
         let view = View::read(&frame);
         let view = view.map_err(|what| unreadable(segment.path.clone(), offset, what))?;
         if wanted.takes(&view) && take(&head, &view)?.is_break() {
-            return Ok(Some(head));
+            break;
         }
     }
-    match reader.rest().map_err(ExportError::from)? {
-        Rest::Damage(fault) => Err(ExportError::from(ReadError::from(fault)).into()),
-        Rest::Nothing | Rest::Torn { .. } => Ok(Some(head)),
-    }
+    Ok(Some(reader))
 }
 
 fn unreadable(file: PathBuf, offset: u64, what: &'static str) -> ExportError {

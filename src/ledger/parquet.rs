@@ -156,7 +156,7 @@ fn survey(
     entry: &mut SegmentEntry,
 ) -> Result<(Option<SegmentHead>, BTreeMap<Part, Survey>), ParquetError> {
     let mut parts: HashMap<Date, HashMap<String, Survey>> = HashMap::new();
-    let head = scan_file::<ParquetError>(segment, job.wanted, |_, view| {
+    let reader = scan_file::<ParquetError>(segment, job.wanted, |_, view| {
         if view.seq.is_multiple_of(1024) && (job.stopped)() {
             return Err(ParquetError::Stopped);
         }
@@ -172,7 +172,7 @@ fn survey(
     let flat = parts.into_iter().flat_map(|(date, of_day)| {
         of_day.into_iter().map(move |(model, survey)| ((model, date), survey))
     });
-    Ok((head, flat.collect()))
+    Ok((reader.map(|reader| reader.head().clone()), flat.collect()))
 }
 
 fn write_parts(

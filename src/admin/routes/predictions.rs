@@ -1,7 +1,7 @@
 //! One prediction by its id, as the ledger has it.
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use axum::extract::State;
@@ -19,7 +19,7 @@ use crate::admin::problem::{INTERNAL, NOT_FOUND, OVERLOADED, Problem};
 use crate::admit::Action;
 use crate::domain::ModelName;
 use crate::ledger::PREDICTIONS;
-use crate::ledger::export::{ExportError, Selection, line, scan};
+use crate::ledger::export::{ExportError, Selection, line, scan_file, segments};
 use crate::ledger::record::Kind;
 
 /// Each reads a segment or two from the disk.
@@ -67,16 +67,21 @@ pub(super) async fn get(
 
 /// Reads the segments that were written when the id says, or up to a day later.
 fn find(log: &Path, id: Uuid) -> Result<Option<Found>, ExportError> {
-    let mut found = None;
-    let folder: PathBuf = log.to_owned();
-    scan::<ExportError>(&folder, &Selection::of(id), |head, view| {
-        if view.kind != Kind::Prediction as u64 {
-            return Ok(ControlFlow::Continue(()));
+    let (wanted, mut found) = (Selection::of(id), None);
+    for segment in segments(log, &wanted)? {
+        scan_file::<ExportError>(&segment, &wanted, |head, view| {
+            // Others, of erasures, are about it.
+            if view.kind != Kind::Prediction as u64 {
+                return Ok(ControlFlow::Continue(()));
+            }
+            let mut text = Vec::new();
+            line(&mut text, &head.writer.to_string(), view);
+            found = Some(Found { line: text, model: view.model.parse().ok() });
+            Ok(ControlFlow::Break(()))
+        })?;
+        if found.is_some() {
+            break;
         }
-        let mut text = Vec::new();
-        line(&mut text, &head.writer.to_string(), view);
-        found = Some(Found { line: text, model: view.model.parse().ok() });
-        Ok(ControlFlow::Break(()))
-    })?;
+    }
     Ok(found)
 }

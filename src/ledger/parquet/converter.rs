@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{Job, Manifest, ParquetError, convert};
+use super::{Job, Manifest, ParquetError, SegmentEntry, convert};
 use crate::ledger::export::Selection;
 use crate::ledger::frame::WriterId;
 use crate::ledger::reader::{self, SegmentFile, SegmentReader};
@@ -115,10 +115,10 @@ fn work(settings: &ConverterSettings, shared: &Shared, mut between: impl FnMut()
     if let Err(error) = rustix::process::nice(NICE) {
         tracing::debug!(%error, "the thread that makes Parquet runs as others do");
     }
-    let mut failed: HashMap<u64, Instant> = HashMap::new();
+    let mut seen = Seen::default();
     loop {
         // A panic must not end the conversion for good; the hook has told where it was.
-        if crate::panics::caught(|| look(settings, shared, &mut failed)).is_none() {
+        if crate::panics::caught(|| look(settings, shared, &mut seen)).is_none() {
             shared.progress.lock().failures += 1;
         }
         if crate::panics::caught(&mut between).is_none() {
@@ -134,15 +134,23 @@ fn work(settings: &ConverterSettings, shared: &Shared, mut between: impl FnMut()
     }
 }
 
-fn look(settings: &ConverterSettings, shared: &Shared, failed: &mut HashMap<u64, Instant>) {
-    let todo = match todo(settings) {
+/// What the thread knows of segments, by their first numbers.
+#[derive(Default)]
+struct Seen {
+    failed: HashMap<u64, Instant>,
+    /// Size and time of those that are converted: their manifests need not be read again.
+    converted: HashMap<u64, (u64, u64)>,
+}
+
+fn look(settings: &ConverterSettings, shared: &Shared, seen: &mut Seen) {
+    let todo = match todo(settings, &mut seen.converted) {
         Ok(todo) => todo,
         Err(error) => return shared.failed(settings, None, &error),
     };
     shared.progress.lock().waiting = todo.len() as u64;
     for segment in todo {
         let at = segment.first_seq;
-        if failed.get(&at).is_some_and(|when| when.elapsed() < AGAIN_AFTER) {
+        if seen.failed.get(&at).is_some_and(|when| when.elapsed() < AGAIN_AFTER) {
             continue;
         }
         let stopped = || *shared.stop.lock();
@@ -150,7 +158,7 @@ fn look(settings: &ConverterSettings, shared: &Shared, failed: &mut HashMap<u64,
         let job = Job { wanted: &Selection::default(), stopped: &stopped, days_of };
         match convert(&segment, &settings.root, &job) {
             Ok(manifest) => {
-                failed.remove(&at);
+                seen.failed.remove(&at);
                 let mut progress = shared.progress.lock();
                 progress.segments += 1;
                 progress.rows += manifest.segment.records;
@@ -159,7 +167,7 @@ fn look(settings: &ConverterSettings, shared: &Shared, failed: &mut HashMap<u64,
             }
             Err(ParquetError::Stopped) => return,
             Err(error) => {
-                failed.insert(at, Instant::now());
+                seen.failed.insert(at, Instant::now());
                 shared.failed(settings, Some(at), &error);
             }
         }
@@ -167,28 +175,36 @@ fn look(settings: &ConverterSettings, shared: &Shared, failed: &mut HashMap<u64,
 }
 
 /// Sealed segments without a manifest, or with one of what they were before.
-fn todo(settings: &ConverterSettings) -> Result<Vec<SegmentFile>, ParquetError> {
+fn todo(
+    settings: &ConverterSettings,
+    converted: &mut HashMap<u64, (u64, u64)>,
+) -> Result<Vec<SegmentFile>, ParquetError> {
     let all = match reader::segments(&settings.log) {
         Err(error) if super::super::export::is_gone(&error) => return Ok(Vec::new()),
         all => all.map_err(super::ExportError::from)?,
     };
+    let first = all.first().map_or(0, |segment| segment.first_seq);
+    converted.retain(|first_seq, _| *first_seq >= first);
     let mut todo = Vec::new();
     for segment in all.into_iter().filter(|segment| segment.sealed) {
-        let writer = match writer(&segment) {
-            Ok(writer) => writer,
-            // Gone, or no segment; the latter is told when it is converted.
-            Err(()) => WriterId([0; 8]),
-        };
+        let Ok(now) = SegmentEntry::of(&segment) else { continue };
+        let now = (now.bytes, now.modified_ns);
+        if converted.get(&segment.first_seq) == Some(&now) {
+            continue;
+        }
+        // One that has no head is told of when it is converted.
+        let writer = writer(&segment).unwrap_or(WriterId([0; 8]));
         let manifest = Manifest::read(&settings.root, writer, segment.first_seq);
-        if !manifest.is_some_and(|manifest| manifest.fits(&segment)) {
-            todo.push(segment);
+        match manifest.is_some_and(|manifest| manifest.fits(&segment)) {
+            true => drop(converted.insert(segment.first_seq, now)),
+            false => todo.push(segment),
         }
     }
     Ok(todo)
 }
 
-fn writer(segment: &SegmentFile) -> Result<WriterId, ()> {
-    SegmentReader::open(segment).map(|reader| reader.head().writer).map_err(drop)
+fn writer(segment: &SegmentFile) -> Option<WriterId> {
+    SegmentReader::open(segment).ok().map(|reader| reader.head().writer)
 }
 
 impl Shared {
