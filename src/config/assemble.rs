@@ -51,6 +51,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         drain_grace: from.millis("server.drain_grace_ms"),
         unsafe_notes: Vec::new(),
     };
+    records::witness_objects(&mut layers, &mut config);
     check_listeners(&config, &mut layers.problems);
     if !layers.problems.is_empty() {
         return Err(layers.problems);

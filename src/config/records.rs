@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use super::Config;
 use super::layers::Layers;
 use crate::domain::{Capture, Durability, OnUnrecorded, RecordSettings, sample_of};
 use crate::ledger;
@@ -43,6 +44,20 @@ fn witnesses(from: &mut Layers) -> Vec<witness::Settings> {
         }
     }
     witnesses
+}
+
+/// The bucket that the ledger is delivered to may be a witness as well.
+pub(super) fn witness_objects(from: &mut Layers, config: &mut Config) {
+    if !from.flag("ledger.witness_objects") {
+        return;
+    }
+    match &config.sinks.objects {
+        Some(objects) => config.ledger.witnesses.push(witness::Settings {
+            name: "objects".to_owned(),
+            target: Target::Bucket(objects.clone()),
+        }),
+        None => from.problems.add("ledger.witness_objects", "needs sinks.objects_url"),
+    }
 }
 
 /// What is kept of models that say nothing else.

@@ -131,6 +131,7 @@ pub const KEYS: &[Key] = &[
     key("ledger.checkpoint_interval_s", Kind::Int(1, 86_400), "10"),
     key("ledger.witness_file", Kind::Text, ""),
     key("ledger.witness_url", Kind::Text, ""),
+    key("ledger.witness_objects", Kind::Bool, "false"),
     key("ledger.capture", Kind::OneOf(&["full", "digest", "none"]), "full"),
     key("ledger.sample_rate", Kind::Ratio, "1.0"),
     key("ledger.tensor_bytes_max", Kind::Int(0, RECORD_BYTES_MAX), "1048576"),

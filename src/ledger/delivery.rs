@@ -46,6 +46,7 @@ mod worker;
 pub use events::EventsSettings;
 pub use kafka::{KafkaSettings, Mechanism};
 pub use objects::ObjectsSettings;
+pub(super) use stores::open as open_bucket;
 pub use stores::{Place, Provider, StoreSettings};
 
 use objects::Objects;

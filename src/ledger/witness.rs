@@ -21,7 +21,10 @@ use parking_lot::{Condvar, Mutex};
 use url::Url;
 
 use super::checkpoint::Note;
+use super::delivery::{ObjectsSettings, open_bucket};
 
+/// Folder of checkpoints in a bucket.
+const CHECKPOINTS: &str = "checkpoints";
 /// First wait after a failure; each further one is twice as long.
 const BACKOFF: Duration = Duration::from_secs(1);
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
@@ -39,6 +42,9 @@ pub enum Target {
     Webhook(Url),
     /// Each is a new object `<prefix>/<origin>/<size>`; none is ever replaced.
     Object { store: Arc<dyn ObjectStore>, prefix: ObjectPath },
+    /// The same in the bucket that the ledger is delivered to, below `checkpoints/`. It is opened
+    /// each time: credentials change.
+    Bucket(ObjectsSettings),
 }
 
 #[derive(Clone, Debug)]
@@ -213,20 +219,33 @@ impl Shared {
                     false => Err(format!("status {}", answer.status().as_u16())),
                 }
             }
-            Target::Object { store, prefix } => {
-                let mut path = prefix.clone();
-                for part in note.checkpoint.origin.split('/') {
-                    path = path.join(part);
-                }
-                let path = path.join(format!("{:020}", note.checkpoint.tree.size));
-                let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-                match store.put_opts(&path, text.into(), options).await {
-                    // It is there since an earlier try whose answer was lost.
-                    Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
-                    Err(error) => Err(error.to_string()),
-                }
+            Target::Object { store, prefix } => put(&**store, prefix, note, text).await,
+            Target::Bucket(ObjectsSettings { place, store }) => {
+                let store = open_bucket(place, store)?;
+                let prefix = ObjectPath::from(place.prefix.as_str()).join(CHECKPOINTS);
+                put(&*store, &prefix, note, text).await
             }
         }
+    }
+}
+
+/// Puts a checkpoint where no other is.
+async fn put(
+    store: &dyn ObjectStore,
+    prefix: &ObjectPath,
+    note: &Note,
+    text: String,
+) -> Result<(), String> {
+    let mut path = prefix.clone();
+    for part in note.checkpoint.origin.split('/') {
+        path = path.join(part);
+    }
+    let path = path.join(format!("{:020}", note.checkpoint.tree.size));
+    let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+    match store.put_opts(&path, text.into(), options).await {
+        // It is there since an earlier try whose answer was lost.
+        Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
+        Err(error) => Err(error.to_string()),
     }
 }
 

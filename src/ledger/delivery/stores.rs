@@ -70,7 +70,7 @@ pub struct StoreSettings {
 ///
 /// # Errors
 /// What is wrong with the settings or the secrets.
-pub(super) fn open(
+pub(in crate::ledger) fn open(
     place: &Place,
     settings: &StoreSettings,
 ) -> Result<Arc<dyn ObjectStore>, String> {
