@@ -109,7 +109,7 @@ pub(super) fn mark(head: &[u8]) -> Option<u64> {
 /// later than the bytes can hold. Looks at few bytes where there is none.
 pub(super) fn later(bytes: &[u8], next_seq: u64) -> Option<Frame<'_>> {
     let total = PRELUDE + u32_at(bytes, 0) as usize;
-    if total < FRAME_BYTES_MIN || total > FRAME_BYTES_MAX || bytes.len() < total {
+    if !(FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&total) || bytes.len() < total {
         return None;
     }
     let seq_max = next_seq.saturating_add((bytes.len() / FRAME_BYTES_MIN) as u64 + SKIPPED_MAX);

@@ -19,6 +19,11 @@ use super::shared::Shared;
 /// How often free space is looked at, and what failed is tried again.
 const TICK: Duration = Duration::from_secs(1);
 
+/// Where space is to be taken, from where on, and how much.
+type Grow = (Arc<dyn DiskFile>, u64, u64);
+/// A segment and its length.
+type Seal = (OldSegment, u64);
+
 #[derive(Default)]
 pub(super) struct Stores {
     inner: Mutex<Inner>,
@@ -29,8 +34,8 @@ pub(super) struct Stores {
 #[derive(Default)]
 struct Inner {
     spare: Option<Spare>,
-    grow: Vec<(Arc<dyn DiskFile>, u64, u64)>,
-    seals: VecDeque<(OldSegment, u64)>,
+    grow: Vec<Grow>,
+    seals: VecDeque<Seal>,
     asked: bool,
     stop: bool,
 }
@@ -90,7 +95,7 @@ impl Stores {
     }
 
     /// What is to be done; `None` at the end.
-    fn wait(&self) -> Option<(Vec<(Arc<dyn DiskFile>, u64, u64)>, Option<(OldSegment, u64)>)> {
+    fn wait(&self) -> Option<(Vec<Grow>, Option<Seal>)> {
         let mut inner = self.inner.lock();
         let until = Instant::now() + TICK;
         while !inner.stop && !inner.asked && inner.grow.is_empty() && inner.seals.is_empty() {

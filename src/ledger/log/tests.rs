@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, reason = "offsets and numbers of small logs")]
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

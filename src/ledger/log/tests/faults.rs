@@ -164,7 +164,7 @@ async fn short_and_interrupted_writes_are_continued() {
     let disk = faulty(move |op| {
         count += 1;
         match op {
-            Op::Write if count % 7 == 0 => Act::Fail(Errno::INTR),
+            Op::Write if count.is_multiple_of(7) => Act::Fail(Errno::INTR),
             Op::Write => Act::Short(1 + count % 50),
             _ => Act::Go,
         }
@@ -278,7 +278,7 @@ async fn a_log_that_broke_says_so_and_goes_on_by_itself() {
         log.missed(at(200));
         ill.store(false, Ordering::Relaxed);
         eventually("it takes records again", || log.check().is_ok());
-        acked.extend(load(&log, 10).await.into_iter().map(|(seq, text)| (seq, format!("{text}"))));
+        acked.extend(load(&log, 10).await);
         log.close().await;
         drop(log);
         let texts = texts(&settings);

@@ -341,7 +341,7 @@ fn what_was_begun_and_not_finished_is_put_right() {
     assert_eq!(names(), [first]);
 
     // A next segment with only a head; one whose head never got there.
-    for head in [fs::read(&path.with_extension("seg")).unwrap()[..512].to_vec(), vec![0; 512]] {
+    for head in [fs::read(path.with_extension("seg")).unwrap()[..512].to_vec(), vec![0; 512]] {
         only(&settings, &path, &whole);
         let mut head = head;
         if head[0] != 0 {
