@@ -548,7 +548,8 @@ async fn whom_data_is_about_is_said_by_a_parameter_a_header_or_the_sticky_key() 
     };
     let path = "/v2/models/fake/infer";
     let (header, sticky) = (("x-subject", "22"), ("tidegate-sticky-key", "333"));
-    let cases: [(&[(&str, &str)], Value, usize); 5] = [
+    type Case<'a> = (&'a [(&'a str, &'a str)], Value, usize);
+    let cases: [Case<'_>; 5] = [
         (&[header, sticky], json!({"patient": "1"}), 1),
         (&[header, sticky], json!({}), 2),
         (&[sticky], json!({}), 3),

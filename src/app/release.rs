@@ -170,7 +170,8 @@ impl Release {
             tracing::warn!("what was going on was not written down in time");
         }
         // A thread of its own: it may wait for the disk, and this is the end.
-        if let Some(copy) = self.admin_log.lock().take()
+        let copy = self.admin_log.lock().take();
+        if let Some(copy) = copy
             && tokio::task::spawn_blocking(move || copy.stop()).await.is_err()
         {
             tracing::warn!("the journal was not copied to its end");

@@ -54,7 +54,7 @@ pub(super) fn witness_objects(from: &mut Layers, config: &mut Config) {
     match &config.sinks.objects {
         Some(objects) => config.ledger.witnesses.push(witness::Settings {
             name: "objects".to_owned(),
-            target: Target::Bucket(objects.clone()),
+            target: Target::Bucket(Box::new(objects.clone())),
         }),
         None => from.problems.add("ledger.witness_objects", "needs sinks.objects_url"),
     }

@@ -13,7 +13,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ enum CopyError {
 
 /// The thread that copies.
 pub struct AdminLog {
-    stop: Sender<()>,
+    stop: SyncSender<()>,
     thread: JoinHandle<()>,
 }
 
@@ -54,7 +54,7 @@ impl AdminLog {
     /// # Errors
     /// When there is no thread to be had.
     pub fn start(store: Arc<dyn Store>, ledger: Arc<Ledger>) -> std::io::Result<Self> {
-        let (stop, stopped) = channel();
+        let (stop, stopped) = sync_channel(0);
         let mut copy =
             Copy { store, ledger, runtime: Handle::current(), next: None, failing: false };
         let run = move || loop {

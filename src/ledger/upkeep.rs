@@ -246,7 +246,7 @@ mod tests {
             put_ns: 1,
         };
         ledger.put_hold(hold.clone()).unwrap();
-        assert_eq!(ledger.holds(), [hold.clone()]);
+        assert_eq!(ledger.holds(), std::slice::from_ref(&hold));
         let other = Hold { model: None, ..hold.clone() };
         assert!(matches!(ledger.put_hold(other), Err(HoldingError::Hold(HoldError::Exists(_)))));
         assert_eq!(ledger.lift_hold("case-1", "admin", "over").unwrap(), hold);

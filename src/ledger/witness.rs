@@ -44,7 +44,7 @@ pub enum Target {
     Object { store: Arc<dyn ObjectStore>, prefix: ObjectPath },
     /// The same in the bucket that the ledger is delivered to, below `checkpoints/`. It is opened
     /// each time: credentials change.
-    Bucket(ObjectsSettings),
+    Bucket(Box<ObjectsSettings>),
 }
 
 #[derive(Clone, Debug)]
@@ -220,7 +220,8 @@ impl Shared {
                 }
             }
             Target::Object { store, prefix } => put(&**store, prefix, note, text).await,
-            Target::Bucket(ObjectsSettings { place, store }) => {
+            Target::Bucket(objects) => {
+                let ObjectsSettings { place, store } = &**objects;
                 let store = open_bucket(place, store)?;
                 let prefix = ObjectPath::from(place.prefix.as_str()).join(CHECKPOINTS);
                 put(&*store, &prefix, note, text).await

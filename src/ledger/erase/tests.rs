@@ -56,7 +56,7 @@ fn add(ledger: &Ledger, id: u128, of: Option<u128>, subject: &[u8], secret: &str
     };
     let payload = Payload { error: secret.to_owned(), ..Payload::default() };
     let mut draft = crate::ledger::frame::Draft::default();
-    crate::ledger::record::other(&mut draft, &head, &payload, &[id as u8; 32]);
+    crate::ledger::record::other(&mut draft, &head, &payload, &[id.to_le_bytes()[0]; 32]);
     ledger.predictions().append(&draft).unwrap().seq
 }
 

@@ -359,7 +359,7 @@ impl Object<'_> {
     fn micros(&mut self, name: &str, nanos: u64) {
         self.name(name);
         put(self.out, format_args!("{}", nanos / 1000));
-        if nanos % 1000 > 0 {
+        if !nanos.is_multiple_of(1000) {
             let places = format!("{:03}", nanos % 1000);
             put(self.out, format_args!(".{}", places.trim_end_matches('0')));
         }

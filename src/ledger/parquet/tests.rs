@@ -63,7 +63,7 @@ fn a_segment_becomes_a_file_for_each_model_and_day() {
     assert_eq!((digest, bytes.len() as u64), (of_iris.sha256.clone(), of_iris.bytes));
     let read_back = Manifest::read(&root, crate::ledger::frame::WriterId([0xab; 8]), 0).unwrap();
     assert_eq!(read_back, manifest);
-    assert_eq!(Manifest::all(&root), [manifest.clone()]);
+    assert_eq!(Manifest::all(&root), std::slice::from_ref(&manifest));
     assert!(manifest.fits(&segment));
     // Once more: the same bytes under the same names.
     let again = convert(&segment, &root, &Job::of(&Selection::default())).unwrap();
