@@ -3,7 +3,8 @@
 //! Invariants:
 //! - Every call ends in exactly one [`Completion`](crate::domain::Completion), whatever becomes of it, cancellation included,
 //!   and has one record in the ledger at most.
-//! - No answer with a prediction leaves before its record is where the model's `durability` says.
+//! - No answer with a prediction leaves before its record is where the model's `durability` says,
+//!   and by then it is in its caller's form: what cannot be written is recorded as failed.
 //! - One look at the route table decides where a request goes.
 //! - Shadows get their copy when the answer is made, and nothing of theirs is waited for.
 
@@ -149,28 +150,31 @@ impl Gateway {
         self.table.look(|table| Ok(table.pick(model, version)?.served))
     }
 
-    /// Makes one prediction.
+    /// Makes one prediction, has `write` put it into its caller's form, and records it: what cannot
+    /// be written is a prediction that failed. Gives what was written, and the head that goes with it.
     ///
     /// # Errors
     /// A failure with everything that the answer's headers need. When the returned future is
     /// dropped, the request is withdrawn and recorded as cancelled.
-    pub async fn infer(
+    pub async fn infer<R>(
         &self,
         meta: CallMeta,
         request: InferRequest,
-    ) -> Result<Answer, Box<Refused>> {
+        write: impl AsyncFnOnce(Answer) -> Result<R, Failure>,
+    ) -> Result<(R, AnswerHead), Box<Refused>> {
         let InferRequest { model, version, id, inputs, outputs, parameters } = request;
         let mut record = Record::new(self, &meta, model, id);
-        let done = self.run(&mut record, &meta, version, inputs, &outputs, &parameters).await;
-        let done = match done {
-            Ok((outputs, deadline)) => record.settle(deadline).await.map(|()| outputs),
-            Err(failure) => Err(failure),
+        let done = async {
+            let run = self.run(&mut record, &meta, version, inputs, &outputs, &parameters);
+            let (outputs, deadline) = run.await?;
+            let written = write(record.answer(outputs)).await?;
+            record.settle(deadline).await.map(|()| written)
         };
-        match done {
-            Ok(outputs) => {
-                let (head, model, id) = (record.head(), record.model().clone(), record.caller_id());
+        match done.await {
+            Ok(written) => {
+                let head = record.head();
                 record.answered();
-                Ok(Answer { head, model, id, outputs })
+                Ok((written, head))
             }
             Err(failure) => {
                 let id = record.caller_id();

@@ -360,6 +360,26 @@ async fn what_failed_or_was_refused_is_recorded_as_that() {
     }
 }
 
+/// JSON has no infinity: the model ran, and its caller gets an error.
+#[tokio::test]
+async fn an_answer_that_cannot_be_written_is_recorded_as_failed() {
+    let bench = Bench::new();
+    bench.put("endless", 1, &FakeModel::new(2, f32::INFINITY), |_| {});
+    let got = bench.infer("endless", "1", 1.0).await;
+    assert!(got.status.is_client_error() || got.status.is_server_error(), "{}", got.status);
+    let code = got.json()["code"].as_str().unwrap().to_owned();
+    let records = bench.records().await;
+    assert_eq!(records[&got.seq().unwrap()].head.status, code);
+    let (_, page) = bench.observer.page(None);
+    let page = String::from_utf8(page.to_vec()).unwrap();
+    let counted =
+        |line: &&str| line.starts_with("tidegate_requests_total") && line.contains("\"endless\"");
+    let lines: Vec<&str> = page.lines().filter(counted).collect();
+    let outcome = format!("outcome=\"{code}\"");
+    assert!(lines.iter().any(|line| line.contains(&outcome) && line.ends_with(" 1")), "{lines:?}");
+    assert!(lines.iter().all(|line| line.contains(&outcome) || line.ends_with(" 0")), "{lines:?}");
+}
+
 #[tokio::test]
 async fn a_caller_that_goes_away_leaves_one_record() {
     let bench = Bench::new();

@@ -96,7 +96,8 @@ impl Serving {
             outputs: Vec::new(),
             parameters: Vec::new(),
         };
-        self.gateway.infer(meta, request).await.map_err(|refused| refused.failure)
+        let answer = self.gateway.infer(meta, request, async |answer| Ok(answer)).await;
+        answer.map(|(answer, _)| answer).map_err(|refused| refused.failure)
     }
 
     /// All at once.

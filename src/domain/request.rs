@@ -132,11 +132,12 @@ pub struct AnswerHead {
     pub ledger_seq: Option<u64>,
 }
 
-/// A finished prediction.
+/// A prediction that was made, to be written in its caller's form.
 #[derive(Clone, Debug)]
 pub struct Answer {
-    pub head: AnswerHead,
     pub model: ModelName,
+    pub version: Option<Version>,
+    /// The caller's own.
     pub id: String,
     /// In the order asked for, or the model's.
     pub outputs: Vec<NamedTensor>,

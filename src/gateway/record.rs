@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use super::Gateway;
 use crate::domain::{
-    AnswerHead, CallMeta, Completion, Deadline, Durability, ErrorKind, Failure, ModelName,
-    OnUnrecorded, Outcome, ParameterValue, Recording, Tensor, Timings,
+    Answer, AnswerHead, CallMeta, Completion, Deadline, Durability, ErrorKind, Failure, ModelName,
+    NamedTensor, OnUnrecorded, Outcome, ParameterValue, Recording, Tensor, Timings,
 };
 use crate::ledger::log::{Appended, Unrecorded};
 use crate::ledger::{About, Ledger};
@@ -97,6 +97,13 @@ impl<'a> Record<'a> {
 
     pub(super) fn id(&self) -> Uuid {
         self.completion().prediction_id
+    }
+
+    /// What is written for the caller.
+    pub(super) fn answer(&self, outputs: Vec<NamedTensor>) -> Answer {
+        let completion = self.completion();
+        let (model, version) = (completion.model.clone(), completion.version);
+        Answer { model, version, id: self.caller_id(), outputs }
     }
 
     /// The caller's id, for its answer.

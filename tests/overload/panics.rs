@@ -153,7 +153,9 @@ fn a_panicking_prediction_is_counted() {
                 principal: None,
             };
             let gateway = Arc::clone(&server.api.gateway);
-            let ended = tokio::spawn(async move { gateway.infer(meta, request).await.is_ok() });
+            let ended = tokio::spawn(async move {
+                gateway.infer(meta, request, async |_| Ok(())).await.is_ok()
+            });
             assert!(ended.await.unwrap_err().is_panic());
             let client = Client::new(server.data);
             let (_, page) = client.get(server.metrics, "/metrics").await;

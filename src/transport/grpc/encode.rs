@@ -47,10 +47,10 @@ pub(super) fn answer(
     placed: &[(String, Slice)],
     shm: &SharedMemory,
 ) -> Result<ModelInferResponse, Failure> {
-    let Answer { head, model, id, outputs } = answer;
+    let Answer { model, version, id, outputs } = answer;
     let mut message = ModelInferResponse {
         model_name: model.to_string(),
-        model_version: head.version.map(|version| version.to_string()).unwrap_or_default(),
+        model_version: version.map(|version| version.to_string()).unwrap_or_default(),
         id,
         parameters: HashMap::new(),
         outputs: Vec::with_capacity(outputs.len()),

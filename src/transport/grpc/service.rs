@@ -85,19 +85,12 @@ pub(super) async fn infer(
             return Err(Box::new(Refusal { failure, head: Some(head), asked }));
         }
     };
-    let answer = match api.gateway.infer(meta, request).await {
-        Ok(answer) => answer,
-        Err(refused) => {
-            let refused = *refused;
-            let (failure, head) = (refused.failure, Some(refused.head));
-            return Err(Box::new(Refusal { failure, head, asked }));
-        }
-    };
-    let head = answer.head.clone();
-    match encode::answer(answer, &placed, &api.shm) {
-        Ok(response) => Ok((response, head)),
-        Err(failure) => Err(Box::new(Refusal { failure, head: Some(head), asked })),
-    }
+    let write = async |answer| encode::answer(answer, &placed, &api.shm);
+    api.gateway.infer(meta, request, write).await.map_err(|refused| {
+        let refused = *refused;
+        let (failure, head) = (refused.failure, Some(refused.head));
+        Box::new(Refusal { failure, head, asked })
+    })
 }
 
 /// Reads the tensors; where every element has to be looked at and there are many, on another

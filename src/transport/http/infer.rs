@@ -212,18 +212,16 @@ async fn answer(
     all_binary: bool,
     write: impl FnOnce(&Answer) -> Result<Reply, Failure> + Send + 'static,
 ) -> Reply {
-    match api.gateway.infer(meta, request).await {
-        Ok(answer) => {
-            let bytes: usize = answer.outputs.iter().map(|output| output.tensor.data().len()).sum();
-            let head = answer.head.clone();
-            let written = if all_binary || bytes <= INLINE_MAX_BYTES {
-                write(&answer)
-            } else {
-                let deadline = tokio::time::Instant::now() + WORK_WAIT_MAX;
-                api.intake.run(deadline, move || write(&answer)).await
-            };
-            written.unwrap_or_else(Reply::from).head(&head)
+    let write = async |answer: Answer| {
+        let bytes: usize = answer.outputs.iter().map(|output| output.tensor.data().len()).sum();
+        if all_binary || bytes <= INLINE_MAX_BYTES {
+            return write(&answer);
         }
+        let deadline = tokio::time::Instant::now() + WORK_WAIT_MAX;
+        api.intake.run(deadline, move || write(&answer)).await
+    };
+    match api.gateway.infer(meta, request, write).await {
+        Ok((reply, head)) => reply.head(&head),
         Err(refused) => Reply::failure(&refused.failure).head(&refused.head),
     }
 }

@@ -33,7 +33,7 @@ pub(super) fn write(
     let mut out = Vec::with_capacity(HEAD_USUAL_BYTES + digits);
     out.extend_from_slice(b"{\"model_name\":");
     json(answer.model.as_str(), &mut out);
-    if let Some(version) = answer.head.version {
+    if let Some(version) = answer.version {
         out.extend_from_slice(b",\"model_version\":");
         json(&version.to_string(), &mut out);
     }
