@@ -7,6 +7,7 @@ pub mod admin;
 pub mod admit;
 pub mod app;
 pub mod batch;
+pub mod bucket;
 pub mod cache;
 pub mod cli;
 pub mod config;

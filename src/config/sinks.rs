@@ -6,10 +6,10 @@ use url::{Host, Url};
 
 use super::layers::Layers;
 use super::sources::{list, secret};
-use crate::control::source::{self, Bucket, HostPort};
+use crate::bucket::{Bucket, StoreSettings};
+use crate::control::source::HostPort;
 use crate::ledger::delivery::{
-    Cap, EventsSettings, KafkaSettings, Mechanism, Models, ObjectsSettings, OnCap, Place, Provider,
-    Settings, StoreSettings,
+    Cap, EventsSettings, KafkaSettings, Mechanism, Models, ObjectsSettings, OnCap, Settings,
 };
 
 /// Longest name of a topic.
@@ -48,7 +48,6 @@ fn objects(from: &mut Layers) -> Option<ObjectsSettings> {
         key_id: secret(from, "sinks.objects_key_id"),
         secret: secret(from, "sinks.objects_secret"),
         token: secret(from, "sinks.objects_token"),
-        allow_http: from.flag("sinks.allow_http"),
     };
     if store.key_id.is_some() && store.secret.is_none() {
         from.problems.add("sinks.objects_key_id", "needs sinks.objects_secret beside it");
@@ -56,13 +55,7 @@ fn objects(from: &mut Layers) -> Option<ObjectsSettings> {
     let bucket = from.text("sinks.objects_url")?.parse::<Bucket>();
     let bucket =
         bucket.map_err(|error| from.problems.add("sinks.objects_url", error.to_string())).ok()?;
-    let provider = match bucket.provider {
-        source::Provider::S3 => Provider::S3,
-        source::Provider::Gcs => Provider::Gcs,
-        source::Provider::Azure => Provider::Azure,
-    };
-    let place = Place { provider, bucket: bucket.name, prefix: bucket.prefix };
-    Some(ObjectsSettings { place, store })
+    Some(ObjectsSettings { bucket, store, allow_http: from.flag("sinks.allow_http") })
 }
 
 fn kafka(from: &mut Layers) -> Option<KafkaSettings> {

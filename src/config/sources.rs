@@ -3,9 +3,10 @@
 use url::Url;
 
 use super::layers::Layers;
+use crate::bucket::{Bucket, StoreSettings};
 use crate::control::TrustedKeys;
 use crate::control::secret::SecretRef;
-use crate::control::source::{Bucket, HostPort, Location, MlflowSettings, Settings, StoreSettings};
+use crate::control::source::{HostPort, Location, MlflowSettings, Settings};
 use crate::domain::Label;
 
 /// Most hosts, and most prefixes of artifacts, in one list.

@@ -29,6 +29,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::lineage::{Lineage, LineageError};
 use super::secret::{SecretError, SecretRef};
+use crate::bucket::{Bucket, StoreSettings};
 use crate::domain::{Label, ModelName, Version};
 
 mod difference;
@@ -46,7 +47,7 @@ mod store;
 
 pub use difference::Change;
 pub use directory::Directory;
-pub use location::{Bucket, Location, LocationError, Provider, Tracking};
+pub use location::{Location, LocationError, Tracking};
 pub use mlflow::Mlflow;
 pub use mlflow::webhook::{
     BODY_MAX as WEBHOOK_BODY_MAX, Delivery, Hint, WebhookError, Webhooks, verify_webhook,
@@ -281,23 +282,6 @@ impl Default for Settings {
             mlflow: MlflowSettings::default(),
         }
     }
-}
-
-/// How buckets are reached. What is not set here is taken from the provider's own environment.
-#[derive(Clone, Debug, Default)]
-pub struct StoreSettings {
-    pub endpoint: Option<url::Url>,
-    pub region: Option<String>,
-    /// S3: the bucket is part of the host name, not of the path.
-    pub virtual_hosted: bool,
-    /// Azure: storage account.
-    pub account: Option<String>,
-    /// S3: access key id.
-    pub key_id: Option<SecretRef>,
-    /// S3: secret access key. Azure: account key. GCS: the service account's JSON.
-    pub secret: Option<SecretRef>,
-    /// S3: session token.
-    pub token: Option<SecretRef>,
 }
 
 /// How an MLflow server is talked to.

@@ -47,7 +47,6 @@ pub use events::EventsSettings;
 pub use kafka::{KafkaSettings, Mechanism};
 pub use objects::ObjectsSettings;
 pub(super) use stores::open as open_bucket;
-pub use stores::{Place, Provider, StoreSettings};
 
 use objects::Objects;
 use worker::Worker;

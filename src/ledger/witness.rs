@@ -221,9 +221,8 @@ impl Shared {
             }
             Target::Object { store, prefix } => put(&**store, prefix, note, text).await,
             Target::Bucket(objects) => {
-                let ObjectsSettings { place, store } = &**objects;
-                let store = open_bucket(place, store)?;
-                let prefix = ObjectPath::from(place.prefix.as_str()).join(CHECKPOINTS);
+                let store = open_bucket(objects)?;
+                let prefix = ObjectPath::from(objects.bucket.prefix.as_str()).join(CHECKPOINTS);
                 put(&*store, &prefix, note, text).await
             }
         }

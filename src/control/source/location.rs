@@ -10,6 +10,7 @@ use std::str::FromStr;
 use url::Url;
 
 use super::names;
+use crate::bucket::{Bucket, Provider};
 use crate::domain::ModelName;
 
 /// Most models that an MLflow URL may name.
@@ -20,32 +21,6 @@ pub enum Location {
     Folder(PathBuf),
     Objects(Bucket),
     Mlflow(Tracking),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Provider {
-    S3,
-    Gcs,
-    Azure,
-}
-
-impl Provider {
-    fn scheme(self) -> &'static str {
-        match self {
-            Self::S3 => "s3",
-            Self::Gcs => "gs",
-            Self::Azure => "az",
-        }
-    }
-}
-
-/// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Bucket {
-    pub provider: Provider,
-    pub name: String,
-    /// Without slashes at its ends; empty for the whole bucket.
-    pub prefix: String,
 }
 
 /// `mlflow+https://host:port/path?models=a,b`.
@@ -190,16 +165,6 @@ impl fmt::Display for Location {
             Self::Folder(path) => path.display().fmt(f),
             Self::Objects(bucket) => bucket.fmt(f),
             Self::Mlflow(tracking) => tracking.fmt(f),
-        }
-    }
-}
-
-impl fmt::Display for Bucket {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}://{}", self.provider.scheme(), self.name)?;
-        match self.prefix.as_str() {
-            "" => Ok(()),
-            prefix => write!(f, "/{prefix}"),
         }
     }
 }

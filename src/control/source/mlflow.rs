@@ -35,10 +35,10 @@ use super::net::{Gate, HostPort, Net, Times};
 use super::quiet::{Now, Observations, Verdict};
 use super::store::{self, Stores};
 use super::{
-    Bucket, Fingerprint, LIST_TIME_MAX, Listing, ModelListing, SIGNATURE_FILE, SUMS_FILE,
-    SUMS_SIZE_MAX, Source, SourceError, Staged, Tracking, VersionListing, io_error, listed_in_sums,
-    note,
+    Fingerprint, LIST_TIME_MAX, Listing, ModelListing, SIGNATURE_FILE, SUMS_FILE, SUMS_SIZE_MAX,
+    Source, SourceError, Staged, Tracking, VersionListing, io_error, listed_in_sums, note,
 };
+use crate::bucket::Bucket;
 use crate::control::fetch::{MODEL_FILE, write_whole};
 use crate::control::lineage::{self, Dataset, Git, Lineage, Registered, Training};
 use crate::control::{Settings, manifest};

@@ -22,6 +22,7 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use url::{Host, Url};
 
 use super::SourceError;
+use crate::bucket::{chain, detail};
 
 /// Longest whole answer that is a file. How fast it has to come is for the download to say.
 pub(super) const FILE_TIME_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -337,34 +338,6 @@ pub(super) fn failed(what: &str, error: &reqwest::Error) -> SourceError {
         source = inner.source();
     }
     SourceError::Unreachable { what: what.to_owned(), reason: chain(error) }
-}
-
-/// An error with its causes, without the URL: queries are nobody's business.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    detail(&whole_chain(error))
-}
-
-/// As [`chain`], as long as it is: for what has to be found in it.
-pub(super) fn whole_chain(error: &dyn std::error::Error) -> String {
-    let mut text = String::new();
-    let mut next = Some(error);
-    while let Some(error) = next {
-        let one = error.to_string();
-        let one = one.split(" for url (").next().unwrap_or_default();
-        if !text.contains(one) {
-            if !text.is_empty() {
-                text.push_str(": ");
-            }
-            text.push_str(one);
-        }
-        next = error.source();
-    }
-    text
-}
-
-/// A server's text, fit to be repeated.
-pub(super) fn detail(text: &str) -> String {
-    text.chars().filter(|char| !char.is_control()).take(DETAIL_MAX).collect()
 }
 
 /// A URL without its query.

@@ -27,10 +27,11 @@ use super::net::{Gate, Net, Times};
 use super::quiet::{Now, Observations, Verdict};
 use super::store::{self, ObjectFile, Stores};
 use super::{
-    Bucket, FILES_MAX, Fingerprint, LIST_TIME_MAX, Listing, MODELS_MAX, ModelListing,
-    SIGNATURE_FILE, SUMS_FILE, SUMS_SIZE_MAX, Source, SourceError, Staged, VERSIONS_MAX,
-    VersionListing, listed_in_sums, names, note,
+    FILES_MAX, Fingerprint, LIST_TIME_MAX, Listing, MODELS_MAX, ModelListing, SIGNATURE_FILE,
+    SUMS_FILE, SUMS_SIZE_MAX, Source, SourceError, Staged, VERSIONS_MAX, VersionListing,
+    listed_in_sums, names, note,
 };
+use crate::bucket::Bucket;
 use crate::control::Settings;
 use crate::control::lineage::{Lineage, Registered};
 use crate::domain::{ModelName, Version};

@@ -25,8 +25,9 @@ use reqwest::StatusCode;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use url::Url;
 
-use super::stores::{chain, is_near};
+use super::stores::is_near;
 use super::worker::{Again, Item, Sent, Sink};
+use crate::bucket::chain;
 use crate::ledger::export::{self, View};
 use crate::secret::SecretRef;
 

@@ -34,8 +34,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::offset::Keeper;
 use super::pace::Pace;
-use super::stores::{self, Place, StoreSettings, chain};
+use super::stores;
 use super::{Cap, Models, OnCap, Settings, Shared, Source, now_ns};
+use crate::bucket::{Bucket, StoreSettings, chain};
 
 /// Folder of the files, in the ledger's.
 const PARQUET: &str = "parquet";
@@ -55,8 +56,10 @@ const DIGEST: &str = "sha256";
 /// Which bucket, and how it is reached.
 #[derive(Clone, Debug)]
 pub struct ObjectsSettings {
-    pub place: Place,
+    pub bucket: Bucket,
     pub store: StoreSettings,
+    /// Plain HTTP to other machines.
+    pub allow_http: bool,
 }
 
 /// What is in the bucket, as we put it there; files that are gone here are forgotten.
@@ -123,8 +126,8 @@ impl Objects {
         shared: Arc<Shared>,
         stop: CancellationToken,
     ) -> Self {
-        let prefix = own.place.prefix.clone();
-        let open = move || stores::open(&own.place, &own.store);
+        let prefix = own.bucket.prefix.clone();
+        let open = move || stores::open(&own);
         Self::with(Box::new(open), prefix, settings, source, shared, stop)
     }
 

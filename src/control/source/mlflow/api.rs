@@ -18,6 +18,7 @@ use url::Url;
 use super::super::download::{Backoff, again};
 use super::super::net::{self, Net};
 use super::super::{MODELS_MAX, MlflowSettings, SecretRef, SourceError, VERSIONS_MAX};
+use crate::bucket;
 use crate::control::lineage::{ENTRIES_MAX, short};
 
 const API: &str = "api/2.0/mlflow";
@@ -301,7 +302,7 @@ impl Api {
         let (body, _) = self.small(url, ANSWER_SIZE_MAX).await?;
         serde_json::from_slice(&body).map_err(|error| SourceError::Answer {
             what: net::shown(url),
-            reason: format!("expected MLflow's JSON: {}", net::detail(&error.to_string())),
+            reason: format!("expected MLflow's JSON: {}", bucket::detail(&error.to_string())),
         })
     }
 
@@ -450,7 +451,7 @@ async fn refused(status: StatusCode, response: reqwest::Response) -> SourceError
     let detail = match (status, detail) {
         // Where it leads to is not followed, and not repeated.
         (status, _) if status.is_redirection() => ", a redirect, which is not followed".to_owned(),
-        (_, Some(error)) => net::detail(&format!(" ({}: {})", error.error_code, error.message)),
+        (_, Some(error)) => bucket::detail(&format!(" ({}: {})", error.error_code, error.message)),
         (_, None) => String::new(),
     };
     SourceError::Status { what, status: status.as_u16(), detail }

@@ -23,8 +23,9 @@ use url::Url;
 use super::super::download::{Parts, Ranges, again};
 use super::super::net;
 use super::super::store::{self, ObjectFile};
-use super::super::{Bucket, FILES_MAX, SourceError, names};
+use super::super::{FILES_MAX, SourceError, names};
 use super::api::{ARTIFACTS, Api, entity_tag};
+use crate::bucket::{self, Bucket};
 
 /// Parts of a path on the server, above the artifact.
 const ROOT_DEPTH_MAX: usize = 32;
@@ -48,7 +49,7 @@ pub(super) struct Artifact {
 impl Place {
     /// Reads an address that the server `base` names.
     pub(super) fn parse(uri: &str, base: &Url, allowed: &[Bucket]) -> Result<Self, SourceError> {
-        let shown = net::detail(uri);
+        let shown = bucket::detail(uri);
         let unsupported =
             |why: &str| SourceError::Unsupported(format!("the artifact lies at {shown}, {why}"));
         if let Ok(bucket) = uri.parse::<Bucket>() {
@@ -191,7 +192,7 @@ pub(super) async fn tag_of(api: &Api, url: &Url) -> Result<Option<String>, Sourc
 
 impl Ranges for ProxiedFile {
     fn what(&self) -> String {
-        net::detail(&self.path)
+        bucket::detail(&self.path)
     }
 
     fn open(&self, range: Range<u64>) -> BoxFuture<'_, Result<Parts, SourceError>> {
