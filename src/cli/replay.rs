@@ -93,6 +93,9 @@ fn replay(args: &Args) -> Result<(String, bool), Stop> {
     });
     let pause = pause.transpose()?;
     let mut wanted = args.select.selection(None);
+    // What is sent from now on is in the log too, if that is the log of who it is sent to.
+    let now = jiff::Timestamp::now().as_nanosecond();
+    wanted.until_ns.get_or_insert(i64::try_from(now).unwrap_or(i64::MAX));
     // Another model's inputs would only be refused.
     wanted.model.get_or_insert_with(|| args.to.0.to_string());
     let mut report = Report::new(args.gateway.tolerance);

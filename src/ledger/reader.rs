@@ -20,6 +20,8 @@ use super::frame::{self, Frame, Parsed, SEGMENT_HEAD_BYTES, SegmentHead};
 
 /// Bytes that are read at once.
 pub const CHUNK: usize = 1 << 20;
+/// Times that what looks like damage is looked at.
+const LOOKS: u32 = 4;
 /// Folder of a log's segments.
 pub const SEGMENTS: &str = "segments";
 pub const SEALED: &str = "seg";
@@ -212,11 +214,23 @@ impl SegmentReader {
         if nothing { Ok(None) } else { Err(self.fault(what).into()) }
     }
 
-    /// What is behind the last whole frame, now that [`SegmentReader::next_frame`] gave `None`.
+    /// What is behind the last whole frame, now that [`SegmentReader::next_frame`] gave `None`. What
+    /// looks like damage in a segment that is being written is looked at again: a group of records
+    /// that comes meanwhile may be seen in parts.
     ///
     /// # Errors
     /// When the file cannot be read.
     pub fn rest(&mut self) -> Result<Rest, ReadError> {
+        let mut looks = 1;
+        loop {
+            match self.look()? {
+                Rest::Damage(_) if looks < LOOKS => looks += 1,
+                rest => return Ok(rest),
+            }
+        }
+    }
+
+    fn look(&mut self) -> Result<Rest, ReadError> {
         (self.buffer, self.at) = (Vec::new(), 0);
         let mut rest = Vec::new();
         self.file
@@ -224,7 +238,11 @@ impl SegmentReader {
             .and_then(|_| self.file.read_to_end(&mut rest))
             .map_err(|error| ReadError::Io { file: self.segment.path.clone(), error })?;
         let Some(last) = rest.iter().rposition(|byte| *byte != 0) else { return Ok(Rest::Nothing) };
-        match (0..last).find(|at| frame::later(&rest[*at..], self.next_seq).is_some()) {
+        let later = |at: usize| frame::later(&rest[at..], self.next_seq);
+        if later(0).is_some_and(|frame| frame.seq == self.next_seq) {
+            return Ok(Rest::More);
+        }
+        match (0..last).find(|at| later(*at).is_some()) {
             None => Ok(Rest::Torn { bytes: last as u64 + 1 }),
             Some(at) => {
                 let found = self.offset + at as u64;
@@ -257,6 +275,8 @@ impl SegmentReader {
 #[derive(Debug)]
 pub enum Rest {
     Nothing,
+    /// The frame that is due: it was written since.
+    More,
     /// The start of a frame, or several in a group, that never was written whole: so many bytes to
     /// the last that is not zero.
     Torn {

@@ -342,18 +342,16 @@ impl Reading<'_> {
             return Err(fault(&segment.path, 0, what).into());
         }
         report.segments += 1;
-        let mut tries = 0;
         loop {
             self.read(&mut reader)?;
             match reader.rest()? {
                 Rest::Nothing => break,
+                Rest::More => {}
                 Rest::Torn { bytes } => {
                     self.report.torn_bytes += bytes;
                     break;
                 }
-                // Between two looks a group of records may have come.
-                Rest::Damage(damage) if tries >= TRIES => return Err(damage.into()),
-                Rest::Damage(_) => tries += 1,
+                Rest::Damage(damage) => return Err(damage.into()),
             }
         }
         self.report.bytes += reader.offset();

@@ -321,6 +321,30 @@ fn any_record() -> impl Strategy<Value = (Head, Payload)> {
         })
 }
 
+/// Whoever reads a log may be the one who makes it grow.
+#[test]
+fn a_log_that_grows_while_it_is_read_is_not_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = log(dir.path());
+    for number in 0..3 {
+        append(&log, &head(number), &Payload::default());
+    }
+    let mut seen = 0;
+    let taken = scan::<ExportError>(dir.path(), &Selection::default(), |_, view| {
+        assert_eq!(view.seq, seen);
+        seen += 1;
+        append(&log, &head(100 + seen), &Payload::default());
+        Ok(if seen < 50 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+    });
+    assert!(taken.unwrap() >= 3);
+    let segment = reader::segments(dir.path()).unwrap().remove(0);
+    let mut reader = SegmentReader::open(&segment).unwrap();
+    while reader.next_frame().unwrap().is_some() {}
+    append(&log, &head(7), &Payload::default());
+    assert!(matches!(reader.rest().unwrap(), Rest::More));
+    assert!(reader.next_frame().unwrap().is_some());
+}
+
 proptest! {
     #[test]
     fn a_view_reads_what_the_generated_code_reads((head, payload) in any_record()) {
