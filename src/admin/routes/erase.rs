@@ -73,7 +73,7 @@ pub(super) async fn erase(
 ) -> Result<Response, Problem> {
     let ledger = ledger(&admin)?;
     let call = asked.plain_call(change.reason);
-    let Some(reason) = call.reason else {
+    let Some(reason) = call.reason.clone() else {
         return Err(NEEDS_REASON.because("an erasure takes a reason"));
     };
     let Erase { ids, subject } = change.what;
@@ -97,10 +97,17 @@ pub(super) async fn erase(
     if !problems.is_empty() {
         return Err(Problem::invalid(problems));
     }
+    // Never whom it is about: the journal stays.
+    let about = match (&subject, &ids[..]) {
+        (Some(_), _) => "a subject".to_owned(),
+        (None, [id]) => id.clone(),
+        (None, ids) => format!("{} predictions", ids.len()),
+    };
     let tag = subject.and_then(|subject| Some(ledger.subject_keys()?.tag(subject.as_bytes())));
     let wanted = Wanted { ids: parsed, subject: tag };
-    let why = Why { by: call.actor, reason };
+    let why = Why { by: call.actor.clone(), reason };
     let erased = apart(move || ledger.erase(&wanted, &why)).await?.map_err(problem)?;
+    admin.desk.noted("audit.erase", None, &about, &call).await?;
     let Erased { records, key_destroyed, done } = erased;
     Ok(json(StatusCode::OK, &ErasedView { records, key_destroyed, done }))
 }
@@ -122,7 +129,7 @@ pub(super) async fn rotate_key(
         }
         error => UNAVAILABLE.because(error.to_string()),
     })?;
-    tracing::info!(actor = call.actor, reason = call.reason, "the ledger has a new key");
+    admin.desk.noted("audit.rotateKey", None, "ledger", &call).await?;
     Ok(json(StatusCode::OK, &KeysView { keys }))
 }
 

@@ -79,14 +79,16 @@ pub(super) async fn put(
 ) -> Result<Response, Problem> {
     let ledger = ledger(&admin)?;
     let call = asked.plain_call(change.reason);
-    let Some(reason) = call.reason else {
+    let Some(reason) = call.reason.clone() else {
         return Err(NEEDS_REASON.because("a hold takes a reason"));
     };
     let HoldBody { model, since, until } = change.what;
     let mut problems = Vec::new();
-    if let Some(Err(error)) = model.as_ref().map(|model| model.parse::<ModelName>()) {
+    let named = model.as_ref().map(|model| model.parse::<ModelName>()).transpose();
+    let named = named.unwrap_or_else(|error| {
         problems.push(format!("model: {error}"));
-    }
+        None
+    });
     let mut moment = |name: &str, text: Option<String>| {
         let text = text?;
         let at = text.parse::<jiff::Timestamp>().ok();
@@ -102,9 +104,10 @@ pub(super) async fn put(
     }
     let put_ns = i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX);
     let name = asked.names.prediction.clone().unwrap_or_default();
-    let hold = Hold { name, model, since_ns, until_ns, reason, by: call.actor, put_ns };
+    let hold = Hold { name, model, since_ns, until_ns, reason, by: call.actor.clone(), put_ns };
     let shown = HoldView::from(hold.clone());
     apart(move || ledger.put_hold(hold)).await?.map_err(problem)?;
+    admin.desk.noted("hold.put", named.as_ref(), &shown.name, &call).await?;
     Ok(json(StatusCode::OK, &shown))
 }
 
@@ -117,12 +120,15 @@ pub(super) async fn delete(
 ) -> Result<Response, Problem> {
     let ledger = ledger(&admin)?;
     let call = asked.plain_call(None);
-    let Some(reason) = call.reason else {
+    let Some(reason) = call.reason.clone() else {
         return Err(NEEDS_REASON.because("lifting a hold takes a reason"));
     };
     let name = asked.names.prediction.clone().unwrap_or_default();
-    let lifted = apart(move || ledger.lift_hold(&name, &call.actor, &reason)).await?;
-    Ok(json(StatusCode::OK, &HoldView::from(lifted.map_err(problem)?)))
+    let by = call.actor.clone();
+    let lifted = apart(move || ledger.lift_hold(&name, &by, &reason)).await?.map_err(problem)?;
+    let model = lifted.model.as_ref().and_then(|model| model.parse::<ModelName>().ok());
+    admin.desk.noted("hold.delete", model.as_ref(), &lifted.name, &call).await?;
+    Ok(json(StatusCode::OK, &HoldView::from(lifted)))
 }
 
 fn problem(error: HoldingError) -> Problem {
