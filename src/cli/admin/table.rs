@@ -1,6 +1,6 @@
 //! Tables and fields for terminals: aligned, and free of what a terminal would obey.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// Widest cell that others are aligned to.
 const WIDTH_MAX: usize = 48;
@@ -14,6 +14,17 @@ pub(in crate::cli) struct Table {
 impl Table {
     pub(in crate::cli) fn new<const N: usize>(head: [&str; N]) -> Self {
         Self { rows: vec![head.map(ToOwned::to_owned).to_vec()] }
+    }
+
+    /// Of objects that are alike: a row each, the columns as the first has them.
+    pub(in crate::cli) fn of(objects: &[&Map<String, Value>]) -> Self {
+        let names: Vec<&String> =
+            objects.first().into_iter().flat_map(|first| first.keys()).collect();
+        let row = |object: &&Map<String, Value>| {
+            names.iter().map(|name| object.get(*name).map_or_else(String::new, cell)).collect()
+        };
+        let head = names.iter().map(|name| plain(name)).collect();
+        Self { rows: std::iter::once(head).chain(objects.iter().map(row)).collect() }
     }
 
     pub(in crate::cli) fn row<const N: usize>(&mut self, cells: [String; N]) {

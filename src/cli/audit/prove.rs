@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::verify::public_keys;
 use crate::cli::admin::table::plain;
 use crate::cli::admin::{Stop, examples, finish};
+use crate::ledger::export::log_folder;
 use crate::ledger::prove::{Proof, Proven, Which, prove};
 
 /// Larger than any proof: a record has 32 MiB at most.
@@ -16,8 +17,8 @@ const PROOF_BYTES_MAX: u64 = 64 << 20;
 
 #[derive(clap::Args)]
 #[command(after_help = examples!(
-    "audit prove 01998d3c-8f4e-7000-8000-000000000001 --log tidegate-state/ledger/predictions",
-    "audit prove --seq 4711 --log tidegate-state/ledger/predictions --without-payload",
+    "audit prove 01998d3c-8f4e-7000-8000-000000000001 --log tidegate-state/ledger",
+    "audit prove --seq 4711 --log tidegate-state/ledger/admin --without-payload",
 ))]
 pub(super) struct ProveArgs {
     /// Id of the prediction
@@ -26,7 +27,7 @@ pub(super) struct ProveArgs {
     /// Number of the record instead
     #[arg(long, value_name = "N")]
     seq: Option<u64>,
-    /// Folder of the log
+    /// Folder of the state, the ledger (then its predictions are meant) or one log
     #[arg(long, value_name = "DIR")]
     log: PathBuf,
     /// Leave out what is not committed to directly: inputs, outputs, the caller's request id
@@ -55,7 +56,8 @@ pub(super) fn run(args: &ProveArgs) -> ExitCode {
 fn proof(args: &ProveArgs) -> Result<String, Stop> {
     let by_id = args.id.map(Which::Id);
     let which = by_id.or(args.seq.map(Which::Seq)).ok_or_else(|| Stop::usage("which record?"))?;
-    let proof = prove(&args.log, which, !args.without_payload).map_err(Stop::failed)?;
+    let log = log_folder(&args.log).map_err(Stop::usage)?;
+    let proof = prove(&log, which, !args.without_payload).map_err(Stop::failed)?;
     serde_json::to_string_pretty(&proof).map(|text| text + "\n").map_err(Stop::failed)
 }
 

@@ -154,15 +154,23 @@ fn text_of_files(stats: &Value) -> String {
             short("last"),
         ]);
     }
-    let mut out = text_of_gateway(stats);
+    let mut out = String::new();
+    flat(&mut out, "", stats);
     out += &table.text();
     out
 }
 
-/// Whatever it says, a line each.
+/// Whatever it says: a line each, and a table for each list.
 fn text_of_gateway(stats: &Value) -> String {
     let mut out = String::new();
     flat(&mut out, "", stats);
+    for (name, list) in stats.as_object().into_iter().flatten() {
+        let rows = list.as_array().into_iter().flatten().filter_map(Value::as_object);
+        let rows: Vec<_> = rows.collect();
+        if !rows.is_empty() {
+            out += &format!("\n{}\n{}", plain(name), Table::of(&rows).text());
+        }
+    }
     out
 }
 
@@ -171,7 +179,7 @@ fn flat(out: &mut String, fore: &str, value: &Value) {
         let name = format!("{fore}{}", plain(name));
         match value {
             Value::Object(_) => flat(out, &format!("{name}."), value),
-            Value::Array(items) if items.iter().any(Value::is_object) => {}
+            Value::Array(items) if items.is_empty() || items.iter().any(Value::is_object) => {}
             Value::Null => {}
             value => *out += &format!("{name}: {}\n", cell(value)),
         }
