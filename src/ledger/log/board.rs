@@ -1,9 +1,12 @@
 //! Who waits for what: callers for their record, the keeper for something to do.
 //!
 //! One lock guards both lists, so that a caller who does not find its record written is on the list
-//! before the next records are called out: nobody is forgotten.
+//! before the next records are called out: nobody is forgotten. Mostly nobody waits for a write, and
+//! whoever wrote need not take the lock to see that: a caller counts itself before it looks whether
+//! its record is written, and a writer says what it wrote before it looks at the count. With a fence
+//! between the two on either side, one of them sees the other.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -66,6 +69,8 @@ struct Inner {
 pub(super) struct Board {
     inner: Mutex<Inner>,
     call: Condvar,
+    /// Callers that wait for a write, or are about to.
+    waiting: AtomicUsize,
     /// Number after the last record that is on the disk.
     synced_seq: AtomicU64,
     /// Number after the last record that was handed over.
@@ -91,6 +96,7 @@ impl Board {
         Self {
             inner: Mutex::new(inner),
             call: Condvar::new(),
+            waiting: AtomicUsize::new(0),
             synced_seq: AtomicU64::new(next_seq),
             written_seq: AtomicU64::new(next_seq),
             epoch: AtomicU64::new(0),
@@ -118,8 +124,12 @@ impl Board {
     /// Records up to `next_seq` were handed over.
     pub(super) fn wrote(&self, next_seq: u64) {
         self.written_seq.store(next_seq, Ordering::Release);
+        if !self.someone_waits() {
+            return;
+        }
         let mut inner = self.inner.lock();
         let done = take(&mut inner.written, next_seq);
+        self.waiting.store(inner.written.len(), Ordering::Relaxed);
         drop(inner);
         tell(done, &Ok(()));
     }
@@ -133,8 +143,10 @@ impl Board {
         count
     }
 
+    /// Whether somebody waits for a write, of those who had not seen what the caller did before.
     pub(super) fn someone_waits(&self) -> bool {
-        !self.inner.lock().written.is_empty()
+        fence(Ordering::SeqCst);
+        self.waiting.load(Ordering::Relaxed) > 0
     }
 
     /// What became of a record of an earlier epoch; `None`: it was written.
@@ -155,7 +167,10 @@ impl Board {
         if let Some(why) = Self::taken_back(&inner, at) {
             return Ok(Err(why));
         }
+        self.waiting.store(inner.written.len() + 1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
         if at.seq < self.written_seq() {
+            self.waiting.store(inner.written.len(), Ordering::Relaxed);
             return Ok(Ok(()));
         }
         let (answer, receiver) = oneshot::channel();
@@ -196,6 +211,7 @@ impl Board {
         self.epoch.store(inner.epoch, Ordering::Release);
         let done = take(&mut inner.written, written_seq);
         let mut lost = std::mem::take(&mut inner.written);
+        self.waiting.store(0, Ordering::Relaxed);
         lost.append(&mut inner.synced);
         drop(inner);
         tell(done, &Ok(()));
