@@ -15,7 +15,8 @@
 //!   `written_seq` moves when `pwrite` has taken the bytes: they are the kernel's then, and survive
 //!   whatever becomes of the process. A short write is continued; after an error the whole frames
 //!   that were taken count as written, and nothing else does.
-//! - *Waiting.* Who cannot get the lock puts itself on the board's list, looks again whether it is
+//! - *Waiting.* A caller first lets those append who are ready on its thread; one write takes them
+//!   all. Who cannot get the lock puts itself on the board's list, looks again whether it is
 //!   written, and tries the lock once more. Whoever held it meanwhile looks at the list after giving
 //!   it back: one of the two sees the other. A caller's thread writes at most one group that is slow;
 //!   from then on only the keeper writes, until the disk is fast again.

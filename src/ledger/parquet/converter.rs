@@ -1,7 +1,9 @@
 //! The thread that turns sealed segments into Parquet, `ledger-parquet`.
 //!
 //! It looks at the log's folder now and then and converts what has no manifest, or another than its
-//! segment. Nobody waits for it, and it runs when nobody else wants the processor.
+//! segment. Nobody waits for it, so each segment is converted by a thread that runs only when nobody
+//! else wants the processor; a segment that has waited too long gets one that has a small share. A
+//! thread each, since none may leave the lowest class again without privileges.
 
 use std::collections::HashMap;
 use std::io;
@@ -20,7 +22,9 @@ use crate::ledger::retention::DaysOf;
 
 /// A segment that could not be converted is tried again after this.
 const AGAIN_AFTER: Duration = Duration::from_secs(60);
-/// Below what serves: the processor's idle time, for the most part.
+/// A segment that was sealed so long ago is no longer left to the processor's idle time.
+const LATE: Duration = Duration::from_secs(600);
+/// Of the thread that converts such a segment: a tenth of what a thread that serves gets.
 const NICE: i32 = 10;
 
 /// What is converted, and to where.
@@ -111,10 +115,6 @@ impl Drop for Converter {
 }
 
 fn work(settings: &ConverterSettings, shared: &Shared, mut between: impl FnMut()) {
-    // On Linux of this thread alone. Without it the work is done all the same.
-    if let Err(error) = rustix::process::nice(NICE) {
-        tracing::debug!(%error, "the thread that makes Parquet runs as others do");
-    }
     let mut seen = Seen::default();
     loop {
         // A panic must not end the conversion for good; the hook has told where it was.
@@ -153,10 +153,7 @@ fn look(settings: &ConverterSettings, shared: &Shared, seen: &mut Seen) {
         if seen.failed.get(&at).is_some_and(|when| when.elapsed() < AGAIN_AFTER) {
             continue;
         }
-        let stopped = || *shared.stop.lock();
-        let days_of = &*settings.days_of;
-        let job = Job { wanted: &Selection::default(), stopped: &stopped, days_of };
-        match convert(&segment, &settings.root, &job) {
+        match aside(settings, shared, &segment) {
             Ok(manifest) => {
                 seen.failed.remove(&at);
                 let mut progress = shared.progress.lock();
@@ -171,6 +168,49 @@ fn look(settings: &ConverterSettings, shared: &Shared, seen: &mut Seen) {
                 shared.failed(settings, Some(at), &error);
             }
         }
+    }
+}
+
+/// Converts a segment on a thread of its own, behind all that serves.
+fn aside(
+    settings: &ConverterSettings,
+    shared: &Shared,
+    segment: &SegmentFile,
+) -> Result<Manifest, ParquetError> {
+    let changed = std::fs::metadata(&segment.path).and_then(|about| about.modified()).ok();
+    let late = changed.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LATE);
+    let work = || {
+        give_way(late);
+        let stopped = || *shared.stop.lock();
+        let wanted = &Selection::default();
+        let job = Job { wanted, stopped: &stopped, days_of: &*settings.days_of };
+        convert(segment, &settings.root, &job)
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("ledger-convert".to_owned());
+        let thread = thread.spawn_scoped(scope, work);
+        let failed = |error| ParquetError::Io { path: segment.path.clone(), error };
+        let thread = thread.map_err(failed)?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Puts this thread behind those that serve. Where that cannot be, it works all the same.
+#[expect(unsafe_code, reason = "the C library's function for it takes a pointer")]
+fn give_way(late: bool) {
+    let given = if late {
+        // On Linux of this thread alone.
+        rustix::process::nice(NICE).map(drop).map_err(io::Error::from)
+    } else {
+        let none = libc::sched_param { sched_priority: 0 };
+        // SAFETY: the kernel only reads the structure; 0 is the calling thread.
+        match unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const none) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    if let Err(error) = given {
+        tracing::debug!(%error, "a thread that makes Parquet runs as others do");
     }
 }
 
@@ -217,5 +257,24 @@ impl Shared {
             tracing::warn!(%error, %log, segment, "a segment of the ledger cannot be made Parquet");
         }
         progress.failure = Some(text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    #[expect(unsafe_code, reason = "as above")]
+    fn conversions_give_way() {
+        // SAFETY: takes no pointer; 0 is the calling thread.
+        let class = || unsafe { libc::sched_getscheduler(0) };
+        let of = |late| {
+            let thread = std::thread::spawn(move || {
+                super::give_way(late);
+                class()
+            });
+            thread.join().unwrap()
+        };
+        assert_eq!((of(false), of(true)), (libc::SCHED_IDLE, libc::SCHED_OTHER));
+        assert_eq!(class(), libc::SCHED_OTHER);
     }
 }

@@ -10,6 +10,8 @@ use crate::transport::{Body, meta, status};
 /// Length of the JSON part of a body with raw tensors behind it.
 pub(super) const JSON_LENGTH: HeaderName =
     HeaderName::from_static("inference-header-content-length");
+/// Headers of a prediction's answer, so that their map need not grow.
+const HEADERS_USUAL: usize = 8;
 
 /// One answer.
 #[derive(Debug)]
@@ -21,7 +23,8 @@ pub(super) struct Reply {
 
 impl Reply {
     pub(super) fn empty(status: StatusCode) -> Self {
-        Self { status, headers: HeaderMap::new(), body: Pieces::default() }
+        let headers = HeaderMap::with_capacity(HEADERS_USUAL);
+        Self { status, headers, body: Pieces::default() }
     }
 
     /// JSON; the content type without a charset, which some clients compare exactly.
