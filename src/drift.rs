@@ -33,5 +33,6 @@ pub mod scored;
 pub mod scores;
 pub mod sequential;
 pub mod tally;
+pub mod verdict;
 pub mod wide;
 pub mod window;

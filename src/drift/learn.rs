@@ -140,15 +140,21 @@ impl Column {
         (seen, lens.iter().sum::<usize>() as u64)
     }
 
-    /// As numbers or as categories.
-    pub fn data(&self, categories: bool, integers: bool) -> Data {
-        if !self.vectors.values().is_empty() {
+    /// As numbers or as categories. Integers with missing ones among them are no integers any more, as
+    /// data frames have it.
+    pub fn data(&self, feature: &Feature, categories: bool) -> Data {
+        if feature.part == Part::Mmd {
             return Data::Vectors;
         }
-        match categories {
-            true => Data::Categories(self.counts()),
-            false => Data::Numbers(Sample::new(self.numbers.values().to_vec(), integers)),
+        if categories {
+            return Data::Categories(self.counts());
         }
+        let numbers = self.numbers.values();
+        let integers = is_integer(feature.datatype)
+            && matches!(feature.part, Part::Element(_))
+            && self.missing + self.nan + self.infinite == 0
+            && numbers.iter().all(|number| number.fract() == 0.0);
+        Data::Numbers(Sample::new(numbers.to_vec(), integers))
     }
 
     fn counts(&self) -> Counts {
@@ -178,23 +184,12 @@ impl Column {
     }
 
     fn is_categories(&self, feature: &Feature) -> bool {
-        let whole = matches!(
-            feature.datatype,
-            DataType::Uint8
-                | DataType::Uint16
-                | DataType::Uint32
-                | DataType::Uint64
-                | DataType::Int8
-                | DataType::Int16
-                | DataType::Int32
-                | DataType::Int64
-        );
         let own = matches!(feature.part, Part::Element(_));
         if self.texts.seen() > 0 || feature.part == Part::Class {
             return true;
         }
         own && (matches!(feature.datatype, DataType::Bytes | DataType::Bool)
-            || (whole && self.few_numbers()))
+            || (is_integer(feature.datatype) && self.few_numbers()))
     }
 
     fn few_numbers(&self) -> bool {
@@ -209,6 +204,11 @@ impl Column {
         }
         true
     }
+}
+
+fn is_integer(datatype: DataType) -> bool {
+    use DataType::{Int8, Int16, Int32, Int64, Uint8, Uint16, Uint32, Uint64};
+    matches!(datatype, Uint8 | Uint16 | Uint32 | Uint64 | Int8 | Int16 | Int32 | Int64)
 }
 
 /// The name of texts that came after too many others.
@@ -337,12 +337,7 @@ fn learn<'a>(
     if feature.of_scores() && (column.missing + column.nan) as f64 > NO_SCORES_SHARE_MAX * rows {
         return Err("its rows are no distributions");
     }
-    let integers = column.numbers.values().iter().all(|number| number.fract() == 0.0)
-        && !matches!(
-            feature.datatype,
-            DataType::Fp16 | DataType::Bf16 | DataType::Fp32 | DataType::Fp64
-        );
-    let data = column.data(column.is_categories(&feature), integers);
+    let data = column.data(&feature, column.is_categories(&feature));
     let reference = match &data {
         Data::Vectors => {
             let kernel = Kernel::over(column.vectors.values(), SEED);

@@ -41,8 +41,13 @@ pub struct Scratch {
 impl Plan {
     /// `features` in the order in which they are numbered.
     pub fn new<'a>(features: impl IntoIterator<Item = &'a Feature>) -> Self {
+        Self::numbered(features.into_iter().enumerate())
+    }
+
+    /// Some features, by their numbers.
+    pub fn numbered<'a>(features: impl IntoIterator<Item = (usize, &'a Feature)>) -> Self {
         let mut tensors: Vec<OfTensor> = Vec::new();
-        for (number, feature) in features.into_iter().enumerate() {
+        for (number, feature) in features {
             let is = |t: &OfTensor| t.role == feature.role && t.name == feature.tensor;
             let at = tensors.iter().position(is).unwrap_or_else(|| {
                 tensors.push(OfTensor::new(feature));
@@ -90,6 +95,22 @@ impl Plan {
             plan.numbers(&scratch.numbers, len, step, &mut scratch.text, |feature, value| {
                 put(row, feature, value);
             });
+        }
+    }
+
+    /// The same for one row of texts.
+    pub fn read_texts(
+        &self,
+        role: Role,
+        name: &str,
+        row: &[Option<&[u8]>],
+        mut put: impl FnMut(usize, Value<'_>),
+    ) {
+        let is = |t: &&OfTensor| t.role == role && t.name == name;
+        let Some(plan) = self.tensors.iter().find(is) else { return };
+        for (element, feature) in &plan.elements {
+            let text = row.get(*element).copied().flatten();
+            put(*feature, text.map_or(Value::Missing, Value::Text));
         }
     }
 
