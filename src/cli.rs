@@ -8,6 +8,8 @@ mod admin;
 mod approvals;
 mod audit;
 mod check_config;
+mod drift;
+mod frame;
 mod health;
 mod infer;
 mod journal;
@@ -15,6 +17,7 @@ mod keys;
 mod labels;
 mod list;
 mod models;
+mod profile;
 mod replay;
 mod rollout;
 mod serve;
@@ -58,6 +61,10 @@ enum Command {
     Audit(audit::Args),
     /// Send recorded inputs again and report how the outputs differ
     Replay(replay::Args),
+    /// Make a reference profile for drift from Parquet or CSV
+    Profile(profile::Args),
+    /// Say how far rows have moved from a reference, as a gate for CI
+    Drift(drift::Args),
     /// Try a model under limits, as told on stdin
     #[command(hide = true)]
     Probe,
@@ -80,6 +87,8 @@ pub fn run() -> ExitCode {
         Command::Journal(args) => journal::run(&args),
         Command::Audit(args) => audit::run(&args),
         Command::Replay(args) => replay::run(&args),
+        Command::Profile(args) => profile::run(&args),
+        Command::Drift(args) => drift::run(&args),
         Command::Probe => crate::control::probe::child_main(),
     }
 }

@@ -13,6 +13,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod domain;
+pub mod drift;
 pub mod engine;
 pub mod gateway;
 pub mod ledger;
