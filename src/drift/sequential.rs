@@ -65,6 +65,15 @@ impl Monitor {
         }
     }
 
+    /// Whether it watches the same reference, in the same way. For what comes from a file.
+    pub fn like(&self, other: &Self) -> bool {
+        let shape = |of: &Self| -> Vec<usize> {
+            of.starts.iter().map(|start| start.counts.len()).collect()
+        };
+        let weights = self.starts.iter().zip(&other.starts).all(|(a, b)| a.weight == b.weight);
+        self.reference == other.reference && shape(self) == shape(other) && weights
+    }
+
     /// Adds rows that came since the last look, as counts in the cells; what is longer than the
     /// reference is left out.
     pub fn add(&mut self, counts: &[u64]) {

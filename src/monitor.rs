@@ -1,0 +1,359 @@
+//! Online statistics: what the rows of each version and arm look like now, against its reference.
+//!
+//! ```text
+//! gateway ──answered──▶ Watch::offer ──no lock held, nobody woken──▶ queue (≤ items, ≤ bytes)
+//!                            │ over the budget, or no room             │ the thread `monitor`, ten times a second
+//!                            ▼                                         ▼
+//!                     counted as skipped            rows ─▶ counters of slots ─▶ scores, verdicts ─▶ Report
+//!                                                                │ each slot        admin, metrics ◀───┘
+//!                                                                └▶ <state>/monitor
+//! ```
+//!
+//! Invariants:
+//! - The answer is made before, and waits for nothing here. What is skipped is counted, and does not
+//!   depend on what it holds.
+//! - The work is bounded by a budget of values a second, the memory by a number of features, whatever
+//!   comes; both are limits with a name.
+//! - A version without a reference learns one from its first rows in the arm `stable`; it is
+//!   *provisional*, and alerts nobody, until somebody freezes it.
+//! - A restart continues the windows: at most the slot that was open is lost by `kill -9`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::oneshot;
+
+use crate::domain::{Arm, Digest, ModelName, Signature, Tensor, TensorSpec, Version};
+use crate::drift::feature::{self, FEATURES_MAX, Feature, Role};
+use crate::drift::profile::Profile;
+use crate::observe::page::Family;
+
+mod arm;
+mod budget;
+mod desk;
+mod families;
+mod report;
+mod slots;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use report::{ArmReport, FeatureReport, Oddities, ReferenceReport, VersionReport, WindowReport};
+
+use budget::Budget;
+use desk::Desk;
+
+/// How often the thread takes what was offered.
+const TURN: Duration = Duration::from_millis(100);
+/// Arms of one version that are watched; rows of more are skipped.
+pub const ARMS_MAX: usize = 8;
+
+/// What the monitor may cost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    pub enabled: bool,
+    /// Values of features that are looked at in a second, of all models together; beyond it rows
+    /// are skipped.
+    pub values_per_second_max: u64,
+    /// Calls that wait for the thread; more are skipped.
+    pub queue_max: usize,
+    /// Bytes of their tensors.
+    pub queue_bytes_max: usize,
+    /// How often windows are judged.
+    pub interval: Duration,
+    /// The latest values of a feature that are kept, where the reference has values to compare with.
+    pub window_values: usize,
+    /// Features that are watched, of all versions and arms together; of more, no statistics.
+    pub features_max: usize,
+    /// Rows that a reference is learnt from.
+    pub provisional_rows: u64,
+    /// Where the state lies.
+    pub dir: PathBuf,
+}
+
+impl Settings {
+    /// The usual limits, below a state folder.
+    pub fn new(state_dir: &std::path::Path) -> Self {
+        Self {
+            enabled: true,
+            values_per_second_max: 250_000,
+            queue_max: 4096,
+            queue_bytes_max: 16 << 20,
+            interval: Duration::from_secs(10),
+            window_values: crate::drift::window::WINDOW,
+            features_max: 4096,
+            provisional_rows: crate::drift::learn::PROVISIONAL_ROWS,
+            dir: state_dir.join("monitor"),
+        }
+    }
+}
+
+/// A reference and the digest of its file.
+pub type Reference = (Arc<Profile>, Digest);
+
+/// The version that is watched.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Id {
+    model: ModelName,
+    version: Version,
+    digest: Digest,
+}
+
+/// One version, to whoever answers its requests.
+pub struct Watch {
+    id: Id,
+    intake: Arc<Intake>,
+    inputs: Vec<String>,
+    outputs: Vec<String>,
+    batched: bool,
+    features: Vec<Feature>,
+    /// What its files say.
+    reference: Option<Reference>,
+    /// Rows that nobody looked at.
+    skipped: AtomicU64,
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watch").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// A call that was answered.
+struct Offer {
+    watch: Weak<Watch>,
+    arm: Arm,
+    inputs: Vec<Tensor>,
+    outputs: Vec<Tensor>,
+    bytes: usize,
+}
+
+/// Between those who answer and the thread.
+struct Intake {
+    budget: Budget,
+    queue_max: usize,
+    queue_bytes_max: usize,
+    /// Guards what waits, for as long as one is put there or all are taken.
+    queue: Mutex<Waiting>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    offers: Vec<Offer>,
+    bytes: usize,
+}
+
+impl Intake {
+    fn new(settings: &Settings) -> Self {
+        Self {
+            budget: Budget::new(settings.values_per_second_max),
+            queue_max: settings.queue_max,
+            queue_bytes_max: settings.queue_bytes_max,
+            queue: Mutex::default(),
+        }
+    }
+
+    /// Whether there is room, and the budget for it; takes the budget.
+    fn take(&self, values: u64, bytes: usize) -> bool {
+        {
+            let queue = self.queue.lock();
+            if queue.offers.len() >= self.queue_max || queue.bytes + bytes > self.queue_bytes_max {
+                return false;
+            }
+        }
+        self.budget.take(values, Instant::now())
+    }
+
+    fn put(&self, offer: Offer) {
+        let mut queue = self.queue.lock();
+        queue.bytes += offer.bytes;
+        queue.offers.push(offer);
+    }
+
+    fn all(&self) -> Vec<Offer> {
+        let mut queue = self.queue.lock();
+        queue.bytes = 0;
+        std::mem::take(&mut queue.offers)
+    }
+}
+
+/// Reports by model and version.
+type Reports = BTreeMap<(ModelName, Version), Arc<VersionReport>>;
+
+struct Shared {
+    settings: Settings,
+    intake: Arc<Intake>,
+    /// Guard lists, for as long as something is put there or read.
+    watches: Mutex<Vec<Weak<Watch>>>,
+    reports: Mutex<Reports>,
+    /// Guards what the thread was asked to do, which it sleeps on.
+    asked: Mutex<Asked>,
+    woken: Condvar,
+}
+
+#[derive(Default)]
+struct Asked {
+    freeze: Vec<Freeze>,
+    stop: bool,
+}
+
+struct Freeze {
+    model: ModelName,
+    version: Version,
+    answer: oneshot::Sender<Result<Arc<VersionReport>, FreezeError>>,
+}
+
+/// Why a reference is not frozen.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    #[error("version {0} is not watched")]
+    Unknown(Version),
+    #[error("its reference comes with its files")]
+    Given,
+    #[error("its reference has seen {have} rows of {wanted}")]
+    Learning { have: u64, wanted: u64 },
+    #[error("it has no reference: {0}")]
+    Nothing(String),
+    #[error("it cannot be kept: {0}")]
+    State(#[from] std::io::Error),
+    #[error("the gateway stops")]
+    Stopped,
+}
+
+/// The thread that counts, and what it found; dropped, it ends.
+pub struct Monitor {
+    shared: Arc<Shared>,
+    /// Guards the thread, for whoever ends it.
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Monitor {
+    /// Starts the thread; `None` when nothing is to be watched.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn start(settings: Settings) -> std::io::Result<Option<Arc<Self>>> {
+        if !settings.enabled {
+            return Ok(None);
+        }
+        let shared = Arc::new(Shared {
+            intake: Arc::new(Intake::new(&settings)),
+            settings,
+            watches: Mutex::default(),
+            reports: Mutex::default(),
+            asked: Mutex::default(),
+            woken: Condvar::new(),
+        });
+        let desk = Desk::new(Arc::clone(&shared));
+        let thread = std::thread::Builder::new().name("monitor".to_owned());
+        let thread = thread.spawn(move || desk.run())?;
+        Ok(Some(Arc::new(Self { shared, thread: Mutex::new(Some(thread)) })))
+    }
+
+    /// Watches a version from now on, for as long as the watch is held.
+    pub fn watch(
+        &self,
+        model: &ModelName,
+        version: Version,
+        digest: Digest,
+        signature: &Signature,
+        reference: Option<Reference>,
+    ) -> Arc<Watch> {
+        let names = |specs: &[TensorSpec]| specs.iter().map(|spec| spec.name.clone()).collect();
+        let features = features_of(signature);
+        let watch = Arc::new(Watch {
+            id: Id { model: model.clone(), version, digest },
+            intake: Arc::clone(&self.shared.intake),
+            inputs: names(&signature.inputs),
+            outputs: names(&signature.outputs),
+            batched: signature.batched,
+            features,
+            reference,
+            skipped: AtomicU64::new(0),
+        });
+        self.shared.watches.lock().push(Arc::downgrade(&watch));
+        watch
+    }
+
+    /// What was found of a model's versions when they were judged last.
+    pub fn reports(&self, model: &ModelName) -> Vec<Arc<VersionReport>> {
+        let reports = self.shared.reports.lock();
+        let of_model = reports.iter().filter(|((name, _), _)| name == model);
+        of_model.map(|(_, report)| Arc::clone(report)).collect()
+    }
+
+    /// Makes a learnt reference one that alerts are made of.
+    ///
+    /// # Errors
+    /// When there is none, or it cannot be written.
+    pub async fn freeze(
+        &self,
+        model: &ModelName,
+        version: Version,
+    ) -> Result<Arc<VersionReport>, FreezeError> {
+        let (answer, frozen) = oneshot::channel();
+        self.shared.asked.lock().freeze.push(Freeze { model: model.clone(), version, answer });
+        self.shared.woken.notify_all();
+        frozen.await.unwrap_or(Err(FreezeError::Stopped))
+    }
+
+    /// For the metrics page.
+    pub fn families(&self) -> Vec<Family> {
+        let reports: Vec<_> = self.shared.reports.lock().values().map(Arc::clone).collect();
+        families::of(&reports)
+    }
+
+    /// Writes the state down and ends the thread.
+    pub fn stop(&self) {
+        self.shared.asked.lock().stop = true;
+        self.shared.woken.notify_all();
+        if let Some(thread) = self.thread.lock().take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the monitor's thread had panicked");
+        }
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What is watched of a model that has these tensors, if that is not too much.
+fn features_of(signature: &Signature) -> Vec<Feature> {
+    let of = |role, specs: &[TensorSpec]| -> Vec<Feature> {
+        specs.iter().flat_map(|spec| feature::of_spec(role, spec, signature.batched)).collect()
+    };
+    let mut features = of(Role::Input, &signature.inputs);
+    features.extend(of(Role::Output, &signature.outputs));
+    if features.len() > FEATURES_MAX {
+        features.clear();
+    }
+    features
+}
+
+impl Watch {
+    /// Leaves a call's tensors to be looked at, if there is room for them. Never waits.
+    pub fn offer(self: &Arc<Self>, arm: &Arm, inputs: &[Tensor], outputs: &[Tensor]) {
+        let rows = match inputs.first().or(outputs.first()) {
+            Some(tensor) if self.batched => tensor.shape().first().copied().unwrap_or(1),
+            _ => 1,
+        };
+        let values = (rows as u64).saturating_mul(self.features.len() as u64);
+        let bytes = inputs.iter().chain(outputs).map(|tensor| tensor.data().len()).sum();
+        if self.features.is_empty() || !self.intake.take(values, bytes) {
+            self.skipped.fetch_add(rows as u64, Ordering::Relaxed);
+            return;
+        }
+        let (inputs, outputs) = (inputs.to_vec(), outputs.to_vec());
+        let watch = Arc::downgrade(self);
+        self.intake.put(Offer { watch, arm: arm.clone(), inputs, outputs, bytes });
+    }
+}

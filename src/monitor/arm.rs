@@ -1,0 +1,306 @@
+//! One arm of one version: its counters, its latest values, its evidence.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::report::{ArmReport, FeatureReport, Oddities, WindowReport};
+use super::slots::{Slots, Turned, Window};
+use crate::drift::counters::{Counters, Score, Scores};
+use crate::drift::feature::{Role, Value};
+use crate::drift::outliers::Oddity;
+use crate::drift::profile::{Profile, Reference};
+use crate::drift::scores::Sample;
+use crate::drift::sequential;
+use crate::drift::verdict::{State, Verdict, judge};
+use crate::drift::window::Ring;
+
+/// A version alarms by chance with this probability at most, however long it is watched.
+const ALPHA: f64 = 0.05;
+/// Processes of evidence that begin anew: by the day and by the hour.
+const DAILY: usize = 0;
+const HOURLY: usize = 1;
+
+/// All that is kept of an arm; what survives a restart.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct ArmState {
+    slots: Slots,
+    /// Of features that are counted in cells.
+    evidence: Vec<Option<sequential::Monitor>>,
+    /// Rows in the cells of the open slot that the evidence has already.
+    fed: Vec<Vec<u64>>,
+    rows: u64,
+    outlier_rows: u64,
+    quality: Oddities,
+    /// The latest values; begins anew with a restart.
+    #[serde(skip)]
+    latest: Vec<Option<Ring>>,
+}
+
+/// Counters for one row after the other of one call.
+pub(super) struct Counting<'a> {
+    profile: &'a Profile,
+    state: &'a mut ArmState,
+    /// Whether each row of the call has been odd.
+    odd: &'a mut Vec<bool>,
+}
+
+impl ArmState {
+    pub(super) fn new(profile: &Profile, now: i64, window_values: usize) -> Self {
+        let evidence = profile.features.iter().map(|feature| {
+            let own = feature.cells(&feature.own());
+            (!own.is_empty()).then(|| sequential::Monitor::new(&own, 2))
+        });
+        let mut state = Self {
+            slots: Slots::new(now, empty(profile)),
+            evidence: evidence.collect(),
+            fed: vec![Vec::new(); profile.features.len()],
+            rows: 0,
+            outlier_rows: 0,
+            quality: Oddities::default(),
+            latest: Vec::new(),
+        };
+        state.begin_latest(profile, window_values);
+        state
+    }
+
+    /// After a restart.
+    pub(super) fn begin_latest(&mut self, profile: &Profile, window_values: usize) {
+        let ring = |kept: bool| kept.then(|| Ring::new(window_values));
+        let features = profile.features.iter();
+        self.latest = features.map(|feature| ring(feature.sample().is_some())).collect();
+    }
+
+    /// Whether it is of this profile. For what comes from a file.
+    pub(super) fn fits(&self, profile: &Profile) -> bool {
+        let count = profile.features.len();
+        let cells = |counters: &[Counters]| {
+            counters.len() == count
+                && profile.features.iter().zip(counters).all(|(feature, own)| feature.fits(own))
+        };
+        let fresh = Self::new(profile, 0, 1);
+        let like = |have: &Option<sequential::Monitor>, want: &Option<sequential::Monitor>| {
+            match (have, want) {
+                (Some(have), Some(want)) => have.like(want),
+                (have, want) => have.is_none() && want.is_none(),
+            }
+        };
+        self.evidence.len() == count
+            && self.fed.len() == count
+            && self.evidence.iter().zip(&fresh.evidence).all(|(have, want)| like(have, want))
+            && self.slots.fits(cells)
+    }
+
+    pub(super) fn counting<'a>(
+        &'a mut self,
+        profile: &'a Profile,
+        rows: usize,
+        odd: &'a mut Vec<bool>,
+    ) -> Counting<'a> {
+        odd.clear();
+        odd.resize(rows, false);
+        Counting { profile, state: self, odd }
+    }
+
+    /// Ends slots that have ended; whether any has.
+    pub(super) fn turn(&mut self, profile: &Profile, now: i64) -> bool {
+        // The evidence must have had all of a slot before it goes.
+        self.feed(profile);
+        let turned = self.slots.turn(now, || empty(profile));
+        if turned != Turned::Nothing {
+            self.fed.iter_mut().for_each(Vec::clear);
+        }
+        for evidence in self.evidence.iter_mut().flatten() {
+            if turned == Turned::Day {
+                evidence.restart(DAILY);
+            }
+            if matches!(turned, Turned::Day | Turned::Hour) {
+                evidence.restart(HOURLY);
+            }
+        }
+        turned != Turned::Nothing
+    }
+
+    /// Gives the evidence what came since it was given the last.
+    fn feed(&mut self, profile: &Profile) {
+        let counters = &self.slots.open.counters;
+        let features = profile.features.iter().zip(counters);
+        for ((feature, counters), (evidence, fed)) in
+            features.zip(self.evidence.iter_mut().zip(&mut self.fed))
+        {
+            let Some(evidence) = evidence else { continue };
+            let cells = feature.cells(counters);
+            let before = |at: usize| fed.get(at).copied().unwrap_or(0);
+            let new: Vec<u64> =
+                cells.iter().enumerate().map(|(at, now)| now.saturating_sub(before(at))).collect();
+            evidence.add(&new);
+            *fed = cells;
+        }
+    }
+
+    pub(super) fn report(&mut self, arm: &str, profile: &Profile) -> ArmReport {
+        self.feed(profile);
+        let mut windows = vec![
+            self.window("hour", Window::Hour, profile),
+            self.window("day", Window::Day, profile),
+        ];
+        windows.extend(self.latest(profile));
+        ArmReport {
+            arm: arm.to_owned(),
+            rows: self.rows,
+            outlier_rows: self.outlier_rows,
+            quality: self.quality,
+            windows,
+        }
+    }
+
+    fn window(&self, name: &'static str, window: Window, profile: &Profile) -> WindowReport {
+        let sum = self.slots.sum(window);
+        let scores: Vec<Scores> = profile
+            .features
+            .iter()
+            .zip(&sum.counters)
+            .map(|(feature, counters)| feature.score(counters))
+            .collect();
+        let judged = profile.features.iter().zip(&sum.counters).zip(&scores);
+        let verdicts = judge(judged.map(|((feature, counters), scores)| (feature, counters, scores)));
+        let watched = self.evidence.iter().flatten().count().max(1);
+        let mut features = Vec::with_capacity(verdicts.len());
+        for (at, (verdict, scores)) in verdicts.into_iter().zip(&scores).enumerate() {
+            let (of, counters) = (&profile.features[at], &sum.counters[at]);
+            let evidence = self.evidence.get(at).and_then(Option::as_ref);
+            let ln = evidence.filter(|_| window == Window::Hour).map(|own| own.ln_evidence());
+            let mut report = feature_report(&of.feature, counters.rows(), verdict, scores);
+            report.alarm = ln.is_some_and(|ln| ln >= (watched as f64 / ALPHA).ln());
+            report.ln_evidence = ln.filter(|ln| ln.is_finite());
+            report.constant = is_constant(&of.reference, counters);
+            features.push(report);
+        }
+        finish(name, Some(sum.from), features)
+    }
+
+    /// What Evidently and scipy would say of the latest values.
+    fn latest(&self, profile: &Profile) -> Option<WindowReport> {
+        let mut features = Vec::new();
+        for (of, ring) in profile.features.iter().zip(&self.latest) {
+            let Some(ring) = ring else { continue };
+            let integers = match &of.reference {
+                Reference::Num(numeric) => numeric.integers,
+                _ => false,
+            };
+            let scores = of.score_values(&Sample::new(ring.values().to_vec(), integers));
+            let rows = ring.values().len() as u64;
+            let enough = rows >= crate::drift::evidence::ROWS_MIN;
+            // For people: alerts are made of the other windows.
+            let state = if enough { State::Steady } else { State::InsufficientData };
+            let verdict = Verdict { state, beyond: Vec::new(), p: f64::NAN };
+            features.push(feature_report(&of.feature, rows, verdict, &scores));
+        }
+        (!features.is_empty()).then(|| finish("latest", None, features))
+    }
+}
+
+impl Counting<'_> {
+    pub(super) fn add(&mut self, row: usize, feature: usize, value: Value<'_>) {
+        let Some(of) = self.profile.features.get(feature) else { return };
+        if let Some(counters) = self.state.slots.open.counters.get_mut(feature) {
+            of.add(counters, value);
+        }
+        if let (Some(Some(ring)), Value::Number(number)) =
+            (self.state.latest.get_mut(feature), value)
+            && number.is_finite()
+        {
+            ring.push(number);
+        }
+        let quality = &mut self.state.quality;
+        if let Value::Number(number) = value {
+            quality.nan += u64::from(number.is_nan());
+            quality.infinite += u64::from(number.is_infinite());
+        }
+        let odd = match of.oddity(value) {
+            None => return,
+            Some(Oddity::NoValue) => {
+                quality.missing += u64::from(!matches!(value, Value::Number(_)));
+                return;
+            }
+            Some(Oddity::OutOfRange) => {
+                quality.out_of_range += 1;
+                return;
+            }
+            Some(Oddity::FarOut) => &mut quality.far_out,
+            Some(Oddity::UnseenCategory) => &mut quality.unseen_category,
+        };
+        *odd += 1;
+        if let Some(row) = self.odd.get_mut(row) {
+            *row = true;
+        }
+    }
+
+    /// All features of the call have been added.
+    pub(super) fn end(self) {
+        self.state.rows += self.odd.len() as u64;
+        self.state.outlier_rows += self.odd.iter().filter(|odd| **odd).count() as u64;
+    }
+}
+
+fn empty(profile: &Profile) -> Vec<Counters> {
+    profile.features.iter().map(|feature| feature.counters()).collect()
+}
+
+fn feature_report(
+    feature: &crate::drift::feature::Feature,
+    rows: u64,
+    verdict: Verdict,
+    scores: &Scores,
+) -> FeatureReport {
+    FeatureReport {
+        feature: feature.name.clone(),
+        role: match feature.role {
+            Role::Input => Role::Input,
+            Role::Output => Role::Output,
+        },
+        tensor: feature.tensor.clone(),
+        rows,
+        state: verdict.state,
+        scores: scores.iter().copied().collect::<BTreeMap<Score, f64>>(),
+        beyond: verdict.beyond.iter().map(|beyond| (beyond.score, beyond.limit)).collect(),
+        p_value: Some(verdict.p).filter(|p| p.is_finite()),
+        ln_evidence: None,
+        alarm: false,
+        constant: false,
+    }
+}
+
+fn finish(name: &'static str, since: Option<i64>, features: Vec<FeatureReport>) -> WindowReport {
+    let drifted = features.iter().filter(|feature| feature.state == State::Drifted).count();
+    let enough = features.iter().any(|feature| feature.state != State::InsufficientData);
+    let state = match (drifted, enough) {
+        (0, false) => State::InsufficientData,
+        (0, true) => State::Steady,
+        _ => State::Drifted,
+    };
+    let since = since.and_then(|at| jiff::Timestamp::from_second(at).ok());
+    let rows = features.iter().map(|feature| feature.rows).max().unwrap_or(0);
+    WindowReport {
+        window: name,
+        since: since.map(|at| at.to_string()),
+        rows,
+        state,
+        drifted,
+        features,
+    }
+}
+
+fn is_constant(reference: &Reference, counters: &Counters) -> bool {
+    match (reference, counters) {
+        (Reference::Num(numeric), Counters::Num(cells)) => {
+            counters.sufficient() && numeric.distinct > 1 && cells.min == cells.max
+        }
+        (Reference::Cat(cat), Counters::Cat(tally)) => {
+            let several = cat.tally.cells().iter().filter(|count| **count > 0).count() > 1;
+            let now = tally.cells().iter().filter(|count| **count > 0).count();
+            counters.sufficient() && several && now == 1
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,136 @@
+//! What the monitor has found, for the admin API and the metrics.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::drift::counters::Score;
+use crate::drift::feature::Role;
+use crate::drift::verdict::State;
+
+/// One version: what it is compared with, and how its arms do.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct VersionReport {
+    pub model: String,
+    pub version: String,
+    pub model_digest: String,
+    pub reference: ReferenceReport,
+    /// Rows that were not looked at: over the budget of values a second, or no room.
+    #[schema(minimum = 0)]
+    pub skipped_rows: u64,
+    pub arms: Vec<ArmReport>,
+}
+
+/// What rows are compared with.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub struct ReferenceReport {
+    /// `file`, `frozen`, `provisional`, `learning`, or `none`.
+    pub kind: &'static str,
+    /// Rows of it; of one that is being learnt, so far.
+    #[schema(minimum = 0)]
+    pub rows: u64,
+    /// SHA-256 of its file.
+    pub digest: Option<String>,
+    /// Where it comes from.
+    pub source: Option<String>,
+    /// Why there is none.
+    pub problem: Option<String>,
+}
+
+/// The rows of one version that came in one way.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ArmReport {
+    pub arm: String,
+    /// Rows that were looked at since the version was loaded, or since the state was begun.
+    #[schema(minimum = 0)]
+    pub rows: u64,
+    /// Rows with at least one value that is far out, or was never seen.
+    #[schema(minimum = 0)]
+    pub outlier_rows: u64,
+    pub quality: Oddities,
+    pub windows: Vec<WindowReport>,
+}
+
+/// Values that should not be so, by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize, ToSchema)]
+pub struct Oddities {
+    /// No value where the reference always has one.
+    #[schema(minimum = 0)]
+    pub missing: u64,
+    #[schema(minimum = 0)]
+    pub nan: u64,
+    #[schema(minimum = 0)]
+    pub infinite: u64,
+    /// Outside the quantiles 0.1 % and 99.9 % of the reference.
+    #[schema(minimum = 0)]
+    pub out_of_range: u64,
+    /// Farther than six robust standard deviations from its median.
+    #[schema(minimum = 0)]
+    pub far_out: u64,
+    #[schema(minimum = 0)]
+    pub unseen_category: u64,
+}
+
+impl Oddities {
+    pub const KINDS: [&str; 6] =
+        ["missing", "nan", "infinite", "out_of_range", "far_out", "unseen_category"];
+
+    /// In the order of [`Oddities::KINDS`].
+    pub fn counts(&self) -> [u64; 6] {
+        [
+            self.missing,
+            self.nan,
+            self.infinite,
+            self.out_of_range,
+            self.far_out,
+            self.unseen_category,
+        ]
+    }
+}
+
+/// A stretch of time, or a number of rows.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct WindowReport {
+    /// `hour`, `day`, or `latest`: the latest values, where the reference has values to compare with.
+    pub window: &'static str,
+    /// When it begins; none of `latest`.
+    pub since: Option<String>,
+    #[schema(minimum = 0)]
+    pub rows: u64,
+    /// `insufficient_data`, `steady` or `drifted`.
+    #[schema(value_type = String)]
+    pub state: State,
+    /// Features that have drifted.
+    #[schema(minimum = 0)]
+    pub drifted: usize,
+    pub features: Vec<FeatureReport>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct FeatureReport {
+    pub feature: String,
+    /// `input` or `output`.
+    #[schema(value_type = String)]
+    pub role: Role,
+    pub tensor: String,
+    #[schema(minimum = 0)]
+    pub rows: u64,
+    #[schema(value_type = String)]
+    pub state: State,
+    /// By name, see docs/monitor.md.
+    #[schema(value_type = BTreeMap<String, f64>)]
+    pub scores: BTreeMap<Score, f64>,
+    /// Scores at or beyond their limits, whether that is evidence or not, with the limits.
+    #[schema(value_type = BTreeMap<String, f64>)]
+    pub beyond: BTreeMap<Score, f64>,
+    /// Level at which this feature alone would be a finding; none of `latest`.
+    pub p_value: Option<f64>,
+    /// Natural logarithm of the evidence for a change since the version was loaded, which may be
+    /// looked at at any time; of the window `hour` only.
+    pub ln_evidence: Option<f64>,
+    /// The evidence is beyond what chance reaches once in twenty versions.
+    pub alarm: bool,
+    /// All values of the window are one, and the reference has several.
+    pub constant: bool,
+}

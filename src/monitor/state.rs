@@ -1,0 +1,146 @@
+//! What survives a restart: a version's learnt reference and its arms, below `<state>/monitor`.
+//!
+//! ```text
+//! <state>/monitor/<model>/<version>-<start of the digest>/reference.json   learnt, provisional or frozen
+//!                                                         counters.json    of which reference, and the arms
+//! ```
+//!
+//! Whatever does not fit is left aside, and counting begins anew: these are statistics, not records.
+
+use std::collections::BTreeMap;
+use std::fs::{File, Metadata};
+use std::io::{self, BufWriter, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use super::arm::ArmState;
+use super::{ARMS_MAX, Id, Reference};
+use crate::domain::Digest;
+use crate::drift::profile::{PROFILE_BYTES_MAX, Profile};
+
+const REFERENCE: &str = "reference.json";
+const COUNTERS: &str = "counters.json";
+/// Largest file of counters: those of the most features.
+const COUNTERS_BYTES_MAX: u64 = 256 << 20;
+/// What was not written for so long is of a version that is gone.
+const KEPT: Duration = Duration::from_secs(30 * 86_400);
+
+/// The arms of a version, and what they are compared with.
+#[derive(Serialize)]
+struct Written<'a> {
+    reference: String,
+    arms: &'a BTreeMap<String, ArmState>,
+}
+
+#[derive(Deserialize)]
+struct Found {
+    reference: String,
+    arms: BTreeMap<String, ArmState>,
+}
+
+/// One version's folder.
+#[derive(Clone, Debug)]
+pub(super) struct StateDir(PathBuf);
+
+impl StateDir {
+    pub(super) fn new(root: &Path, id: &Id) -> Self {
+        let digest = id.digest.hex();
+        let start = digest.get(..16).unwrap_or(&digest);
+        Self(root.join(id.model.as_str()).join(format!("{}-{start}", id.version)))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The reference that was learnt here, if one was.
+    pub(super) fn reference(&self) -> Option<Reference> {
+        let bytes = read(&self.0.join(REFERENCE), PROFILE_BYTES_MAX as u64)?;
+        match Profile::read(&bytes) {
+            Ok(profile) => Some((Arc::new(profile), Profile::digest(&bytes))),
+            Err(error) => {
+                let path = self.0.join(REFERENCE);
+                tracing::warn!(%error, path = %path.display(), "a learnt reference is learnt anew");
+                None
+            }
+        }
+    }
+
+    pub(super) fn keep_reference(&self, profile: &Profile) -> io::Result<Digest> {
+        let bytes = profile.write().map_err(io::Error::other)?;
+        self.write(REFERENCE, |file| file.write_all(&bytes))?;
+        Ok(Profile::digest(&bytes))
+    }
+
+    /// The arms as they were, if they were compared with this reference.
+    pub(super) fn arms(&self, (profile, digest): &Reference) -> BTreeMap<String, ArmState> {
+        let Some(bytes) = read(&self.0.join(COUNTERS), COUNTERS_BYTES_MAX) else {
+            return BTreeMap::new();
+        };
+        let found: Result<Found, _> = serde_json::from_slice(&bytes);
+        match found {
+            Ok(found)
+                if found.reference == digest.to_string()
+                    && found.arms.len() <= ARMS_MAX
+                    && found.arms.values().all(|arm| arm.fits(profile)) =>
+            {
+                found.arms
+            }
+            Ok(_) => BTreeMap::new(),
+            Err(error) => {
+                let path = self.0.display();
+                tracing::warn!(%error, %path, "counters cannot be read, counting begins anew");
+                BTreeMap::new()
+            }
+        }
+    }
+
+    pub(super) fn keep_arms(
+        &self,
+        digest: &Digest,
+        arms: &BTreeMap<String, ArmState>,
+    ) -> io::Result<()> {
+        let written = Written { reference: digest.to_string(), arms };
+        self.write(COUNTERS, |file| {
+            serde_json::to_writer(file, &written).map_err(io::Error::other)
+        })
+    }
+
+    fn write(
+        &self,
+        name: &str,
+        content: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        std::fs::create_dir_all(&self.0)?;
+        let part = self.0.join(format!(".{name}.part"));
+        let mut file = BufWriter::new(File::create(&part)?);
+        content(&mut file)?;
+        file.flush()?;
+        std::fs::rename(part, self.0.join(name))
+    }
+}
+
+fn read(path: &Path, max: u64) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(max + 1).read_to_end(&mut bytes));
+    (read.is_ok() && bytes.len() as u64 <= max).then_some(bytes)
+}
+
+/// Removes folders of versions that were not watched for long.
+pub(super) fn sweep(root: &Path) {
+    let of = |path: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    };
+    let changed = |about: Metadata| about.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+    for version in of(root).iter().flat_map(|model| of(model)) {
+        let latest = of(&version).iter().filter_map(|file| file.metadata().ok()).map(changed).max();
+        let old = latest.is_none_or(|at| at.elapsed().is_ok_and(|age| age > KEPT));
+        if old && let Err(error) = std::fs::remove_dir_all(&version) {
+            tracing::debug!(%error, path = %version.display(), "old statistics stay");
+        }
+    }
+}
