@@ -89,6 +89,24 @@ pub(super) enum Job {
         model: PathBuf,
     },
     Trial(Box<TrialJob>),
+    Run(RunJob),
+}
+
+/// Load and run once.
+#[derive(Serialize, Deserialize)]
+pub(super) struct RunJob {
+    pub(super) engine: EngineChoice,
+    pub(super) ort_library: Option<PathBuf>,
+    pub(super) model: PathBuf,
+    pub(super) inputs: Vec<Parcel>,
+}
+
+/// What a run gave.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Ran {
+    /// Name and version.
+    pub(super) engine: String,
+    pub(super) outputs: Vec<Parcel>,
 }
 
 /// Load, warm, find out about batching, compare samples.

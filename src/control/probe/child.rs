@@ -9,7 +9,8 @@ use rustix::process::{Resource, Rlimit, Signal};
 
 use super::super::{samples, trial};
 use super::{
-    Job, Order, ProbeError, ProbeLimits, RECORDED_MARK, REPLY_MARK, Report, TrialJob, unpack,
+    Job, Order, Parcel, ProbeError, ProbeLimits, RECORDED_MARK, REPLY_MARK, Ran, Report, RunJob,
+    TrialJob, unpack,
 };
 use crate::engine::{Artifact, Engines, LoadOptions, onnx};
 
@@ -40,6 +41,7 @@ fn serve() -> io::Result<()> {
             onnx::read(&model).map(|read| read.external_data).map_err(|error| error.to_string())
         }),
         Job::Trial(job) => reply(|| open_and_try(&job)),
+        Job::Run(job) => reply(|| run_once(&job)),
     }?;
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "\n{REPLY_MARK}{reply}")?;
@@ -134,6 +136,27 @@ fn try_model(
         rerun,
         memory_bytes: peak_memory(),
         load_ms,
+    })
+}
+
+fn run_once(job: &RunJob) -> Result<Ran, String> {
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let engines =
+        Engines::open(job.engine, job.ort_library.as_deref()).map_err(|error| text(&error))?;
+    let artifact = Artifact { path: job.model.clone(), derived: None };
+    let options = LoadOptions { intra_threads: 1, sessions: 1, providers: Vec::new() };
+    let (name, model) =
+        engines.load(job.engine, &artifact, &options).map_err(|error| text(&error))?;
+    let signature = model.signature();
+    let inputs = signature.bind(unpack(&job.inputs)?).map_err(|failure| failure.message)?;
+    let mut session = model.session().map_err(|error| text(&error))?;
+    let outputs = session.run(&inputs).map_err(|error| text(&error))?;
+    let outputs = signature.outputs.iter().zip(&outputs);
+    let described = engines.describe();
+    let version = described.iter().find(|(known, _)| *known == name);
+    Ok(Ran {
+        engine: version.map_or(name.to_owned(), |(_, version)| format!("{name} {version}")),
+        outputs: outputs.map(|(spec, tensor)| Parcel::new(&spec.name, tensor)).collect(),
     })
 }
 
