@@ -140,6 +140,12 @@ impl Ledger {
                 progress.failures,
             ),
             family(
+                "tidegate_ledger_parquet_unreadable_records_total",
+                Shown::Counter,
+                "Records that their segments have damaged, and that are in no file",
+                progress.unreadable,
+            ),
+            family(
                 "tidegate_ledger_removed_records_total",
                 Shown::Counter,
                 "Records that went, as their retention says",
