@@ -98,12 +98,19 @@ pub fn convert(
     let (head, parts) = survey(segment, job, &mut entry, &mut unreadable)?;
     entry.last_seq = entry.last_seq.max(unreadable.last().map(|last| last.last_seq));
     let Some(head) = head else { return Ok(Manifest::default()) };
-    let parts: Vec<(Part, Survey)> = parts.into_iter().collect();
+    // What went before its segment does not come back when that is written anew.
+    let before = Manifest::read(root, head.writer, head.first_seq).unwrap_or_default().files;
+    let gone: Vec<FileEntry> = before.into_iter().filter(|file| file.removed).collect();
+    let is_gone = |(model, date): &Part| {
+        gone.iter().any(|file| file.model == *model && file.date == date.to_string())
+    };
+    let parts: Vec<(Part, Survey)> = parts.into_iter().filter(|(part, _)| !is_gone(part)).collect();
     let mut manifest = Manifest::new(&head, entry);
     for some in parts.chunks(SHEETS_MAX) {
         let files = write_parts(segment, root, job, &head, some, manifest.segment.last_seq)?;
         manifest.files.extend(files);
     }
+    manifest.files.extend(gone);
     manifest.unreadable = unreadable;
     manifest.checkpoint = checkpoint(segment, manifest.segment.last_seq);
     manifest.write(root)?;
@@ -251,6 +258,7 @@ fn write_parts(
             last_time_ns: survey.last_ns,
             retention_days: (job.days_of)(model),
             removed: false,
+            erased: false,
         });
     }
     Ok(files)

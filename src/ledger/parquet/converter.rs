@@ -164,8 +164,11 @@ fn look(settings: &ConverterSettings, shared: &Shared, seen: &mut Seen) {
                 let mut progress = shared.progress.lock();
                 progress.segments += 1;
                 progress.rows += manifest.segment.records;
-                progress.unreadable +=
-                    manifest.unreadable.iter().map(|it| it.last_seq + 1 - it.first_seq).sum::<u64>();
+                progress.unreadable += manifest
+                    .unreadable
+                    .iter()
+                    .map(|it| it.last_seq + 1 - it.first_seq)
+                    .sum::<u64>();
                 progress.waiting = progress.waiting.saturating_sub(1);
                 progress.failure = None;
             }

@@ -75,6 +75,9 @@ pub struct FileEntry {
     /// Its time had come before that of its segment.
     #[serde(default)]
     pub removed: bool,
+    /// Nor do its records have payloads in the segment any more, or their erasure is ordered.
+    #[serde(default)]
+    pub erased: bool,
 }
 
 impl SegmentEntry {
