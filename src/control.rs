@@ -32,6 +32,7 @@ pub mod lineage;
 pub mod manifest;
 pub mod probe;
 pub mod registry;
+pub mod reproduce;
 pub mod rollout;
 mod samples;
 mod scan;

@@ -52,6 +52,7 @@ pub mod parquet;
 pub mod proofs;
 pub mod prove;
 pub mod reader;
+pub mod recent;
 pub mod record;
 pub mod retention;
 pub mod subjects;

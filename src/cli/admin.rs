@@ -81,6 +81,14 @@ pub(super) struct Connection {
     pub(super) json: bool,
 }
 
+impl Connection {
+    /// Folder of the gateway's state, as far as it is known here.
+    pub(super) fn state_dir(&self) -> PathBuf {
+        let default = || variable(STATE_VARIABLE).unwrap_or_else(|| STATE_DIR.to_owned());
+        self.state_dir.clone().unwrap_or_else(|| default().into())
+    }
+}
+
 /// What a change may say of itself.
 #[derive(clap::Args)]
 pub(super) struct Why {
@@ -340,7 +348,6 @@ fn base(address: &str) -> Result<String, Stop> {
 /// The first that there is: `--token-file`, `--state-dir`, the variable, the state's default place.
 /// None is no error where a certificate speaks for the caller.
 fn token(connection: &Connection) -> Result<Option<String>, Stop> {
-    let variable = |name| std::env::var(name).ok().filter(|value: &String| !value.is_empty());
     if let Some(path) = &connection.token_file {
         return one_line(path).map(Some);
     }
@@ -350,8 +357,7 @@ fn token(connection: &Connection) -> Result<Option<String>, Stop> {
     if let Some(token) = variable(TOKEN_VARIABLE) {
         return Ok(Some(token.trim().to_owned()));
     }
-    let folder = variable(STATE_VARIABLE).unwrap_or_else(|| STATE_DIR.to_owned());
-    let path = Path::new(&folder).join(TOKEN_FILE);
+    let path = connection.state_dir().join(TOKEN_FILE);
     if connection.cert.is_some() && !path.exists() {
         return Ok(None);
     }
@@ -362,6 +368,11 @@ fn token(connection: &Connection) -> Result<Option<String>, Stop> {
             path.display()
         ))
     })
+}
+
+/// A variable that is set, and not empty.
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 fn one_line(path: &Path) -> Result<String, Stop> {

@@ -143,12 +143,12 @@ fn validate(args: &Validate) -> anyhow::Result<ExitCode> {
 }
 
 /// A private folder under the system's temporary one.
-struct Scratch {
-    path: PathBuf,
+pub(super) struct Scratch {
+    pub(super) path: PathBuf,
 }
 
 impl Scratch {
-    fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         use std::os::unix::fs::DirBuilderExt;
         let name = format!("tidegate-{}", uuid::Uuid::now_v7().simple());
         let path = std::env::temp_dir().join(name);

@@ -1,14 +1,12 @@
 //! `tidegate replay`: the inputs that a ledger recorded, sent to a model again, and how its outputs
 //! differ from those that were given then.
 
-use std::io::Write as _;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use http::Uri;
-use serde_json::{Value, json};
 
 use super::admin::{Stop, examples, finish};
 use super::audit::Select;
@@ -18,7 +16,10 @@ use crate::ledger::record::Kind;
 
 mod compare;
 mod recorded;
+mod reproduce;
 mod send;
+
+pub(super) use reproduce::{Again, reproduce, state_dirs};
 
 use compare::{Limits, Report};
 use recorded::Recorded;
@@ -158,60 +159,6 @@ impl From<Wrong> for Stop {
         match wrong {
             Wrong::Log(error) => Self::failed(error),
             Wrong::Gateway(stop) => stop,
-        }
-    }
-}
-
-/// Runs one record's inputs on the version that it ran on, and compares. The gateway must have that
-/// version with the very digest that is recorded: other bytes are another model.
-pub(super) fn reproduce(gateway: &Gateway, line: &str, as_json: bool) -> Result<String, Stop> {
-    let recorded = Recorded::of(line).ok_or_else(|| {
-        Stop::failed("its inputs and outputs are not in the ledger whole: they cannot be run again")
-    })?;
-    let record: Value = serde_json::from_str(line).map_err(Stop::failed)?;
-    let model: ModelName = recorded.model.parse().map_err(Stop::failed)?;
-    let version = record["version"].as_u64().map(|number| number.to_string());
-    let version = version.and_then(|text| VersionRef::parse(&text).ok().flatten());
-    let version = version.ok_or_else(|| Stop::failed("it ran on no version of a model"))?;
-    let digest = record["model_digest"].as_str().unwrap_or_default();
-    let sender = Sender::open(&gateway.url)?;
-    let (outputs, ran_on, id) = match sender.send(&model, Some(&version), &recorded)? {
-        Answer::Outputs { outputs, digest, id } => (outputs, digest, id),
-        Answer::Refused(why) => {
-            return Err(Stop::failed(format_args!(
-                "{model}/{version} with {digest} cannot be run at {}: {why}",
-                gateway.url
-            )));
-        }
-    };
-    if ran_on != digest {
-        return Err(Stop::failed(format_args!(
-            "the recorded model is not there: {model}/{version} ran with {digest}, the gateway has \
-             {ran_on}"
-        )));
-    }
-    let mut report = Report::new(gateway.tolerance);
-    report.add(&recorded, &outputs);
-    let same = report.different == 0;
-    let text = match as_json {
-        true => format!(
-            "{:#}\n",
-            json!({
-                "prediction_id": recorded.id, "reproduced_as": id, "model_digest": digest,
-                "same": same, "report": report.json(&[]),
-            })
-        ),
-        false => {
-            let what = if same { "the same outputs" } else { "other outputs" };
-            format!("{model}/{version} {digest}\n{what}\n{}", report.text(&[]))
-        }
-    };
-    match same {
-        true => Ok(text),
-        false => {
-            // What differs is the answer; that it does is the exit code.
-            std::io::stdout().lock().write_all(text.as_bytes()).map_err(Stop::failed)?;
-            Err(Stop::failed("the recorded outputs were not reproduced"))
         }
     }
 }

@@ -25,6 +25,8 @@ use super::source::{SIGNATURE_FILE, SUMS_FILE};
 use super::sweep::touch;
 use crate::domain::{Digest, ModelName, Version};
 
+/// Folder of the copies in the state's.
+const CACHE: &str = "cache";
 /// Name of the model file in every copy.
 pub(super) const MODEL_FILE: &str = "model.onnx";
 const SUMS_SIZE_MAX: u64 = 1 << 20;
@@ -115,7 +117,7 @@ struct Source {
 
 impl Cache {
     pub(super) fn open(state_dir: &Path) -> io::Result<Self> {
-        let root = state_dir.join("cache");
+        let root = state_dir.join(CACHE);
         let cache = Self { root, verified: Mutex::default(), next: AtomicU64::new(0) };
         for folder in ["models", "external", "probe", "derived", "tmp"] {
             make_folder(&cache.root.join(folder))?;
@@ -178,27 +180,11 @@ impl Cache {
 
     /// The copy with this digest, if it is there and still holds what it is named by.
     pub(super) fn recall(&self, digest: &Digest) -> Result<Option<Fetched>, FetchError> {
-        let home = self.root.join("models").join(digest.hex());
-        if !home.join(MODEL_FILE).exists() {
-            return Ok(None);
-        }
-        let mut names = files_beneath(&home)?;
-        // As they were listed when the digest was made: the model first, then the others by name.
-        names.retain(|name| name != MODEL_FILE);
-        names.sort();
-        names.insert(0, MODEL_FILE.to_owned());
-        let open =
-            |name: String| Source::open(name.clone(), File::open(home.join(&name))?, u64::MAX);
-        let sources: Vec<Source> = names.into_iter().map(open).collect::<Result<_, _>>()?;
-        if digest_of(&sources) != *digest.as_bytes() {
-            return Ok(None);
-        }
+        let Some(fetched) = copy_at(&self.root, digest)? else { return Ok(None) };
         let mut verified = self.verified.lock();
         verified.insert(*digest.as_bytes());
-        touch(&home);
-        let size = sources.iter().map(|source| source.size).sum();
-        let model = home.join(MODEL_FILE);
-        Ok(Some(Fetched { digest: *digest, model, size, signed: None }))
+        fetched.model.parent().map(touch);
+        Ok(Some(fetched))
     }
 
     fn external_names(
@@ -260,6 +246,34 @@ impl Cache {
         verified.insert(digest);
         Ok(done)
     }
+}
+
+/// The copy with this digest in a state folder, which may be another process's: only reads.
+///
+/// # Errors
+/// When it is there and cannot be read.
+pub(super) fn copy_in(state_dir: &Path, digest: &Digest) -> Result<Option<Fetched>, FetchError> {
+    copy_at(&state_dir.join(CACHE), digest)
+}
+
+fn copy_at(cache: &Path, digest: &Digest) -> Result<Option<Fetched>, FetchError> {
+    let home = cache.join("models").join(digest.hex());
+    if !home.join(MODEL_FILE).exists() {
+        return Ok(None);
+    }
+    let mut names = files_beneath(&home)?;
+    // As they were listed when the digest was made: the model first, then the others by name.
+    names.retain(|name| name != MODEL_FILE);
+    names.sort();
+    names.insert(0, MODEL_FILE.to_owned());
+    let open = |name: String| Source::open(name.clone(), File::open(home.join(&name))?, u64::MAX);
+    let sources: Vec<Source> = names.into_iter().map(open).collect::<Result<_, _>>()?;
+    if digest_of(&sources) != *digest.as_bytes() {
+        return Ok(None);
+    }
+    let size = sources.iter().map(|source| source.size).sum();
+    let model = home.join(MODEL_FILE);
+    Ok(Some(Fetched { digest: *digest, model, size, signed: None }))
 }
 
 fn open_external(

@@ -56,6 +56,7 @@ pub fn inspect(
             intra_threads: 1,
             settings: ModelSettings { engine, ..ModelSettings::default() },
             samples: Vec::new(),
+            recorded: Vec::new(),
         };
         let report: Result<Report, _> = probe::run(&program, limits, Job::Trial(Box::new(job)));
         let report = report.map_err(|error| error.to_string())?;

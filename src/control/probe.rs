@@ -18,16 +18,20 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::ProbeLimits;
-use super::trial::Findings;
+use super::trial::{Findings, Rerun};
 use crate::domain::{EngineChoice, ModelSettings, Signature};
 
 mod child;
+mod parcel;
 
 pub use child::child_main;
 pub(super) use child::run_here;
+pub(super) use parcel::{Parcel, pack, unpack};
 
 /// Starts the line that holds the reply; a library may print others.
 const REPLY_MARK: &str = "tidegate-probe-reply:";
+/// The line that comes before recorded inputs are run.
+const RECORDED_MARK: &str = "tidegate-probe-recorded";
 /// Most bytes of a reply.
 const REPLY_SIZE_MAX: u64 = 64 << 20;
 /// How much of the end of the child's stderr is logged.
@@ -52,8 +56,22 @@ pub enum ProbeError {
     FileSize(u64),
     #[error("loading the model crashed the engine ({0})")]
     Crashed(String),
+    /// It came so far as to be warmed with what other versions were asked.
+    #[error("running recorded inputs of this model: {0}")]
+    Recorded(Box<Self>),
     #[error("could not try the model in a child process: {0}")]
     Start(#[from] io::Error),
+}
+
+impl ProbeError {
+    /// Whether it may go better another time.
+    pub(super) fn is_passing(&self) -> bool {
+        match self {
+            Self::TimedOut(_) | Self::Start(_) => true,
+            Self::Recorded(error) => error.is_passing(),
+            _ => false,
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -71,6 +89,24 @@ pub(super) enum Job {
         model: PathBuf,
     },
     Trial(Box<TrialJob>),
+    Run(RunJob),
+}
+
+/// Load and run once.
+#[derive(Serialize, Deserialize)]
+pub(super) struct RunJob {
+    pub(super) engine: EngineChoice,
+    pub(super) ort_library: Option<PathBuf>,
+    pub(super) model: PathBuf,
+    pub(super) inputs: Vec<Parcel>,
+}
+
+/// What a run gave.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Ran {
+    /// Name and version.
+    pub(super) engine: String,
+    pub(super) outputs: Vec<Parcel>,
 }
 
 /// Load, warm, find out about batching, compare samples.
@@ -84,6 +120,8 @@ pub(super) struct TrialJob {
     pub(super) settings: ModelSettings,
     /// Name and text of each samples file.
     pub(super) samples: Vec<(String, String)>,
+    /// What the model was asked lately.
+    pub(super) recorded: Vec<Vec<Parcel>>,
 }
 
 /// What a passed trial tells.
@@ -94,6 +132,9 @@ pub(super) struct Report {
     pub(super) signature: Signature,
     pub(super) findings: Findings,
     pub(super) samples: usize,
+    /// Of the recorded inputs; part of the answer, and no part of the verdict.
+    #[serde(default)]
+    pub(super) rerun: Rerun,
     /// Peak resident memory of the child.
     pub(super) memory_bytes: u64,
     pub(super) load_ms: u64,
@@ -130,16 +171,22 @@ pub(super) fn run<R: DeserializeOwned>(
         let status = wait(&mut child, limits.wall_max)?;
         Ok((status, reply.join().unwrap_or_default(), stderr.join().unwrap_or_default()))
     })?;
+    let said = |mark: &str| reply.lines().rev().find_map(|line| line.strip_prefix(mark));
+    // Why there is no verdict, and how far it had come.
+    let ended = |error: ProbeError| match said(RECORDED_MARK) {
+        Some(_) => ProbeError::Recorded(Box::new(error)),
+        None => error,
+    };
     if !stderr.trim().is_empty() {
         tracing::warn!(stderr = stderr.trim(), "the child process that tried a model said");
     }
-    let Some(status) = status else { return Err(ProbeError::TimedOut(limits.wall_max)) };
-    match reply {
+    let Some(status) = status else { return Err(ended(ProbeError::TimedOut(limits.wall_max))) };
+    match said(REPLY_MARK) {
         Some(reply) => {
-            let reply: Result<R, String> = serde_json::from_str(&reply).map_err(io::Error::from)?;
+            let reply: Result<R, String> = serde_json::from_str(reply).map_err(io::Error::from)?;
             reply.map_err(ProbeError::Refused)
         }
-        None => Err(death(status, limits, &stderr)),
+        None => Err(ended(death(status, limits, &stderr))),
     }
 }
 
@@ -171,11 +218,11 @@ fn wait(child: &mut Child, wall_max: Duration) -> io::Result<Option<ExitStatus>>
     }
 }
 
-fn read_reply(stdout: Option<impl Read>) -> Option<String> {
+fn read_reply(stdout: Option<impl Read>) -> String {
     let mut text = Vec::new();
-    stdout?.take(REPLY_SIZE_MAX).read_to_end(&mut text).ok()?;
-    let text = String::from_utf8_lossy(&text);
-    text.lines().rev().find_map(|line| line.strip_prefix(REPLY_MARK)).map(str::to_owned)
+    // What came before an error may hold a mark all the same.
+    stdout.map(|stdout| stdout.take(REPLY_SIZE_MAX).read_to_end(&mut text).ok());
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// The last bytes, however much there is.

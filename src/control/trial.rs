@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::samples::{Sample, same};
-use crate::domain::{DataType, Dim, Shape, Signature, Tensor, TensorSpec};
+use crate::domain::{DataType, Dim, NamedTensor, Shape, Signature, Tensor, TensorSpec};
 use crate::engine::{EngineError, Session};
 
 pub(super) mod padding;
@@ -21,6 +21,20 @@ const WARM_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// Joined and single runs may differ by so much: kernels add in another order.
 const JOIN_TOLERANCE: f64 = 1e-3;
+
+/// No more recorded inputs are run when those before took so long.
+pub(super) const RERUN_TIME_MAX: Duration = Duration::from_secs(2);
+/// Runs of each: the first of a shape is slow.
+const RERUNS: usize = 2;
+
+/// What became of inputs that were recorded.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(super) struct Rerun {
+    /// Places of those that ran.
+    pub(super) ran: Vec<usize>,
+    /// Of those that fit the signature and failed. Why is not said: it may quote what was recorded.
+    pub(super) failed: Vec<usize>,
+}
 
 /// What a trial found out.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
@@ -106,6 +120,34 @@ pub(super) fn warm(
         seen.clear();
     }
     Ok(seen)
+}
+
+/// Runs inputs that were recorded, those that fit the signature, for as long as `time_max`. What
+/// they give is compared with nothing: another version may answer otherwise. Gives what ran and the
+/// time it took.
+pub(super) fn rerun(
+    session: &mut dyn Session,
+    signature: &Signature,
+    recorded: &[&[NamedTensor]],
+    time_max: Duration,
+) -> (Rerun, Vec<(Vec<Tensor>, Duration)>) {
+    let (mut rerun, mut seen) = (Rerun::default(), Vec::new());
+    let began = Instant::now();
+    for (at, named) in recorded.iter().enumerate() {
+        if began.elapsed() >= time_max {
+            break;
+        }
+        let Ok(inputs) = signature.bind(named.to_vec()) else { continue };
+        let mut runs = (0..RERUNS).map(|_| {
+            let started = Instant::now();
+            session.run(&inputs).map(|_| started.elapsed())
+        });
+        match runs.try_for_each(|took| took.map(|took| seen.push((inputs.clone(), took)))) {
+            Ok(()) => rerun.ran.push(at),
+            Err(_) => rerun.failed.push(at),
+        }
+    }
+    (rerun, seen)
 }
 
 /// Runs every sample and compares.
@@ -309,6 +351,27 @@ mod tests {
         let found = explore(&mut Mixing, &signature, None).unwrap();
         assert!(!found.batched);
         assert!(found.notes[0].contains("depends on the rows beside it"), "{found:?}");
+    }
+
+    #[test]
+    fn recorded_inputs_run_if_they_fit_and_their_errors_are_noted() {
+        let model = FakeModel::new(4, 1.0);
+        let signature = model.signature().clone();
+        let spec = &signature.inputs[0];
+        let named = |tensor| vec![NamedTensor { name: spec.name.clone(), tensor }];
+        let fits = made_up(spec, &[0, 1], 1).unwrap();
+        let other = Tensor::new(DataType::Int8, Shape::from_slice(&[1]), vec![1].into()).unwrap();
+        let recorded = [named(fits.clone()), named(other), named(fits)];
+        let mut session = model.session().unwrap();
+        let recorded: Vec<&[NamedTensor]> = recorded.iter().map(Vec::as_slice).collect();
+        let (told, seen) = rerun(&mut *session, &signature, &recorded, RERUN_TIME_MAX);
+        assert_eq!(told, Rerun { ran: vec![0, 2], failed: vec![] });
+        assert_eq!(seen.len(), 2 * RERUNS);
+        let (told, seen) = rerun(&mut Failing, &signature, &recorded, RERUN_TIME_MAX);
+        assert_eq!(told, Rerun { ran: vec![], failed: vec![0, 2] });
+        assert!(seen.is_empty());
+        let (told, _) = rerun(&mut *session, &signature, &recorded, Duration::ZERO);
+        assert_eq!(told, Rerun::default());
     }
 
     #[test]

@@ -4,8 +4,10 @@ use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
+use uuid::Uuid;
 
 use super::confined::{ConfineError, Folder};
 use super::fetch::{
@@ -13,9 +15,10 @@ use super::fetch::{
 };
 use super::lineage::{Lineage, LineageError};
 use super::manifest::{Declared, DeclaredTensor, Manifest};
-use super::probe::{self, Job, ProbeError, Report, TrialJob};
+use super::probe::{self, Job, ProbeError, Report, TrialJob, pack};
 use super::scan::Repository;
 use super::signature::Signed;
+use super::trial::{RERUN_TIME_MAX, Rerun};
 use super::view::Life;
 use super::{Settings, lineage, sweep, trial};
 use crate::batch::{Lane, LaneParts, Padding, ThreadBudget};
@@ -24,12 +27,17 @@ use crate::domain::{
     Version,
 };
 use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
-use crate::ledger::capture;
+use crate::ledger::recent::{self, Recent};
+use crate::ledger::{self, capture};
 use crate::observe::{Observer, VersionStats};
 use crate::route::Served;
 
 /// Most bytes of a version's samples, all files together.
 const SAMPLES_SIZE_MAX: u64 = 64 << 20;
+/// Most bytes of the recorded inputs that one version is warmed with.
+const RECORDED_BYTES_MAX: usize = 16 << 20;
+/// How long the ledger is searched for them.
+const RECORDED_SEARCH_MAX: Duration = Duration::from_millis(250);
 /// Most sessions of one version.
 const SESSIONS_MAX: usize = 256;
 
@@ -70,8 +78,7 @@ impl PrepareError {
                 | Self::NoCopy(_)
                 | Self::Fetch(FetchError::Io(_) | FetchError::Changed { .. })
                 | Self::Samples(_)
-                | Self::Probe(ProbeError::TimedOut(_) | ProbeError::Start(_))
-        )
+        ) || matches!(self, Self::Probe(error) if error.is_passing())
     }
 }
 
@@ -94,6 +101,8 @@ pub struct Checked {
     /// Peak memory of the trial; 0 when unknown.
     pub memory_bytes: u64,
     report: Report,
+    /// How it did on recorded inputs; `None`: it was not tried now.
+    tried: Option<Tried>,
     model: PathBuf,
 }
 
@@ -110,6 +119,7 @@ impl Checked {
             lineage: Lineage::default(),
             memory_bytes: report.memory_bytes,
             report,
+            tried: None,
             model: fetched.model,
         }
     }
@@ -118,6 +128,32 @@ impl Checked {
     pub(super) fn into_report(self) -> Report {
         self.report
     }
+}
+
+/// How a version did on what its model was asked lately.
+#[derive(Clone, Debug, Default)]
+struct Tried {
+    ran: Vec<Recent>,
+    /// Ids of the predictions whose inputs made it fail.
+    failed: Vec<Uuid>,
+}
+
+impl Tried {
+    fn new(recent: Vec<Recent>, rerun: &Rerun) -> Self {
+        let id = |at: &usize| recent.get(*at).map(|recent| recent.prediction_id);
+        let failed = rerun.failed.iter().filter_map(id).collect();
+        let ran = |(at, recent)| rerun.ran.contains(&at).then_some(recent);
+        Self { ran: recent.into_iter().enumerate().filter_map(ran).collect(), failed }
+    }
+}
+
+/// What a version was warmed with besides made-up rows.
+#[derive(Debug)]
+pub(super) struct Warmed {
+    /// Recorded inputs that ran.
+    pub(super) ran: usize,
+    /// Ids of the predictions whose inputs made it fail.
+    pub(super) failed: Vec<Uuid>,
 }
 
 /// Takes versions through their steps.
@@ -186,7 +222,7 @@ impl Preparer {
         let samples = read_samples(&folder).map_err(PrepareError::Samples)?;
         let lineage = lineage::read(&folder)?;
         progress(Life::Probing);
-        let report = self.report(cache, &fetched, settings, samples)?;
+        let (report, tried) = self.report(cache, &fetched, model, settings, samples)?;
         if let Some(declared) = &manifest.declared {
             agree(declared, &report.signature).map_err(PrepareError::Contradiction)?;
         }
@@ -199,7 +235,18 @@ impl Preparer {
                 _ => error,
             }
         })?;
-        Ok(Checked { lineage, ..Checked::new(fetched, report) })
+        Ok(Checked { lineage, tried, ..Checked::new(fetched, report) })
+    }
+
+    /// What the model was asked lately, of whatever version.
+    fn recent(&self, model: &ModelName, settings: &ModelSettings) -> Vec<Recent> {
+        let log = self.settings.state_dir.join(ledger::FOLDER).join(ledger::PREDICTIONS);
+        let limits = recent::Limits {
+            records_max: settings.warmup.records,
+            bytes_max: RECORDED_BYTES_MAX,
+            until: Instant::now() + RECORDED_SEARCH_MAX,
+        };
+        recent::inputs(&log, model, limits)
     }
 
     /// A version that passed before, from the copy that was made of it then.
@@ -220,16 +267,18 @@ impl Preparer {
         &self,
         cache: &Cache,
         fetched: &Fetched,
+        model: &ModelName,
         settings: &ModelSettings,
         samples: Vec<(String, String)>,
-    ) -> Result<Report, PrepareError> {
+    ) -> Result<(Report, Option<Tried>), PrepareError> {
         let key = self.verdict_key(fetched, settings, &samples);
         let known = cache.folder("probe").join(key + ".json");
         if let Ok(text) = std::fs::read(&known)
             && let Ok(report) = serde_json::from_slice(&text)
         {
-            return Ok(report);
+            return Ok((report, None));
         }
+        let recent = self.recent(model, settings);
         let job = TrialJob {
             engine: self.settings.engine,
             ort_library: self.settings.ort_library.clone(),
@@ -238,19 +287,21 @@ impl Preparer {
             intra_threads: settings.intra_threads.unwrap_or(1),
             settings: settings.clone(),
             samples,
+            recorded: recent.iter().map(|recent| pack(&recent.inputs)).collect(),
         };
-        let report: Report = if self.settings.probe_enabled {
+        let mut report: Report = if self.settings.probe_enabled {
             let job = Job::Trial(Box::new(job));
             probe::run(&self.program()?, &self.settings.probe, job)?
         } else {
             probe::run_here(&self.engines, &job)?
         };
+        let tried = Tried::new(recent, &std::mem::take(&mut report.rerun));
         // Only a pass is kept: what failed may have failed for want of memory or time.
         let text = serde_json::to_vec(&report).map_err(io::Error::from);
         if let Err(error) = text.and_then(|text| write_whole(&known, &text)) {
             tracing::warn!(%error, "verdict not kept, the model will be tried again");
         }
-        Ok(report)
+        Ok((report, Some(tried)))
     }
 
     /// Everything that the verdict hangs on.
@@ -287,7 +338,19 @@ impl Preparer {
         }
     }
 
-    /// Loads a checked version into this process and starts its workers.
+    /// Recorded inputs that the version may be warmed with in this process: those that ran in its
+    /// trial now, or else those that the very same model has answered. What nobody saw it live
+    /// through could take the gateway with it, at every start.
+    fn recorded(&self, model: &ModelName, checked: &Checked, settings: &ModelSettings) -> Tried {
+        checked.tried.clone().unwrap_or_else(|| {
+            let recent = self.recent(model, settings).into_iter();
+            let ran = recent.filter(|recent| recent.digest == checked.digest).collect();
+            Tried { ran, failed: Vec::new() }
+        })
+    }
+
+    /// Loads a checked version into this process and starts its workers; also, what became of the
+    /// recorded inputs that it was warmed with.
     pub(super) fn load(
         &self,
         model: &ModelName,
@@ -295,7 +358,7 @@ impl Preparer {
         checked: &Checked,
         settings: &ModelSettings,
         observer: &Observer,
-    ) -> Result<Served, PrepareError> {
+    ) -> Result<(Served, Warmed), PrepareError> {
         let artifact =
             Artifact {
                 path: checked.model.clone(),
@@ -320,12 +383,22 @@ impl Preparer {
         let recording = recording(settings, &self.settings.recording, &signature)?;
         let rows = warm_rows(if batched { batch.size_max } else { 1 });
         let (mut ready, mut warmed) = (Vec::with_capacity(sessions), Vec::new());
+        let Tried { ran: recorded, mut failed } = self.recorded(model, checked, settings);
+        let asked: Vec<_> = recorded.iter().map(|recent| &*recent.inputs).collect();
+        let mut ran = 0;
+        let rerun_time = RERUN_TIME_MAX / u32::try_from(sessions).unwrap_or(1);
         for _ in 0..sessions {
             let mut session = loaded.session()?;
             let (findings, runs) = (&checked.report.findings, settings.warmup.runs);
             let seen = trial::warm(&mut *session, &signature, findings, &rows, runs)
                 .map_err(PrepareError::Warmup)?;
             warmed.extend(seen);
+            let (told, seen) = trial::rerun(&mut *session, &signature, &asked, rerun_time);
+            warmed.extend(seen);
+            if ready.is_empty() {
+                ran = told.ran.len();
+                failed.extend(told.failed.iter().map(|at| recorded[*at].prediction_id));
+            }
             ready.push(session);
         }
         if recording.durability == Durability::Off {
@@ -333,6 +406,10 @@ impl Preparer {
         }
         if settings.batch.padding.is_some() && padding.is_none() {
             tracing::warn!(%model, %version, "batch.padding has no effect");
+        }
+        if ran > 0 || !failed.is_empty() {
+            let failed = failed.len();
+            tracing::info!(%model, %version, ran, failed, "warmed with recorded inputs");
         }
         for note in loaded.notes().iter().chain(&checked.notes) {
             tracing::info!(%model, %version, engine, "{note}");
@@ -352,7 +429,7 @@ impl Preparer {
         for (inputs, took) in warmed {
             lane.seed(inputs, took);
         }
-        Ok(Served {
+        let served = Served {
             model: model.clone(),
             version,
             digest: checked.digest,
@@ -362,7 +439,8 @@ impl Preparer {
             lane,
             stats,
             recording,
-        })
+        };
+        Ok((served, Warmed { ran, failed }))
     }
 }
 

@@ -129,11 +129,23 @@ impl Default for BatchSettings {
 pub struct WarmupSettings {
     /// Runs with zeros for each batch size tried.
     pub runs: usize,
+    /// Newest inputs of the model, from the ledger, that are run besides; 0: none.
+    #[serde(default = "WarmupSettings::records")]
+    pub records: usize,
+}
+
+/// Most recorded inputs that a version is warmed with.
+pub const WARMUP_RECORDS_MAX: usize = 256;
+
+impl WarmupSettings {
+    fn records() -> usize {
+        Self::default().records
+    }
 }
 
 impl Default for WarmupSettings {
     fn default() -> Self {
-        Self { runs: 2 }
+        Self { runs: 2, records: 16 }
     }
 }
 

@@ -14,6 +14,7 @@
 //! - A batch is read when it is sent, and read anew when it is sent again: data that was erased
 //!   before does not leave.
 //! - Every answer of a sink is taken, again or refused; every wait ends.
+//! - What does not come is counted, logged, and said to the sink in its place.
 //!
 //! Deliberately absent: order between sinks, and exactly once, which no sink of these could promise.
 
@@ -173,6 +174,9 @@ pub struct SinkStats {
     /// Passed over: removed before their turn, or beyond the cap.
     #[schema(minimum = 0)]
     pub skipped: u64,
+    /// Passed over, since the log is damaged there.
+    #[schema(minimum = 0)]
+    pub damaged: u64,
     /// Tries that failed.
     #[schema(minimum = 0)]
     pub failures: u64,
@@ -200,6 +204,7 @@ struct Shared {
     delivered: AtomicU64,
     refused: AtomicU64,
     skipped: AtomicU64,
+    damaged: AtomicU64,
     failures: AtomicU64,
     up: AtomicBool,
     over_cap: AtomicBool,
@@ -220,6 +225,7 @@ impl Shared {
             delivered: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
+            damaged: AtomicU64::new(0),
             failures: AtomicU64::new(0),
             up: AtomicBool::new(true),
             over_cap: AtomicBool::new(false),
@@ -268,6 +274,7 @@ impl Shared {
             delivered: get(&self.delivered),
             refused: get(&self.refused),
             skipped: get(&self.skipped),
+            damaged: get(&self.damaged),
             failures: get(&self.failures),
             over_cap: self.over_cap.load(Ordering::Relaxed),
             problem: self.problem.lock().clone(),
@@ -388,6 +395,7 @@ impl Delivery {
                 ("delivered", sink.delivered),
                 ("refused", sink.refused),
                 ("skipped", sink.skipped),
+                ("damaged", sink.damaged),
             ];
             for (outcome, count) in counts {
                 let labels = vec![

@@ -40,7 +40,7 @@ const DONE: &str = "erased";
 /// Where the mark stands in a segment's head.
 const MARK_AT: u64 = 8;
 /// Ranges of numbers that one record names; what has more becomes several.
-const RANGES_MAX: usize = 10_000;
+pub(super) const RANGES_MAX: usize = 10_000;
 /// What such a record calls itself.
 const ACTION: &str = "audit.erase";
 /// How long a caller waits for the record to be on the disk, and for a segment to be sealed.

@@ -168,7 +168,21 @@ pub fn scan<E: From<ExportError>>(
 pub fn scan_file<E: From<ExportError>>(
     segment: &SegmentFile,
     wanted: &Selection,
+    take: impl FnMut(&SegmentHead, &View<'_>) -> Result<ControlFlow<()>, E>,
+) -> Result<Option<SegmentReader>, E> {
+    scan_around(segment, wanted, take, |_, fault| Err(ExportError::from(ReadError::from(fault))))
+}
+
+/// The same, and `damaged` decides about each place that cannot be read: whether to go on behind it.
+/// It is given the numbers that are lost; the second is `None` when the rest of the segment is.
+///
+/// # Errors
+/// As [`scan`], and what `damaged` says.
+pub(super) fn scan_around<E: From<ExportError>>(
+    segment: &SegmentFile,
+    wanted: &Selection,
     mut take: impl FnMut(&SegmentHead, &View<'_>) -> Result<ControlFlow<()>, E>,
+    mut damaged: impl FnMut((u64, Option<u64>), Fault) -> Result<(), ExportError>,
 ) -> Result<Option<SegmentReader>, E> {
     let mut reader = match SegmentReader::open(segment) {
         Err(error) if is_gone(&error) => return Ok(None),
@@ -177,18 +191,33 @@ pub fn scan_file<E: From<ExportError>>(
     let head = reader.head().clone();
     loop {
         let offset = reader.offset();
-        let Some(frame) = reader.next_frame().map_err(ExportError::from)? else { break };
-        let view = View::read(&frame);
-        let view = view.map_err(|what| unreadable(segment.path.clone(), offset, what))?;
+        let frame = match reader.next_frame() {
+            Ok(Some(frame)) => frame,
+            Ok(None) => break,
+            Err(ReadError::Fault(fault)) => {
+                let from = reader.next_seq();
+                let to = reader.skip_damage().map_err(ExportError::from)?;
+                damaged((from, to), fault)?;
+                match to {
+                    Some(_) => continue,
+                    None => break,
+                }
+            }
+            Err(error) => return Err(ExportError::from(error).into()),
+        };
+        let view = match View::read(&frame) {
+            Ok(view) => view,
+            Err(what) => {
+                let fault = Fault { file: segment.path.clone(), offset, what: what.to_owned() };
+                damaged((frame.seq, Some(frame.seq + 1)), fault)?;
+                continue;
+            }
+        };
         if wanted.takes(&view) && take(&head, &view)?.is_break() {
             break;
         }
     }
     Ok(Some(reader))
-}
-
-fn unreadable(file: PathBuf, offset: u64, what: &'static str) -> ExportError {
-    ExportError::from(ReadError::from(Fault { file, offset, what: what.to_owned() }))
 }
 
 /// Retention took the segment since it was listed.

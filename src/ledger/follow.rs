@@ -9,7 +9,8 @@
 //! writer nothing, and one in another process sees as much.
 //!
 //! Invariants:
-//! - Records come in order, each once. One that is missing is a [`Gap`], never passed over.
+//! - Records come in order, each once. One that is missing is a [`Gap`], one that a sealed segment
+//!   has damaged a [`Damage`], and neither is passed over before it was said.
 //! - What was erased before the last [`Follower::refresh`] is not seen.
 
 use std::io::ErrorKind;
@@ -40,11 +41,24 @@ pub struct Gap {
     pub to: u64,
 }
 
+/// Records that are there and cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("records {from} to {} cannot be read: {fault}", to - 1)]
+pub struct Damage {
+    pub from: u64,
+    /// The first after them that may be whole.
+    pub to: u64,
+    pub fault: Fault,
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum FollowError {
     /// [`Follower::skip`] goes on behind it.
     #[error(transparent)]
     Gap(#[from] Gap),
+    /// As behind a gap.
+    #[error(transparent)]
+    Damage(#[from] Damage),
     #[error(transparent)]
     Read(#[from] ReadError),
 }
@@ -61,6 +75,8 @@ pub struct Follower {
     log: PathBuf,
     next_seq: u64,
     reader: Option<SegmentReader>,
+    /// What the reader stands behind, until it is passed over.
+    damage: Option<Damage>,
     /// The frame that was given last.
     bytes: Vec<u8>,
 }
@@ -77,7 +93,7 @@ impl Follower {
             Start::Oldest => segments(&log)?.first().map_or(0, |oldest| oldest.first_seq),
             Start::End => end(&log)?,
         };
-        Ok(Self { log, next_seq, reader: None, bytes: Vec::new() })
+        Ok(Self { log, next_seq, reader: None, damage: None, bytes: Vec::new() })
     }
 
     /// The number of the record that comes next.
@@ -88,7 +104,7 @@ impl Follower {
     /// The next record; `None` when it is not there yet.
     ///
     /// # Errors
-    /// When it was removed, or the log cannot be read. Asking again tries again.
+    /// When it was removed or is damaged, or the log cannot be read. Asking again tries again.
     pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, FollowError> {
         if !self.advance()? {
             return Ok(None);
@@ -107,33 +123,47 @@ impl Follower {
     /// was opened is opened again.
     pub fn refresh(&mut self) {
         if self.reader.as_ref().is_some_and(SegmentReader::is_replaced) {
-            self.reader = None;
+            (self.reader, self.damage) = (None, None);
         }
     }
 
-    /// Goes on behind a gap.
-    pub fn skip(&mut self, gap: Gap) {
-        (self.next_seq, self.reader) = (gap.to.max(self.next_seq), None);
+    /// Goes on behind a gap or damage, with the record of this number.
+    pub fn skip(&mut self, to: u64) {
+        if self.damage.take().is_none_or(|damage| damage.to != to) {
+            self.reader = None;
+        }
+        self.next_seq = to.max(self.next_seq);
     }
 
     /// Brings the frame that is due into `self.bytes`; whether there is one.
     fn advance(&mut self) -> Result<bool, FollowError> {
         loop {
+            if let Some(damage) = &self.damage {
+                return Err(damage.clone().into());
+            }
             let Some(reader) = &mut self.reader else {
-                match self.find()? {
-                    Some(reader) => self.reader = Some(reader),
-                    None => return Ok(false),
+                match self.find() {
+                    Ok(Some(reader)) => self.reader = Some(reader),
+                    Ok(None) => return Ok(false),
+                    Err(FollowError::Read(ReadError::Fault(fault))) => self.pass(fault)?,
+                    Err(error) => return Err(error),
                 }
                 continue;
             };
-            if let Some(frame) = reader.next_frame()? {
+            match reader.next_frame() {
                 // Those before are read only to come here.
-                if frame.seq == self.next_seq {
+                Ok(Some(frame)) if frame.seq < self.next_seq => continue,
+                Ok(Some(frame)) => {
                     self.bytes.clear();
                     self.bytes.extend_from_slice(frame.bytes);
                     return Ok(true);
                 }
-                continue;
+                Ok(None) => {}
+                Err(ReadError::Fault(fault)) => {
+                    self.pass(fault)?;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
             }
             let (own, due) = (reader.segment().first_seq, reader.next_seq());
             let listed = segments(&self.log)?;
@@ -148,16 +178,52 @@ impl Follower {
             }
             // More was written between the look at the end and the listing, or it was removed.
             if listed.iter().any(|segment| segment.first_seq == own) {
-                if reader.next_frame()?.is_none() {
+                if reader.next_frame()?.is_some() {
+                    self.reader = None;
+                } else if reader.segment().sealed {
+                    let (file, offset) = (reader.segment().path.clone(), reader.offset());
+                    let what = format!("the end, where record {due} is due");
+                    self.pass(Fault { file, offset, what })?;
+                } else {
                     return Ok(false);
                 }
-                self.reader = None;
                 continue;
             }
             let gap = Gap { from: self.next_seq, to: next.first_seq };
             self.reader = None;
             return Err(gap.into());
         }
+    }
+
+    /// Notes which records a sealed segment has damaged, and stands behind them. Those that were
+    /// passed over before are passed over again.
+    ///
+    /// # Errors
+    /// The fault, when it is not known yet how far it goes: the segment is written still, or the last.
+    fn pass(&mut self, fault: Fault) -> Result<(), FollowError> {
+        if fault.file.extension().is_none_or(|extension| extension != reader::SEALED) {
+            return Err(fault.into());
+        }
+        let from = self.reader.as_ref().map_or(0, SegmentReader::next_seq);
+        let within = self.reader.as_mut().map(SegmentReader::skip_damage).transpose()?.flatten();
+        let to = match within {
+            Some(to) => to,
+            // The rest of it is lost.
+            None => {
+                self.reader = None;
+                let listed = segments(&self.log)?;
+                let own = listed.iter().position(|segment| segment.path == fault.file);
+                let next = own.and_then(|own| listed.get(own + 1));
+                next.ok_or(fault.clone())?.first_seq
+            }
+        };
+        if to > self.next_seq {
+            let from = from.max(self.next_seq);
+            self.damage = Some(Damage { from, to, fault });
+        } else if within.is_none() {
+            return Err(fault.into());
+        }
+        Ok(())
     }
 
     /// Opens the segment that holds the record that is due; `None` when there is none yet.
@@ -346,7 +412,7 @@ mod tests {
         );
         // Says so until it is told to go on.
         assert_eq!(gap(&mut before), found);
-        before.skip(found);
+        before.skip(found.to);
         assert_eq!(all(&mut before), [3, 4, 5]);
         // What is open is read to its end.
         assert_eq!(all(&mut inside), [1, 2, 3, 4, 5]);
@@ -364,7 +430,7 @@ mod tests {
         assert_eq!(gap(&mut follower), Gap { from: 2, to: 5 });
         log.remove(5);
         assert_eq!(gap(&mut follower), Gap { from: 2, to: 6 });
-        follower.skip(Gap { from: 2, to: 6 });
+        follower.skip(6);
         assert_eq!(all(&mut follower), [6]);
     }
 
@@ -392,21 +458,112 @@ mod tests {
         assert_eq!(all(&mut follower), [2]);
     }
 
-    #[test]
-    fn damage_is_said_and_not_passed_over() {
-        let log = Segments::new();
-        log.open(0).add(0, 0..3).seal(0).open(3);
-        let path = reader::segment_path(log.0.path(), 0, true);
+    /// Changes a byte of a sealed segment, so many before its end.
+    fn damage(log: &Segments, first_seq: u64, before_end: usize) {
+        let path = reader::segment_path(log.0.path(), first_seq, true);
         let mut bytes = std::fs::read(&path).unwrap();
-        let at = bytes.len() - 5;
-        bytes[at] ^= 1;
+        let at = bytes.len() - before_end;
+        bytes[at] ^= 0x55;
         std::fs::write(&path, bytes).unwrap();
+    }
+
+    fn damaged(follower: &mut Follower) -> Damage {
+        match follower.next_frame() {
+            Err(FollowError::Damage(damage)) => damage,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_damaged_is_said_until_it_is_passed_over() {
+        let log = Segments::new();
+        let len = frame_of(0).len();
+        log.open(0).add(0, 0..6).seal(0).open(6).add(6, 6..7);
+        // Two in the middle; the numbers and lengths of the others lead behind them.
+        damage(&log, 0, 4 * len - 20);
+        damage(&log, 0, 3 * len - 20);
         let mut follower = log.follow(Start::Oldest);
-        follower.next_frame().unwrap();
+        assert_eq!(follower.next_frame().unwrap().unwrap().seq, 0);
+        assert_eq!(follower.next_frame().unwrap().unwrap().seq, 1);
+        let found = damaged(&mut follower);
+        assert_eq!((found.from, found.to), (2, 4));
+        let file = reader::segment_path(log.0.path(), 0, true);
+        let offset = (frame::SEGMENT_HEAD_BYTES + 2 * len) as u64;
+        assert_eq!((&found.fault.file, found.fault.offset), (&file, offset));
+        assert!(found.to_string().starts_with("records 2 to 3 cannot be read: "), "{found}");
+        assert_eq!((damaged(&mut follower), follower.next_seq()), (found, 2));
+        follower.skip(4);
+        assert_eq!(all(&mut follower), [4, 5, 6]);
+        // Whoever begins behind it does not meet it, and within it only the rest.
+        assert_eq!(all(&mut log.follow(Start::At(4))), [4, 5, 6]);
+        assert_eq!(damaged(&mut log.follow(Start::At(3))).from, 3);
+    }
+
+    #[test]
+    fn what_leads_nowhere_costs_the_rest_of_its_segment() {
+        let len = frame_of(0).len();
+        // A length; the last frame; the head; the file's end.
+        let cases = [(2 * len, 1..3), (5, 2..3), (3 * len + 60, 0..3), (0, 2..3)];
+        for (before_end, lost) in cases {
+            let log = Segments::new();
+            log.open(0).add(0, 0..3).seal(0);
+            match before_end {
+                0 => {
+                    let path = reader::segment_path(log.0.path(), 0, true);
+                    let bytes = std::fs::read(&path).unwrap();
+                    std::fs::write(&path, &bytes[..bytes.len() - len]).unwrap();
+                }
+                at => damage(&log, 0, at),
+            }
+            let mut follower = log.follow(Start::At(0));
+            for _ in 0..lost.start {
+                follower.next_frame().unwrap().unwrap();
+            }
+            // How far it goes is known once there is a next segment.
+            if before_end > 0 {
+                let found = follower.next_frame();
+                assert!(matches!(found, Err(FollowError::Read(_))), "{before_end}: {found:?}");
+            }
+            log.open(3).add(3, 3..5);
+            let found = damaged(&mut follower);
+            assert_eq!(found.from..found.to, lost, "{before_end}");
+            follower.skip(found.to);
+            assert_eq!(all(&mut follower), [3, 4], "{before_end}");
+        }
+    }
+
+    #[test]
+    fn what_a_caller_sent_is_never_taken_for_a_record() {
+        let log = Segments::new();
+        log.open(0);
+        let path = reader::segment_path(log.0.path(), 0, false);
+        // Record 0 holds a whole frame with number 1; its own length is damaged.
+        let (mut draft, mut bytes) = (Draft::default(), Vec::new());
+        draft.start();
+        draft.body(Form::Whole, &[7; 32]);
+        draft.buffer().extend_from_slice(&frame_of(1));
+        draft.finish();
+        draft.put(0, &mut bytes);
+        bytes[0] ^= 1;
+        let mut file = std::fs::OpenOptions::new().append(true).open(path).unwrap();
+        file.write_all(&bytes).unwrap();
+        log.add(0, 1..2).seal(0).open(2).add(2, 2..3);
+        let mut follower = log.follow(Start::Oldest);
+        let found = damaged(&mut follower);
+        assert_eq!((found.from, found.to), (0, 2));
+        follower.skip(2);
+        assert_eq!(all(&mut follower), [2]);
+    }
+
+    #[test]
+    fn a_segment_that_is_written_is_waited_for_and_not_passed_over() {
+        let log = Segments::new();
+        log.open(0).add(0, 0..1).add(0, 5..6);
+        let mut follower = log.follow(Start::Oldest);
         follower.next_frame().unwrap();
         for _ in 0..2 {
             assert!(matches!(follower.next_frame(), Err(FollowError::Read(ReadError::Fault(_)))));
         }
-        assert_eq!(follower.next_seq(), 2);
+        assert_eq!(follower.next_seq(), 1);
     }
 }

@@ -26,7 +26,7 @@ pub(super) const MARK: std::ops::Range<usize> = 8..12;
 /// Largest frame, all of it.
 pub const FRAME_BYTES_MAX: usize = 32 << 20;
 /// `len` and `crc`.
-const PRELUDE: usize = 8;
+pub(super) const PRELUDE: usize = 8;
 /// Form, padding and the head's length.
 const FORE: usize = 8;
 const SALT: usize = 32;
@@ -120,6 +120,13 @@ pub(super) fn later(bytes: &[u8], next_seq: u64) -> Option<Frame<'_>> {
         Parsed::Frame(frame) => Some(frame),
         _ => None,
     }
+}
+
+/// Bytes of the frame that begins here, as its length says; `None` when no frame is that long.
+pub(super) fn total(bytes: &[u8]) -> Option<usize> {
+    let total = PRELUDE + u32_at(bytes, 0) as usize;
+    let is_one = bytes.len() >= PRELUDE && (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&total);
+    is_one.then_some(total)
 }
 
 /// Whether a record's payload is still there.

@@ -30,16 +30,16 @@ use std::path::{Path, PathBuf};
 use ::parquet::errors::ParquetError as WriteError;
 use sha2::{Digest as _, Sha256};
 
-use super::export::{Date, ExportError, Selection, View, scan_file};
+use super::export::{Date, ExportError, Selection, View, scan_around, scan_file};
 use super::frame::SegmentHead;
-use super::reader::SegmentFile;
+use super::reader::{self, Fault, ReadError, SegmentFile};
 
 mod converter;
 mod manifest;
 mod sheet;
 
 pub use converter::{Converter, ConverterSettings, Progress};
-pub use manifest::{FileEntry, MANIFESTS, Manifest, SegmentEntry};
+pub use manifest::{FileEntry, MANIFESTS, Manifest, SegmentEntry, Unreadable};
 use sheet::{Sheet, Survey};
 
 /// Folder below the ledger's.
@@ -83,7 +83,8 @@ impl<'a> Job<'a> {
     }
 }
 
-/// Writes what is wanted of a segment below `root`, and its manifest.
+/// Writes what is wanted of a segment below `root`, and its manifest. What a sealed one has damaged
+/// is left out, logged, and named in the manifest.
 ///
 /// # Errors
 /// When the segment cannot be read, or a file not be written; what was written is no harm then.
@@ -93,14 +94,24 @@ pub fn convert(
     job: &Job<'_>,
 ) -> Result<Manifest, ParquetError> {
     let mut entry = SegmentEntry::of(segment)?;
-    let (head, parts) = survey(segment, job, &mut entry)?;
+    let mut unreadable = Vec::new();
+    let (head, parts) = survey(segment, job, &mut entry, &mut unreadable)?;
+    entry.last_seq = entry.last_seq.max(unreadable.last().map(|last| last.last_seq));
     let Some(head) = head else { return Ok(Manifest::default()) };
-    let parts: Vec<(Part, Survey)> = parts.into_iter().collect();
+    // What went before its segment does not come back when that is written anew.
+    let before = Manifest::read(root, head.writer, head.first_seq).unwrap_or_default().files;
+    let gone: Vec<FileEntry> = before.into_iter().filter(|file| file.removed).collect();
+    let is_gone = |(model, date): &Part| {
+        gone.iter().any(|file| file.model == *model && file.date == date.to_string())
+    };
+    let parts: Vec<(Part, Survey)> = parts.into_iter().filter(|(part, _)| !is_gone(part)).collect();
     let mut manifest = Manifest::new(&head, entry);
     for some in parts.chunks(SHEETS_MAX) {
         let files = write_parts(segment, root, job, &head, some, manifest.segment.last_seq)?;
         manifest.files.extend(files);
     }
+    manifest.files.extend(gone);
+    manifest.unreadable = unreadable;
     manifest.checkpoint = checkpoint(segment, manifest.segment.last_seq);
     manifest.write(root)?;
     Ok(manifest)
@@ -154,9 +165,10 @@ fn survey(
     segment: &SegmentFile,
     job: &Job<'_>,
     entry: &mut SegmentEntry,
+    unreadable: &mut Vec<Unreadable>,
 ) -> Result<(Option<SegmentHead>, BTreeMap<Part, Survey>), ParquetError> {
     let mut parts: HashMap<Date, HashMap<String, Survey>> = HashMap::new();
-    let reader = scan_file::<ParquetError>(segment, job.wanted, |_, view| {
+    let take = |_: &SegmentHead, view: &View<'_>| {
         if view.seq.is_multiple_of(1024) && (job.stopped)() {
             return Err(ParquetError::Stopped);
         }
@@ -168,11 +180,28 @@ fn survey(
             None => of_day.entry(view.model.to_owned()).or_default().add(view),
         }
         Ok(ControlFlow::Continue(()))
+    };
+    let reader = scan_around::<ParquetError>(segment, job.wanted, take, |(from, to), fault| {
+        let to = to.map_or_else(|| next_first(segment, &fault), Ok)?;
+        let (file, offset, what) = (fault.file.display(), fault.offset, &fault.what);
+        tracing::error!(%file, offset, what, from, to = to - 1, "records cannot be made Parquet");
+        let (first_seq, last_seq, what) = (from, to - 1, fault.what);
+        unreadable.push(Unreadable { first_seq, last_seq, offset, what });
+        Ok(())
     })?;
     let flat = parts.into_iter().flat_map(|(date, of_day)| {
         of_day.into_iter().map(move |(model, survey)| ((model, date), survey))
     });
     Ok((reader.map(|reader| reader.head().clone()), flat.collect()))
+}
+
+/// Where the records of a sealed segment end, as its successor says.
+fn next_first(segment: &SegmentFile, fault: &Fault) -> Result<u64, ExportError> {
+    let log = segment.path.parent().and_then(Path::parent).unwrap_or(Path::new("."));
+    let all = reader::segments(log)?;
+    let next = all.iter().find(|other| other.first_seq > segment.first_seq);
+    let next = next.filter(|_| segment.sealed).map(|next| next.first_seq);
+    next.ok_or_else(|| ExportError::from(ReadError::from(fault.clone())))
 }
 
 fn write_parts(
@@ -197,7 +226,7 @@ fn write_parts(
         sheets.push(Temporary::create(&path, survey.columns(), &about, false)?);
         index.entry(*date).or_default().insert(model, at);
     }
-    scan_file::<ParquetError>(segment, job.wanted, |head, view| {
+    let take = |head: &SegmentHead, view: &View<'_>| {
         // Came since the survey; of an open segment only.
         if Some(view.seq) > end {
             return Ok(ControlFlow::Break(()));
@@ -210,7 +239,9 @@ fn write_parts(
             sheets[*at].push(head, view)?;
         }
         Ok(ControlFlow::Continue(()))
-    })?;
+    };
+    // Damage was found by the survey.
+    scan_around::<ParquetError>(segment, job.wanted, take, |_, _| Ok(()))?;
     let mut files = Vec::with_capacity(parts.len());
     for (((model, date), survey), sheet) in parts.iter().zip(sheets) {
         let (sha256, bytes) = sheet.finish()?;
@@ -227,6 +258,7 @@ fn write_parts(
             last_time_ns: survey.last_ns,
             retention_days: (job.days_of)(model),
             removed: false,
+            erased: false,
         });
     }
     Ok(files)

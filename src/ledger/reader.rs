@@ -36,7 +36,7 @@ pub struct SegmentFile {
 }
 
 /// Something in a log that should not be there, or not so.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}: at byte {offset}: {what}", file.display())]
 pub struct Fault {
     pub file: PathBuf,
@@ -248,6 +248,39 @@ impl SegmentReader {
                 let found = self.offset + at as u64;
                 let what = format!("no frame, although one begins at byte {found}");
                 Ok(Rest::Damage(self.fault(&what)))
+            }
+        }
+    }
+
+    /// Goes on behind a fault that [`SegmentReader::next_frame`] gave: at the next whole frame that
+    /// the lengths of the damaged ones lead to, and that has as high a number. Gives that number;
+    /// `None` when nothing more of this segment can be told from what was damaged. Bytes are never
+    /// searched for frames: what a caller sent may look like one.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn skip_damage(&mut self) -> Result<Option<u64>, ReadError> {
+        loop {
+            let left = &self.buffer[self.at..];
+            let total = match frame::total(left) {
+                Some(total) if total <= left.len() => total,
+                Some(total) => match self.fill(total)? {
+                    true => continue,
+                    false => return Ok(None),
+                },
+                None if left.len() < frame::PRELUDE && self.fill(frame::PRELUDE)? => continue,
+                None => return Ok(None),
+            };
+            match frame::parse(&left[..total]) {
+                Parsed::Frame(frame) if frame.seq >= self.next_seq => {
+                    self.next_seq = frame.seq;
+                    return Ok(Some(frame.seq));
+                }
+                _ => {
+                    self.at += total;
+                    self.offset += total as u64;
+                    self.next_seq += 1;
+                }
             }
         }
     }

@@ -12,8 +12,8 @@
 //! - It is recorded, and the record is on the disk, before anything goes.
 //! - Nothing goes for want of space: a disk that fills up is told of, and refuses, instead.
 //!
-//! A model that keeps its records for a shorter time than others has its Parquet files removed then;
-//! its records go with their segment.
+//! A model that keeps its records for a shorter time than others has its Parquet files removed then,
+//! and a day later its payloads [erased](early); what is left of its records goes with their segment.
 
 use std::fs::File;
 use std::io;
@@ -27,6 +27,7 @@ use super::parquet::{FileEntry, MANIFESTS, Manifest};
 use super::reader::{self, SegmentFile};
 use super::record::{Head, Kind, Payload};
 
+mod early;
 mod holds;
 
 pub use holds::{HOLDS_MAX, Hold, HoldError, Holds};
@@ -66,6 +67,8 @@ pub struct Removed {
     pub segments: u64,
     pub records: u64,
     pub files: u64,
+    /// Payloads whose erasure was ordered.
+    pub erased: u64,
 }
 
 impl Retention {
@@ -99,9 +102,11 @@ impl Retention {
         }
         let gone = due.len();
         drop(due);
-        for mut manifest in manifests.into_iter().skip(gone) {
-            removed.files += self.remove_files(&mut manifest, now_ns)?;
+        let mut left = manifests.split_off(gone);
+        for manifest in &mut left {
+            removed.files += self.remove_files(manifest, now_ns)?;
         }
+        removed.erased = self.erase_early(&segments, &mut left, now_ns)?;
         Ok(removed)
     }
 

@@ -29,7 +29,14 @@ const SYNC_POLL: Duration = Duration::from_millis(5);
 pub(super) struct Upkeep {
     converter: Converter,
     holds: Arc<Holds>,
-    removed: Arc<AtomicU64>,
+    gone: Arc<Gone>,
+}
+
+/// What went as its retention says.
+#[derive(Default)]
+struct Gone {
+    records: AtomicU64,
+    payloads: AtomicU64,
 }
 
 /// Why a hold was not put or lifted.
@@ -54,7 +61,7 @@ impl Ledger {
         let (dir, log) = (self.settings.dir.clone(), self.settings.dir.join(PREDICTIONS));
         let root = dir.join(parquet::FOLDER);
         let holds = Arc::new(Holds::open(&dir).map_err(io::Error::other)?);
-        let removed = Arc::new(AtomicU64::new(0));
+        let gone = Arc::new(Gone::default());
         let weak = Arc::downgrade(self);
         let retention = Retention {
             log: log.clone(),
@@ -70,10 +77,10 @@ impl Ledger {
         };
         let settings =
             ConverterSettings { log: log.clone(), root: root.clone(), days_of, every: LOOK_EVERY };
-        let between = remover(retention, Arc::clone(&removed));
+        let between = remover(retention, Arc::clone(&gone));
         let converter = Converter::start(settings, between)?;
         self.set_erasure_hook(erased(self.writer, log, root));
-        drop(self.upkeep.set(Upkeep { converter, holds, removed }));
+        drop(self.upkeep.set(Upkeep { converter, holds, gone }));
         Ok(())
     }
 
@@ -140,10 +147,22 @@ impl Ledger {
                 progress.failures,
             ),
             family(
+                "tidegate_ledger_parquet_unreadable_records_total",
+                Shown::Counter,
+                "Records that their segments have damaged, and that are in no file",
+                progress.unreadable,
+            ),
+            family(
                 "tidegate_ledger_removed_records_total",
                 Shown::Counter,
                 "Records that went, as their retention says",
-                upkeep.removed.load(Ordering::Relaxed),
+                upkeep.gone.records.load(Ordering::Relaxed),
+            ),
+            family(
+                "tidegate_ledger_erased_payloads_total",
+                Shown::Counter,
+                "Payloads that went before their records, as their model's retention says",
+                upkeep.gone.payloads.load(Ordering::Relaxed),
             ),
         ]
     }
@@ -176,7 +195,7 @@ fn delivered(ledger: Weak<Ledger>) -> Delivered {
 }
 
 /// Looks now and then at what may go.
-fn remover(mut retention: Retention, removed: Arc<AtomicU64>) -> impl FnMut() + Send {
+fn remover(mut retention: Retention, gone: Arc<Gone>) -> impl FnMut() + Send {
     let mut last: Option<Instant> = None;
     move || {
         if last.is_some_and(|last| last.elapsed() < RETENTION_EVERY) {
@@ -184,7 +203,10 @@ fn remover(mut retention: Retention, removed: Arc<AtomicU64>) -> impl FnMut() + 
         }
         last = Some(Instant::now());
         match retention.step(SystemTime::now()) {
-            Ok(step) => drop(removed.fetch_add(step.records, Ordering::Relaxed)),
+            Ok(step) => {
+                gone.records.fetch_add(step.records, Ordering::Relaxed);
+                gone.payloads.fetch_add(step.erased, Ordering::Relaxed);
+            }
             Err(error) => tracing::warn!(%error, "records cannot be removed"),
         }
     }

@@ -299,6 +299,48 @@ def test_an_export_while_the_gateway_writes(tmp_path):
         assert "beyond its limit: errors" in other
 
 
+def test_a_prediction_is_run_again_without_a_gateway(kept, tmp_path):
+    state, books = kept
+    again = lambda number, *arguments, code=0: tidegate(
+        "audit", "show", number, "--reproduce", "--tolerance", "0", *arguments, code=code
+    )
+    answered = {entry["model"]: number for number, entry in books.items() if entry["status"] == 200}
+    assert len(answered) == len(TYPES) + 1
+    for number in answered.values():
+        assert "the same outputs" in again(number, "--log", state, "--offline"), number
+    iris = answered["iris"]
+    # Nobody listens there: then here, and it says so.
+    told = json.loads(again(iris, "--log", state, "--url", "http://127.0.0.1:1", "--json"))
+    digest = books[iris]["digest"]
+    assert told["same"] is True and told["reproduced_as"] is None and told["model_digest"] == digest
+    assert told["ran"] == f"here, from {state.resolve() / 'cache' / 'models' / digest.removeprefix('sha256:')}"
+    assert told["engine"] == told["recorded_engine"]
+    # The records alone, on another machine.
+    alone = tmp_path / "records"
+    shutil.copytree(state / "ledger", alone)
+    nowhere = again(iris, "--log", alone, "--offline", "--state-dir", tmp_path, code=1)
+    assert nowhere == ""
+    models = repository(tmp_path / "models")
+    shown = again(iris, "--log", alone, "--offline", "--state-dir", tmp_path, "--model-repository", models)
+    assert "the same outputs" in shown and f"ran here, from {models / 'iris'}" in shown
+    assert "the same outputs" in again(
+        iris, "--log", alone, "--offline", "--state-dir", tmp_path, "--model-repository", models / "iris"
+    )
+    # The right name and number, and other bytes: never run.
+    for version in (models / "iris").iterdir():
+        if version.is_dir():
+            shutil.copy(FIXTURES / "identity_fp32.onnx", version / "model.onnx")
+    done = subprocess.run(
+        [str(BINARY), "audit", "show", iris, "--log", str(alone), "--reproduce", "--offline", "--state-dir", str(tmp_path),
+         "--model-repository", str(models)], capture_output=True, text=True, timeout=120, check=False,
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert f"no model with {digest} is in the copies of {tmp_path} or the versions of 'iris' in {models}" in done.stderr
+    # What was refused ran on nothing.
+    refused = next(number for number, entry in books.items() if entry["status"] != 200)
+    again(refused, "--log", state, "--offline", code=1)
+
+
 def duckdb_rows(folder, model):
     table = duckdb.sql(f"select * from read_parquet('{folder}/model={model}/**/*.parquet', union_by_name = true)")
     return [dict(zip(table.columns, row)) for row in table.fetchall()]

@@ -155,6 +155,11 @@ fn as_parquet(log: &Path, wanted: &Selection, out: &Path) -> Result<Done, Stop> 
                 done.records += manifest.segment.records;
                 let files = manifest.files.iter().map(|file| out.join(&file.file));
                 done.files.extend(files.map(|path| path.display().to_string()));
+                let file = segment.path.display();
+                problems.extend(manifest.unreadable.iter().map(|it| {
+                    let parquet::Unreadable { first_seq, last_seq, offset, what } = it;
+                    format!("{file}: at byte {offset}: {what} (records {first_seq} to {last_seq})")
+                }));
             }
             Err(ParquetError::Stopped) => {}
             Err(error) => problems.push(error.to_string()),

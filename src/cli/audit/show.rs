@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::cli::admin::table::{cell, plain};
 use crate::cli::admin::{Client, Connection, Stop, examples, finish};
+use crate::cli::replay::{Again, reproduce, state_dirs};
 use crate::ledger::export::{ExportError, Selection, line as line_of, log_folder, scan};
 
 /// Values of a tensor that are printed; the rest is counted.
@@ -20,6 +21,7 @@ const VALUES_SHOWN_MAX: usize = 16;
     "audit show 019ab7a2-6c1f-7d3e-9b5a-0c2d4e6f8a1b",
     "audit show 019ab7a2-6c1f-7d3e-9b5a-0c2d4e6f8a1b --log tidegate-state --json",
     "audit show 019ab7a2-6c1f-7d3e-9b5a-0c2d4e6f8a1b --log tidegate-state --reproduce",
+    "audit show 019ab7a2-6c1f-7d3e-9b5a-0c2d4e6f8a1b --log /backup/ledger --reproduce --offline --model-repository models",
 ))]
 pub(super) struct Args {
     /// Id of the prediction: the answer's header 'tidegate-prediction-id'
@@ -28,11 +30,8 @@ pub(super) struct Args {
     /// Read this folder (of the state, the ledger or one log) instead of asking the gateway
     #[arg(long, value_name = "DIR")]
     log: Option<PathBuf>,
-    /// Run the recorded inputs on the recorded model again, and compare the outputs
-    #[arg(long)]
-    reproduce: bool,
     #[command(flatten)]
-    again: crate::cli::replay::Gateway,
+    again: Again,
     #[command(flatten)]
     connection: Connection,
 }
@@ -49,8 +48,12 @@ fn show(args: &Args) -> Result<String, Stop> {
             client.get_text(&format!("/predictions/{}", args.id))?
         }
     };
-    if args.reproduce {
-        return crate::cli::replay::reproduce(&args.again, &record, args.connection.json);
+    if args.again.is_wanted() {
+        let mut states: Vec<PathBuf> = args.log.iter().flat_map(|log| state_dirs(log)).collect();
+        if states.is_empty() {
+            states.push(args.connection.state_dir());
+        }
+        return reproduce(&args.again, &record, states, args.connection.json);
     }
     let record: Value = serde_json::from_str(&record)
         .map_err(|error| Stop::failed(format_args!("the answer is not JSON: {error}")))?;

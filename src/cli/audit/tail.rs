@@ -75,7 +75,11 @@ fn tail(args: &Args) -> Result<(), Stop> {
             }
             Err(FollowError::Gap(gap)) => {
                 crate::cli::complain(&gap);
-                follower.skip(gap);
+                follower.skip(gap.to);
+            }
+            Err(FollowError::Damage(damage)) => {
+                crate::cli::complain(&damage);
+                follower.skip(damage.to);
             }
             Err(FollowError::Read(error)) => return Err(Stop::failed(error)),
         }

@@ -6,7 +6,7 @@ use prost_reflect::text_format::ParseError;
 use prost_reflect::{DynamicMessage, Value};
 
 use super::{Declared, DeclaredTensor, Draft};
-use crate::domain::{DataType, EngineChoice, Provider, VersionPolicy, WarmupSettings};
+use crate::domain::{DataType, EngineChoice, Provider, VersionPolicy};
 use crate::proto::{self, inference as pb};
 
 /// Most warm-up runs that a configuration may ask for.
@@ -414,7 +414,7 @@ fn warmup(draft: &mut Draft<'_>, samples: &[pb::ModelWarmup]) {
     use pb::model_warmup::input::InputDataType;
     let Some(runs) = samples.iter().map(|sample| sample.count.max(1)).max() else { return };
     let runs = usize::try_from(runs.min(WARMUP_RUNS_MAX)).unwrap_or(1);
-    draft.manifest.settings.warmup = WarmupSettings { runs };
+    draft.manifest.settings.warmup.runs = runs;
     let other_data = samples
         .iter()
         .flat_map(|sample| sample.inputs.values())

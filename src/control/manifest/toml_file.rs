@@ -5,7 +5,7 @@ use std::time::Duration;
 use toml::Value;
 
 use super::{Draft, padding, recording};
-use crate::domain::{BatchSettings, EngineChoice, Provider, VersionPolicy};
+use crate::domain::{BatchSettings, EngineChoice, Provider, VersionPolicy, WARMUP_RECORDS_MAX};
 
 /// Every key but those of `[labels]`, which are output names.
 #[cfg(test)]
@@ -39,6 +39,7 @@ pub(super) const KEYS: &[(&str, &str)] = &[
     ("limits.output_bytes_max", "1048576"),
     ("cache.enabled", "true"),
     ("warmup.runs", "3"),
+    ("warmup.records", "4"),
     ("versions.latest", "2"),
     ("versions.all", "true"),
     ("versions.signature_change", "true"),
@@ -198,6 +199,13 @@ fn other(draft: &mut Draft<'_>, path: &str, value: &Value) -> Done {
         }
         "cache.enabled" => draft.manifest.settings.cached = switch(value)?,
         "warmup.runs" => draft.manifest.settings.warmup.runs = size(value, 0)?,
+        "warmup.records" => {
+            let records = size(value, 0)?;
+            if records > WARMUP_RECORDS_MAX {
+                return Err(format!("expected at most {WARMUP_RECORDS_MAX}, got {records}"));
+            }
+            draft.manifest.settings.warmup.records = records;
+        }
         "versions.latest" => {
             draft.manifest.settings.versions = Some(VersionPolicy::Latest(size(value, 1)?));
         }

@@ -8,7 +8,10 @@ use std::time::Instant;
 use rustix::process::{Resource, Rlimit, Signal};
 
 use super::super::{samples, trial};
-use super::{Job, Order, ProbeError, ProbeLimits, REPLY_MARK, Report, TrialJob};
+use super::{
+    Job, Order, Parcel, ProbeError, ProbeLimits, RECORDED_MARK, REPLY_MARK, Ran, Report, RunJob,
+    TrialJob, unpack,
+};
 use crate::engine::{Artifact, Engines, LoadOptions, onnx};
 
 /// Reads an order from stdin, does it, and replies on stdout. What `tidegate probe` runs.
@@ -38,6 +41,7 @@ fn serve() -> io::Result<()> {
             onnx::read(&model).map(|read| read.external_data).map_err(|error| error.to_string())
         }),
         Job::Trial(job) => reply(|| open_and_try(&job)),
+        Job::Run(job) => reply(|| run_once(&job)),
     }?;
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "\n{REPLY_MARK}{reply}")?;
@@ -71,15 +75,24 @@ fn confine(limits: &ProbeLimits) -> io::Result<()> {
 
 /// Does a trial in this process, for repositories that are trusted.
 pub(in super::super) fn run_here(engines: &Engines, job: &TrialJob) -> Result<Report, ProbeError> {
-    try_model(engines, job).map_err(ProbeError::Refused)
+    try_model(engines, job, || {}).map_err(ProbeError::Refused)
 }
 
 fn open_and_try(job: &TrialJob) -> Result<Report, String> {
     let engines = Engines::open(job.engine, job.ort_library.as_deref());
-    try_model(&engines.map_err(|error| error.to_string())?, job)
+    try_model(&engines.map_err(|error| error.to_string())?, job, || {
+        let mut stdout = io::stdout().lock();
+        // Only for the reason, should this be the end.
+        writeln!(stdout, "\n{RECORDED_MARK}").and_then(|()| stdout.flush()).ok();
+    })
 }
 
-fn try_model(engines: &Engines, job: &TrialJob) -> Result<Report, String> {
+/// `at_recorded` is called before the recorded inputs are run, if there are any.
+fn try_model(
+    engines: &Engines,
+    job: &TrialJob,
+    at_recorded: impl FnOnce(),
+) -> Result<Report, String> {
     let artifact = Artifact { path: job.model.clone(), derived: job.derived.clone() };
     // On the CPU, whatever the providers: a GPU's address space cannot be limited.
     let options =
@@ -107,13 +120,43 @@ fn try_model(engines: &Engines, job: &TrialJob) -> Result<Report, String> {
     let runs = job.settings.warmup.runs;
     trial::warm(&mut *session, &signature, &findings, &[1], runs)
         .map_err(|error| format!("warm-up failed: {error}"))?;
+    let mut rerun = trial::Rerun::default();
+    if !job.recorded.is_empty() {
+        at_recorded();
+        let recorded = job.recorded.iter().map(|parcels| unpack(parcels));
+        let recorded: Vec<_> = recorded.collect::<Result<_, _>>()?;
+        let asked: Vec<_> = recorded.iter().map(Vec::as_slice).collect();
+        rerun = trial::rerun(&mut *session, &signature, &asked, trial::RERUN_TIME_MAX).0;
+    }
     Ok(Report {
         engine: engine.to_owned(),
         signature,
         findings,
         samples: checked,
+        rerun,
         memory_bytes: peak_memory(),
         load_ms,
+    })
+}
+
+fn run_once(job: &RunJob) -> Result<Ran, String> {
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let engines =
+        Engines::open(job.engine, job.ort_library.as_deref()).map_err(|error| text(&error))?;
+    let artifact = Artifact { path: job.model.clone(), derived: None };
+    let options = LoadOptions { intra_threads: 1, sessions: 1, providers: Vec::new() };
+    let (name, model) =
+        engines.load(job.engine, &artifact, &options).map_err(|error| text(&error))?;
+    let signature = model.signature();
+    let inputs = signature.bind(unpack(&job.inputs)?).map_err(|failure| failure.message)?;
+    let mut session = model.session().map_err(|error| text(&error))?;
+    let outputs = session.run(&inputs).map_err(|error| text(&error))?;
+    let outputs = signature.outputs.iter().zip(&outputs);
+    let described = engines.describe();
+    let version = described.iter().find(|(known, _)| *known == name);
+    Ok(Ran {
+        engine: version.map_or(name.to_owned(), |(_, version)| format!("{name} {version}")),
+        outputs: outputs.map(|(spec, tensor)| Parcel::new(&spec.name, tensor)).collect(),
     })
 }
 

@@ -12,7 +12,7 @@ use crate::control::manifest::Manifest;
 use crate::control::manifest_of;
 use crate::control::scan;
 use crate::control::source::ModelListing;
-use crate::control::version::{Checked, PrepareError, open_model};
+use crate::control::version::{Checked, PrepareError, Warmed, open_model};
 use crate::control::view::Life;
 use crate::domain::{
     Digest, ErrorKind, Failure, ModelName, ModelSettings, Signature, Version, VersionPolicy,
@@ -300,7 +300,7 @@ impl Shared {
             let served =
                 self.preparer.load(model, version, &restored, &what.settings, &self.observer);
             match served {
-                Ok(served) => {
+                Ok((served, _)) => {
                     let may = self.overseer().may_serve(model, version, what.digest);
                     self.put(Arc::new(served), may, started);
                     Ok(())
@@ -456,10 +456,15 @@ impl Shared {
         });
         let before_bytes = resident_bytes();
         progress(Life::Loading);
-        let served = self.preparer.load(model, version, &checked, settings, &self.observer)?;
+        let (served, warmed) =
+            self.preparer.load(model, version, &checked, settings, &self.observer)?;
+        checks.extend(recorded_inputs(&warmed));
         progress(Life::Warming);
         let held = resident_bytes().saturating_sub(before_bytes);
-        self.with_record(model, version, |record| record.memory_measured = Some(held));
+        self.with_record(model, version, |record| {
+            record.memory_measured = Some(held);
+            record.checks.clone_from(&checks);
+        });
         let what = Remembered {
             digest: checked.digest,
             settings: settings.clone(),
@@ -618,6 +623,18 @@ fn checks_of(checked: &Checked) -> Vec<Check> {
         count => checks.push(pass("samples", format!("{count} matched"))),
     }
     checks
+}
+
+/// How it did on recorded inputs, if there were any for it.
+fn recorded_inputs(warmed: &Warmed) -> Option<Check> {
+    let (ran, failed) = (warmed.ran, warmed.failed.len());
+    let (outcome, detail) = match warmed.failed.last() {
+        // The ledger has the inputs; here they are not quoted.
+        Some(id) => (CheckOutcome::Warn, format!("{ran} ran, {failed} failed: prediction {id}")),
+        None if ran == 0 => return None,
+        None => (CheckOutcome::Pass, format!("{ran} ran")),
+    };
+    Some(Check { name: "recorded_inputs".to_owned(), outcome, detail })
 }
 
 /// Who brought a version: who trained it, if that is known, else who asked for the load.

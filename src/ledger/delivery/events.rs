@@ -5,6 +5,8 @@
 //!         └─▶ POST  ce-type org.kubeflow.serving.inference.response  ce-id <prediction>  {outputs}
 //! ```
 //!
+//! Records that do not come are one event of a type of our own, [`UNDELIVERED`].
+//!
 //! What takes those of KServe (drift detectors, explainers, Knative's brokers) takes these. As there,
 //! a call that failed has a request and no response, and shadows are not among them.
 //!
@@ -21,15 +23,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::future::LocalBoxFuture;
-use reqwest::StatusCode;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
+use reqwest::{RequestBuilder, StatusCode};
 use url::Url;
 
 use super::stores::is_near;
-use super::worker::{Again, Item, Sent, Sink};
+use super::worker::{Again, Item, Lost, Sent, Sink};
 use crate::bucket::chain;
 use crate::ledger::export::{self, View};
-use crate::secret::SecretRef;
+use crate::secret::{Secret, SecretRef};
+
+/// Type of the event that says which records do not come.
+const UNDELIVERED: &str = "dev.tidegate.ledger.undelivered";
 
 /// Where events go, and what is said of where they come from.
 #[derive(Clone, Debug)]
@@ -108,12 +113,41 @@ impl Events {
         Ok(self.client.insert(client).clone())
     }
 
+    fn token(&self) -> Result<Option<Secret>, Again> {
+        let read = self.settings.token.as_ref().map(SecretRef::read).transpose();
+        read.map_err(|error| Again::new(error.to_string()))
+    }
+
+    async fn say(&mut self, lost: &Lost) -> Result<(), Again> {
+        let (client, token) = (self.client()?, self.token()?);
+        let writer = self.source.rsplit('/').next().unwrap_or_default();
+        let mut headers = HeaderMap::new();
+        let time = export::time(i64::try_from(lost.at_ns).unwrap_or(i64::MAX));
+        let id = format!("{writer}-{}-{}", lost.from, lost.to);
+        let about = [
+            ("ce-specversion", "1.0"),
+            ("ce-id", &id),
+            ("ce-source", &self.source),
+            ("ce-type", UNDELIVERED),
+            ("ce-time", &time),
+            ("ce-sequence", &lost.from.to_string()),
+        ];
+        about.into_iter().for_each(|(name, value)| put(&mut headers, name, value));
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let post = client.post(self.settings.url.clone()).headers(headers).body(lost.json(writer));
+        match attempt(with_token(post, token.as_ref())).await {
+            Tried::Taken => Ok(()),
+            Tried::Again(again) => Err(again),
+            Tried::Refused(why) => {
+                // A receiver of KServe's events need not know this one: it is in the log as well.
+                tracing::warn!(sink = "events", why, "the receiver takes no word of what is lost");
+                Ok(())
+            }
+        }
+    }
+
     async fn give(&mut self, batch: &[Item]) -> Result<Sent, Again> {
-        let client = self.client()?;
-        let token = match &self.settings.token {
-            None => None,
-            Some(token) => Some(token.read().map_err(|error| Again::new(error.to_string()))?),
-        };
+        let (client, token) = (self.client()?, self.token()?);
         let wanted = batch.iter().filter_map(|item| Some((item, item.view()?)));
         let jobs = wanted.flat_map(|(item, view)| {
             parts(&view).map(move |part| ((item.seq, part), view.clone()))
@@ -128,11 +162,8 @@ impl Events {
                 return (id, None);
             }
             let (headers, data) = event(settings, source, id, &view);
-            let mut post = client.post(settings.url.clone()).headers(headers).body(data);
-            if let Some(token) = token {
-                post = post.bearer_auth(token.expose());
-            }
-            let tried = attempt(post).await;
+            let post = client.post(settings.url.clone()).headers(headers).body(data);
+            let tried = attempt(with_token(post, token.as_ref())).await;
             failed.set(failed.get() || matches!(tried, Tried::Again(_)));
             (id, Some(tried))
         });
@@ -177,6 +208,24 @@ impl Sink for Events {
     fn send<'a>(&'a mut self, batch: &'a [Item]) -> LocalBoxFuture<'a, Result<Sent, Again>> {
         Box::pin(self.give(batch))
     }
+
+    fn tell<'a>(&'a mut self, lost: &'a Lost) -> LocalBoxFuture<'a, Result<(), Again>> {
+        Box::pin(self.say(lost))
+    }
+}
+
+fn with_token(post: RequestBuilder, token: Option<&Secret>) -> RequestBuilder {
+    match token {
+        Some(token) => post.bearer_auth(token.expose()),
+        None => post,
+    }
+}
+
+/// All of it is made here or checked where it came in; a header that is none is left out.
+fn put(headers: &mut HeaderMap, name: &'static str, value: &str) {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        headers.insert(HeaderName::from_static(name), value);
+    }
 }
 
 /// The events of a record.
@@ -197,12 +246,7 @@ fn event(
     let id = uuid::Uuid::from_slice(view.prediction_id).unwrap_or_default().to_string();
     let endpoint = if view.arm == "canary" { "canary" } else { "default" };
     let mut headers = HeaderMap::new();
-    let mut put = |name: &'static str, value: &str| {
-        // All of it is made here or checked where it came in; a header that is none is left out.
-        if let Ok(value) = HeaderValue::from_str(value) {
-            headers.insert(HeaderName::from_static(name), value);
-        }
-    };
+    let mut put = |name: &'static str, value: &str| put(&mut headers, name, value);
     put("ce-specversion", "1.0");
     put("ce-id", &id);
     put("ce-source", source);
@@ -244,7 +288,7 @@ fn data(part: Part, id: &str, view: &View<'_>) -> Bytes {
     out.into()
 }
 
-async fn attempt(post: reqwest::RequestBuilder) -> Tried {
+async fn attempt(post: RequestBuilder) -> Tried {
     let response = match post.send().await {
         Ok(response) => response,
         // The address stays out of what is shown: its path may be a secret.

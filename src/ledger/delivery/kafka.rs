@@ -22,7 +22,7 @@ use rskafka::client::{Client, ClientBuilder, Credentials, SaslConfig};
 use rskafka::record::Record;
 use tokio::time::timeout;
 
-use super::worker::{Again, Item, Sent, Sink};
+use super::worker::{Again, Item, Lost, Sent, Sink};
 use crate::ledger::export;
 use crate::secret::SecretRef;
 
@@ -75,6 +75,11 @@ impl Kafka {
         Self { settings, writer, connected: None }
     }
 
+    /// Connecting, finding leaders and producing, each of which has its own limit as well.
+    fn limit(&self) -> Duration {
+        self.settings.timeout * 3
+    }
+
     async fn connect(&self) -> Result<Connected, Again> {
         let settings = &self.settings;
         let mut builder = ClientBuilder::new(settings.brokers.clone())
@@ -118,9 +123,7 @@ impl Kafka {
         let mut value = Vec::new();
         export::line(&mut value, &self.writer, &view);
         let key = uuid::Uuid::from_slice(view.prediction_id).ok()?.to_string();
-        let timestamp = DateTime::<Utc>::from_timestamp_nanos(view.time_ns);
-        let headers = BTreeMap::from([("content-type".to_owned(), b"application/json".to_vec())]);
-        Some(Record { key: Some(key.into_bytes()), value: Some(value), headers, timestamp })
+        Some(message(key, value, view.time_ns))
     }
 
     /// What goes to which partition, in produces of a size that brokers take.
@@ -147,11 +150,27 @@ impl Kafka {
         (sorted, refused)
     }
 
+    async fn connected(&mut self) -> Result<Connected, Again> {
+        match self.connected.take() {
+            Some(connected) => Ok(connected),
+            None => self.connect().await,
+        }
+    }
+
+    /// To the partition of the writer's own key.
+    async fn say(&mut self, lost: &Lost) -> Result<(), Again> {
+        let mut connected = self.connected().await?;
+        let at = partition(self.writer.as_bytes(), connected.partitions.len());
+        let to = connected.partition(at, &self.settings.topic).await?;
+        let time_ns = i64::try_from(lost.at_ns).unwrap_or(i64::MAX);
+        let message = message(self.writer.clone(), lost.json(&self.writer), time_ns);
+        produce(to, vec![vec![message]]).await?;
+        self.connected = Some(connected);
+        Ok(())
+    }
+
     async fn give(&mut self, batch: &[Item]) -> Result<Sent, Again> {
-        let mut connected = match self.connected.take() {
-            Some(connected) => connected,
-            None => self.connect().await?,
-        };
+        let mut connected = self.connected().await?;
         let (sorted, refused) = self.sorted(batch, connected.partitions.len());
         let mut clients = Vec::with_capacity(sorted.len());
         for at in sorted.keys() {
@@ -171,13 +190,28 @@ impl Kafka {
 
 impl Sink for Kafka {
     fn send<'a>(&'a mut self, batch: &'a [Item]) -> LocalBoxFuture<'a, Result<Sent, Again>> {
-        // Connecting, finding leaders and producing, each of which has its own limit as well.
-        let limit = self.settings.timeout * 3;
-        Box::pin(async move {
-            let given = timeout(limit, self.give(batch)).await;
-            given.unwrap_or_else(|_| Err(Again::new(format!("no answer within {limit:?}"))))
-        })
+        let limit = self.limit();
+        Box::pin(within(limit, self.give(batch)))
     }
+
+    fn tell<'a>(&'a mut self, lost: &'a Lost) -> LocalBoxFuture<'a, Result<(), Again>> {
+        let limit = self.limit();
+        Box::pin(within(limit, self.say(lost)))
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, Again>>,
+) -> Result<T, Again> {
+    let late = |_| Err(Again::new(format!("no answer within {limit:?}")));
+    timeout(limit, work).await.unwrap_or_else(late)
+}
+
+fn message(key: String, value: Vec<u8>, time_ns: i64) -> Record {
+    let timestamp = DateTime::<Utc>::from_timestamp_nanos(time_ns);
+    let headers = BTreeMap::from([("content-type".to_owned(), b"application/json".to_vec())]);
+    Record { key: Some(key.into_bytes()), value: Some(value), headers, timestamp }
 }
 
 impl Connected {

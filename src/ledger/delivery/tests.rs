@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::offset::{Keeper, Offset};
-use super::worker::{Again, Item, Sent, Sink};
+use super::worker::{Again, Item, Lost, Reason, Sent, Sink};
 use super::*;
 use crate::ledger::PREDICTIONS;
 use crate::ledger::frame::{Draft, SegmentHead, WriterId};
@@ -63,6 +63,16 @@ impl Ledger {
     fn seal(&self, first_seq: u64) -> &Self {
         let path = |sealed| reader::segment_path(&self.log(), first_seq, sealed);
         std::fs::rename(path(false), path(true)).unwrap();
+        self
+    }
+
+    /// Changes a byte of a sealed segment, so many before its end.
+    fn damage(&self, first_seq: u64, before_end: usize) -> &Self {
+        let path = reader::segment_path(&self.log(), first_seq, true);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let at = bytes.len() - before_end;
+        bytes[at] ^= 0x55;
+        std::fs::write(&path, bytes).unwrap();
         self
     }
 
@@ -135,8 +145,15 @@ pub(super) fn until(what: &str, mut is: impl FnMut() -> bool) {
 #[derive(Default)]
 struct Memory {
     taken: Mutex<Vec<u64>>,
+    told: Mutex<Vec<Lost>>,
     away: AtomicBool,
     panics: AtomicBool,
+}
+
+impl Memory {
+    fn lost(&self) -> Vec<(u64, u64, Reason)> {
+        self.told.lock().iter().map(|lost| (lost.from, lost.to, lost.reason)).collect()
+    }
 }
 
 struct MemorySink(Arc<Memory>);
@@ -150,6 +167,16 @@ impl Sink for MemorySink {
             }
             self.0.taken.lock().extend(batch.iter().map(|item| item.seq));
             Ok(Sent::default())
+        })
+    }
+
+    fn tell<'a>(&'a mut self, lost: &'a Lost) -> LocalBoxFuture<'a, Result<(), Again>> {
+        Box::pin(async move {
+            if self.0.away.load(Ordering::Relaxed) {
+                return Err(Again::new("away"));
+            }
+            self.0.told.lock().push(lost.clone());
+            Ok(())
         })
     }
 }
@@ -258,6 +285,77 @@ fn what_was_removed_is_counted_and_passed_over() {
     until("two", || memory.taken.lock().len() == 2);
     assert_eq!(running.stats(&ledger).skipped, 3);
     running.stop();
+    assert_eq!(memory.lost(), [(0, 3, Reason::Removed)]);
+}
+
+#[test]
+fn what_is_damaged_is_counted_and_said_in_its_place() {
+    let ledger = Ledger::new();
+    ledger.open(0).add(0, 0..5).seal(0).open(5).add(5, 5..7);
+    ledger.damage(0, frame_of(4, "iris", "ok", "stable").len() + 20);
+    let memory = Arc::new(Memory::default());
+    let running = Running::start(&ledger, &settings(), &memory);
+    until("what is whole", || memory.taken.lock().len() == 6);
+    assert_eq!(*memory.taken.lock(), [0, 1, 2, 4, 5, 6]);
+    assert_eq!(memory.lost(), [(3, 4, Reason::Damaged)]);
+    let stats = running.stats(&ledger);
+    assert_eq!((stats.damaged, stats.skipped, stats.delivered, stats.up), (1, 0, 6, true));
+    running.stop();
+}
+
+#[test]
+fn an_offset_is_kept_once_the_sink_knows_what_it_lost() {
+    let ledger = Ledger::new();
+    ledger.open(0).add(0, 0..3).seal(0).remove(0).open(3).add(3, 3..5);
+    let memory = Arc::new(Memory::default());
+    memory.away.store(true, Ordering::Relaxed);
+    let running = Running::start(&ledger, &settings(), &memory);
+    until("a failure", || !running.stats(&ledger).up);
+    running.stop();
+    assert_eq!(ledger.keeper("memory").load::<Offset>(), None);
+    memory.away.store(false, Ordering::Relaxed);
+    let running = Running::start(&ledger, &settings(), &memory);
+    until("two", || memory.taken.lock().len() == 2);
+    running.stop();
+    assert_eq!(memory.lost(), [(0, 3, Reason::Removed)]);
+}
+
+#[test]
+fn what_is_lost_is_an_event_of_its_own() {
+    let ledger = Ledger::new();
+    ledger.open(0).add(0, 0..2).seal(0).open(2).add(2, 2..3);
+    ledger.damage(0, 20);
+    let receiver = Receiver::start(Box::new(|at, _| match at {
+        // Said again until it is taken.
+        2 => "503 Service Unavailable",
+        _ => "200 OK",
+    }));
+    let delivery = Delivery::start(&receiver.settings(), ledger.source()).unwrap();
+    until("the last", || delivery.stats()[0].lag_records == 0);
+    let requests = receiver.requests.lock().clone();
+    let told: Vec<_> = requests
+        .iter()
+        .filter(|(head, _)| header(head, "ce-type") == Some("dev.tidegate.ledger.undelivered"))
+        .collect();
+    assert_eq!(told.len(), 2, "{requests:?}");
+    let (head, body) = told[1];
+    assert_eq!(header(head, "ce-id"), Some("0102030405060708-1-2"));
+    assert_eq!(header(head, "ce-sequence"), Some("1"));
+    let body: serde_json::Value = serde_json::from_str(body).unwrap();
+    assert!(body["time"].as_str().is_some_and(|time| time.ends_with('Z')));
+    assert_eq!(
+        (&body["kind"], &body["writer"], &body["seq"], &body["count"], &body["reason"]),
+        (
+            &"undelivered".into(),
+            &WRITER.into(),
+            &serde_json::json!(1),
+            &serde_json::json!(1),
+            &"damaged".into()
+        )
+    );
+    let page = crate::observe::page::text(&delivery.families());
+    let line = "tidegate_ledger_sink_records_total{sink=\"events\",outcome=\"damaged\"} 1";
+    assert!(page.contains(line), "{page}");
 }
 
 #[test]

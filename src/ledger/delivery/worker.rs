@@ -6,15 +6,16 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::future::LocalBoxFuture;
+use serde_json::json;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::offset::{Keeper, Offset};
 use super::pace::Pace;
-use super::{Cap, Models, OnCap, Settings, Shared, Source};
+use super::{Cap, Models, OnCap, Settings, Shared, Source, now_ns};
 use crate::ledger::PREDICTIONS;
-use crate::ledger::export::View;
-use crate::ledger::follow::{FollowError, Follower, Gap, Start};
+use crate::ledger::export::{View, time};
+use crate::ledger::follow::{FollowError, Follower, Start};
 use crate::ledger::frame;
 use crate::ledger::reader;
 use crate::ledger::record::Kind;
@@ -66,10 +67,51 @@ impl Again {
     }
 }
 
+/// Records that a sink does not get: said to it in their place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Lost {
+    /// Numbers from the first up to the one before the second.
+    pub(super) from: u64,
+    pub(super) to: u64,
+    pub(super) reason: Reason,
+    /// When that was found, in nanoseconds since 1970.
+    pub(super) at_ns: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reason {
+    /// The log cannot be read there.
+    Damaged,
+    /// Their time had come before the sink took them.
+    Removed,
+    /// More waited than may.
+    OverCap,
+}
+
+impl Lost {
+    /// As JSON, for whoever reads the stream.
+    pub(super) fn json(&self, writer: &str) -> Vec<u8> {
+        let reason = match self.reason {
+            Reason::Damaged => "damaged",
+            Reason::Removed => "removed",
+            Reason::OverCap => "over_cap",
+        };
+        let time = time(i64::try_from(self.at_ns).unwrap_or(i64::MAX));
+        let said = json!({
+            "kind": "undelivered", "writer": writer, "seq": self.from, "count": self.to - self.from,
+            "reason": reason, "time": time,
+        });
+        said.to_string().into_bytes()
+    }
+}
+
 /// Where records go.
 pub(super) trait Sink {
     /// Gives all of them; may be given some of them again after an [`Again`].
     fn send<'a>(&'a mut self, batch: &'a [Item]) -> LocalBoxFuture<'a, Result<Sent, Again>>;
+
+    /// Says which ones do not come; may be said again, as records may come again.
+    fn tell<'a>(&'a mut self, lost: &'a Lost) -> LocalBoxFuture<'a, Result<(), Again>>;
 }
 
 /// Finds where a sink goes on. `end` is the log's now, before anything is written.
@@ -125,6 +167,8 @@ pub(super) struct Worker {
     follower: Option<Follower>,
     pace: Pace,
     next_seq: u64,
+    /// Passed over, and not said to the sink yet.
+    untold: Option<Lost>,
     saved_at: Instant,
     capped_at: Option<Instant>,
     said_cap_at: Option<Instant>,
@@ -148,6 +192,7 @@ impl Worker {
             follower: None,
             pace: Pace::new(settings.backoff_max),
             next_seq: shared.next_seq.load(Ordering::Relaxed),
+            untold: None,
             saved_at: Instant::now(),
             capped_at: None,
             said_cap_at: None,
@@ -190,10 +235,25 @@ impl Worker {
     }
 
     async fn step(&mut self) -> Step {
+        if let Some(lost) = &self.untold {
+            if let Err(again) = self.sink.tell(lost).await {
+                self.shared.failed(&again.why);
+                return Step::Failed(again.wait);
+            }
+            self.untold = None;
+        }
         let batch = match self.batch() {
             Ok(batch) => batch,
             Err(FollowError::Gap(gap)) => {
-                self.pass_over(gap.to, "records were removed before they were delivered");
+                let why = "records were removed before they were delivered";
+                self.pass_over(gap.to, Reason::Removed, why);
+                return Step::Went;
+            }
+            Err(FollowError::Damage(damage)) => {
+                let fault = &damage.fault;
+                let (sink, file, offset) = (self.shared.name, fault.file.display(), fault.offset);
+                tracing::error!(sink, %file, offset, what = fault.what, "the log is damaged");
+                self.pass_over(damage.to, Reason::Damaged, "records cannot be delivered");
                 return Step::Went;
             }
             Err(FollowError::Read(error)) => {
@@ -264,21 +324,29 @@ impl Worker {
         Ok(batch)
     }
 
-    fn pass_over(&mut self, to: u64, why: &str) {
+    fn pass_over(&mut self, to: u64, reason: Reason, why: &str) {
         let (sink, from) = (self.shared.name, self.next_seq);
         tracing::error!(sink, from, to = to - 1, "{why}");
-        Shared::add(&self.shared.skipped, to - from);
+        let counter = match reason {
+            Reason::Damaged => &self.shared.damaged,
+            Reason::Removed | Reason::OverCap => &self.shared.skipped,
+        };
+        Shared::add(counter, to - from);
+        // While a sink is away only the cap passes over, and what it does is one piece.
+        let from = self.untold.take().map_or(from, |before| before.from);
+        self.untold = Some(Lost { from, to, reason, at_ns: now_ns() });
         self.next_seq = to;
         self.shared.next_seq.store(to, Ordering::Relaxed);
         if let Some(follower) = &mut self.follower {
-            follower.skip(Gap { from, to });
+            follower.skip(to);
         }
     }
 
     /// Keeps the offset on the disk, unless that was done `every` ago.
     fn save(&mut self, every: Duration) {
         let saved = self.shared.saved_seq.load(Ordering::Relaxed) == self.next_seq;
-        if saved || self.saved_at.elapsed() < every {
+        // What was not said is found again after a crash, and said then.
+        if saved || self.untold.is_some() || self.saved_at.elapsed() < every {
             return;
         }
         self.saved_at = Instant::now();
@@ -312,7 +380,8 @@ impl Worker {
         }
         if self.cap.on_cap == OnCap::Skip {
             let to = waiting[waiting.len() - kept - 1].end;
-            self.pass_over(to, "more waits for a sink than may, the oldest is passed over");
+            let why = "more waits for a sink than may, the oldest is passed over";
+            self.pass_over(to, Reason::OverCap, why);
         } else if self.said_cap_at.is_none_or(|at| at.elapsed() >= CAP_SAID_EVERY) {
             self.said_cap_at = Some(Instant::now());
             let sink = self.shared.name;

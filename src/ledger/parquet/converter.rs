@@ -47,6 +47,8 @@ pub struct Progress {
     pub segments: u64,
     pub rows: u64,
     pub failures: u64,
+    /// Records that their segments have damaged, and that no file has.
+    pub unreadable: u64,
     /// Sealed segments that are not converted yet.
     pub waiting: u64,
     /// Why the latest failure was.
@@ -159,6 +161,11 @@ fn look(settings: &ConverterSettings, shared: &Shared, seen: &mut Seen) {
                 let mut progress = shared.progress.lock();
                 progress.segments += 1;
                 progress.rows += manifest.segment.records;
+                progress.unreadable += manifest
+                    .unreadable
+                    .iter()
+                    .map(|it| it.last_seq + 1 - it.first_seq)
+                    .sum::<u64>();
                 progress.waiting = progress.waiting.saturating_sub(1);
                 progress.failure = None;
             }

@@ -24,10 +24,23 @@ pub struct Manifest {
     pub log: String,
     pub segment: SegmentEntry,
     pub files: Vec<FileEntry>,
+    /// What the segment has damaged.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unreadable: Vec<Unreadable>,
     /// The log's checkpoint that covers the segment, if there was one by then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<String>,
     pub created_by: String,
+}
+
+/// Records that are in none of the files.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unreadable {
+    pub first_seq: u64,
+    pub last_seq: u64,
+    /// Where in the segment the fault is, and which.
+    pub offset: u64,
+    pub what: String,
 }
 
 /// The segment that was converted, as it was then.
@@ -62,6 +75,9 @@ pub struct FileEntry {
     /// Its time had come before that of its segment.
     #[serde(default)]
     pub removed: bool,
+    /// Nor do its records have payloads in the segment any more, or their erasure is ordered.
+    #[serde(default)]
+    pub erased: bool,
 }
 
 impl SegmentEntry {
@@ -92,6 +108,7 @@ impl Manifest {
             log: head.log.clone(),
             segment,
             files: Vec::new(),
+            unreadable: Vec::new(),
             checkpoint: None,
             created_by: format!("tidegate {}", env!("CARGO_PKG_VERSION")),
         }

@@ -176,6 +176,36 @@ fn names_of_columns_differ() {
 }
 
 #[test]
+fn what_is_damaged_is_left_out_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, root) = (folder.path().join("log"), folder.path().join("parquet"));
+    let segment = sealed(&dir, (0..6).map(|number| (head(number), payload())));
+    let bytes = std::fs::read(&segment.path).unwrap();
+    let len = (bytes.len() - crate::ledger::frame::SEGMENT_HEAD_BYTES) / 6;
+    let convert_with = |changed: &[usize]| {
+        let mut bytes = bytes.clone();
+        changed.iter().for_each(|at| bytes[*at] ^= 0x55);
+        std::fs::write(&segment.path, bytes).unwrap();
+        convert(&segment, &root, &Job::of(&Selection::default())).unwrap()
+    };
+    let at = |record: usize| crate::ledger::frame::SEGMENT_HEAD_BYTES + record * len;
+    let manifest = convert_with(&[at(1) + 60, at(2) + 60]);
+    let [lost] = &manifest.unreadable[..] else { panic!("{manifest:?}") };
+    assert_eq!((lost.first_seq, lost.last_seq, lost.offset), (1, 2, at(1) as u64));
+    assert_eq!((manifest.files[0].rows, manifest.segment.last_seq), (4, Some(5)));
+    let batch = read(&root.join(&manifest.files[0].file));
+    let seq = column(&batch, "seq").as_primitive::<UInt64Type>().values().to_vec();
+    assert_eq!(seq, [0, 3, 4, 5]);
+    // A length: the rest of the segment, whose end the next one tells.
+    let manifest = convert_with(&[at(4)]);
+    assert_eq!((manifest.unreadable[0].first_seq, manifest.unreadable[0].last_seq), (4, 5));
+    assert_eq!((manifest.segment.records, manifest.segment.last_seq), (4, Some(5)));
+    assert_eq!(Manifest::all(&root), [manifest]);
+    // Put right from a copy, it is whole again.
+    assert!(convert_with(&[]).unreadable.is_empty());
+}
+
+#[test]
 fn the_converter_finds_what_is_sealed_and_what_changed() {
     let folder = tempfile::tempdir().unwrap();
     let (dir, root) = (folder.path().join("log"), folder.path().join("parquet"));

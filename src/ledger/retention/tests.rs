@@ -84,7 +84,7 @@ fn a_segment_goes_when_its_time_has_come_and_that_is_recorded() {
     let mut bench = bench(|_| None);
     assert_eq!(bench.step(9), Removed::default());
     assert!(bench.records.lock().is_empty());
-    assert_eq!(bench.step(10), Removed { segments: 1, records: 2, files: 0 });
+    assert_eq!(bench.step(10), Removed { segments: 1, records: 2, ..Removed::default() });
     assert_eq!(bench.first_seqs(), [2, 4]);
     let (head, payload) = bench.records.lock()[0].clone();
     assert_eq!((head.kind(), &*head.action, head.count), (Kind::Retention, REMOVE, 2));
@@ -105,7 +105,7 @@ fn holds_win_and_so_do_sinks_and_models_that_keep_longer() {
     let mut held = bench(|_| None);
     held.hold(Some("iris"), None, Some(i64::MAX));
     // The other model's Parquet goes, the segment stays.
-    assert_eq!(held.step(1000), Removed { segments: 0, records: 0, files: 2 });
+    assert_eq!(held.step(1000), Removed { files: 2, erased: 2, ..Removed::default() });
     held.retention.holds.lift("case-1").unwrap();
     assert_eq!(held.step(1000).segments, 2);
 
@@ -118,11 +118,60 @@ fn holds_win_and_so_do_sinks_and_models_that_keep_longer() {
     assert_eq!(waiting.step(1000).segments, 1);
 
     let mut longer = bench(|model| (model == "iris").then_some(100));
-    assert_eq!(longer.step(50), Removed { segments: 0, records: 0, files: 2 });
+    assert_eq!(longer.step(50), Removed { files: 2, erased: 2, ..Removed::default() });
     assert_eq!(longer.step(102).segments, 2);
 
     let mut for_ever = bench(|_| Some(0));
     assert_eq!(for_ever.step(10_000), Removed::default());
+}
+
+/// What the records of erasures name.
+fn ordered(bench: &Bench) -> Vec<serde_json::Value> {
+    let records = bench.records.lock();
+    let orders = records.iter().filter(|(head, _)| head.action == early::ERASE);
+    orders.map(|(_, payload)| serde_json::from_slice(&payload.body).unwrap()).collect()
+}
+
+#[test]
+fn payloads_go_a_day_after_their_time_where_others_keep_longer() {
+    let mut bench = bench(|model| (model == "iris").then_some(100));
+    // The Parquet of the other model goes on its day.
+    assert_eq!(bench.step(10), Removed { files: 1, ..Removed::default() });
+    let parquet = bench.retention.parquet.clone();
+    assert!(!parquet.join("model=digits/date=2025-11-25").exists());
+    // The sinks have not got it: it stays.
+    bench.delivered.store(1, Ordering::Relaxed);
+    assert_eq!(bench.step(11), Removed::default());
+    bench.delivered.store(u64::MAX, Ordering::Relaxed);
+    assert_eq!(bench.step(11), Removed { files: 1, erased: 1, ..Removed::default() });
+    let want = json!({"log": "predictions", "records": [[1, 2]], "reason": "retention"});
+    assert_eq!(ordered(&bench), [want]);
+    // As whoever carries out orders does.
+    let segment = reader::segments(&bench.retention.log).unwrap().remove(0);
+    assert!(crate::ledger::erase::rewrite(&segment, &[(1, 2)]).unwrap());
+    let manifest = convert(&segment, &parquet, &Job::of(&Selection::default())).unwrap();
+    let of = |model: &str| manifest.files.iter().find(|file| file.model == model).unwrap();
+    assert!(of("digits").removed && of("digits").erased && !of("iris").removed);
+    assert!(!parquet.join("model=digits/date=2025-11-25").exists());
+    assert!(parquet.join(&of("iris").file).exists());
+    // Once: the next day it is the next segment's turn.
+    assert_eq!(bench.step(11), Removed::default());
+    assert_eq!(bench.step(12), Removed { erased: 1, ..Removed::default() });
+    assert_eq!(ordered(&bench)[1]["records"], json!([[3, 4]]));
+    assert_eq!(bench.step(50), Removed::default());
+}
+
+#[test]
+fn a_hold_keeps_payloads_and_what_is_not_recorded_stays() {
+    let mut bench = bench(|model| (model == "iris").then_some(100));
+    bench.hold(Some("digits"), None, None);
+    assert_eq!(bench.step(50), Removed::default());
+    bench.retention.holds.lift("case-1").unwrap();
+    let announce = std::mem::replace(&mut bench.retention.announce, Box::new(|_, _| false));
+    assert_eq!(bench.step(50), Removed { files: 2, ..Removed::default() });
+    bench.retention.announce = announce;
+    assert_eq!(bench.step(50), Removed { erased: 2, ..Removed::default() });
+    assert_eq!(ordered(&bench)[0]["records"], json!([[1, 2], [3, 4]]));
 }
 
 #[test]
