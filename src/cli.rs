@@ -15,6 +15,7 @@ mod keys;
 mod labels;
 mod list;
 mod models;
+mod quality;
 mod replay;
 mod rollout;
 mod serve;
@@ -52,6 +53,8 @@ enum Command {
     Approvals(approvals::Args),
     /// Bring a new version in small, watched, reversible steps
     Rollout(rollout::Args),
+    /// Show how good a model's predictions were, by the labels that came for them
+    Quality(quality::Args),
     /// Show who changed what, when and why, and who was refused
     Journal(journal::Args),
     /// Check, show and export what the ledger holds
@@ -77,6 +80,7 @@ pub fn run() -> ExitCode {
         Command::Labels(args) => labels::run(&args),
         Command::Approvals(args) => approvals::run(&args),
         Command::Rollout(args) => rollout::run(&args),
+        Command::Quality(args) => quality::run(&args),
         Command::Journal(args) => journal::run(&args),
         Command::Audit(args) => audit::run(&args),
         Command::Replay(args) => replay::run(&args),

@@ -21,9 +21,11 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("batch", &["domain", "engine", "observe", "panics"]),
     ("cache", &["domain"]),
     ("ledger", &["bucket", "domain", "observe", "panics", "proto", "secret"]),
+    ("quality", &[]),
+    ("feedback", &["domain", "ledger", "observe", "panics", "quality"]),
     ("route", &["domain", "batch", "observe"]),
     ("shadow", &["domain", "route", "batch", "ledger", "observe", "panics"]),
-    ("gateway", &["domain", "route", "batch", "cache", "ledger", "shadow", "observe"]),
+    ("gateway", &["domain", "route", "batch", "cache", "feedback", "ledger", "shadow", "observe"]),
     (
         "control",
         &[
@@ -31,7 +33,10 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "proto", "secret", "bucket",
         ],
     ),
-    ("transport", &["domain", "admit", "gateway", "route", "batch", "observe", "panics", "proto"]),
+    (
+        "transport",
+        &["domain", "admit", "gateway", "route", "batch", "feedback", "observe", "panics", "proto"],
+    ),
     (
         "config",
         &[
@@ -42,6 +47,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "cache",
             "route",
             "shadow",
+            "feedback",
             "gateway",
             "ledger",
             "observe",
@@ -51,7 +57,10 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "secret",
         ],
     ),
-    ("admin", &["domain", "admit", "control", "ledger", "observe", "route", "gateway", "panics"]),
+    (
+        "admin",
+        &["domain", "admit", "control", "feedback", "ledger", "observe", "route", "gateway", "panics"],
+    ),
     (
         "app",
         &[
@@ -62,6 +71,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "batch",
             "route",
             "shadow",
+            "feedback",
             "gateway",
             "ledger",
             "observe",

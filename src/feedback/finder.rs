@@ -59,7 +59,7 @@ struct Marked {
 }
 
 /// Looks into one log.
-pub struct Finder {
+pub(super) struct Finder {
     log: PathBuf,
     /// A record is appended so long after its call came, at most.
     within: Duration,
@@ -75,7 +75,7 @@ struct Budget(usize);
 
 impl Finder {
     /// Of the log in this folder, which need not be there yet.
-    pub fn new(log: PathBuf, within: Duration) -> Self {
+    pub(super) fn new(log: PathBuf, within: Duration) -> Self {
         Self { log, within, begun: HashMap::new(), marked: HashMap::new(), clock: 0 }
     }
 
@@ -84,7 +84,7 @@ impl Finder {
     ///
     /// # Errors
     /// When the log cannot be read.
-    pub fn predictions(
+    pub(super) fn predictions(
         &mut self,
         ids: &[Uuid],
         mut take: impl FnMut(Uuid, &View<'_>),
@@ -138,7 +138,7 @@ impl Finder {
     ///
     /// # Errors
     /// When the log cannot be read.
-    pub fn record<T>(
+    pub(super) fn record<T>(
         &mut self,
         seq: u64,
         take: impl Fn(&View<'_>) -> T,

@@ -36,7 +36,7 @@ impl How {
 
 /// Why a label cannot be held against a prediction.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum LabelError {
+pub(super) enum LabelError {
     #[error("label '{label}' is none of the {classes} classes, whose numbers begin with 0{names}")]
     NoClass { label: String, classes: usize, names: &'static str },
     #[error("label '{label}' is no class")]
@@ -49,7 +49,7 @@ pub enum LabelError {
 
 /// What was predicted.
 #[derive(Debug, PartialEq)]
-pub struct Predicted<'a> {
+pub(super) struct Predicted<'a> {
     what: What,
     /// Names of the classes; empty when they have none.
     names: &'a [String],
@@ -64,7 +64,7 @@ enum What {
 }
 
 /// Reads the output that labels are about; `None` when it was not kept, or there is none.
-pub fn read<'a>(view: &View<'_>, how: &'a How) -> Option<Predicted<'a>> {
+pub(super) fn read<'a>(view: &View<'_>, how: &'a How) -> Option<Predicted<'a>> {
     let rows = usize::try_from(view.rows).ok()?.max(1);
     let wanted = how.settings.output.as_deref();
     let mut found: Option<(u8, Predicted<'a>)> = None;
@@ -163,7 +163,7 @@ fn classes(datatype: DataType, data: &[u8]) -> Option<Vec<String>> {
 
 impl Predicted<'_> {
     /// Probability of the predicted class, of each row of a model that gives probabilities.
-    pub fn confidences(&self, how: &How) -> impl Iterator<Item = f64> {
+    pub(super) fn confidences(&self, how: &How) -> impl Iterator<Item = f64> {
         let (width, values) = match &self.what {
             What::Scores { width, values, probabilities: true } => (*width, &values[..]),
             What::Values(values) if how.settings.task == Some(FeedbackTask::Classification) => {
@@ -184,7 +184,7 @@ impl Predicted<'_> {
     ///
     /// # Errors
     /// For a label that is nothing that the model could have said.
-    pub fn judge(&self, labels: &[Option<Label>], how: &How) -> Result<Judged, LabelError> {
+    pub(super) fn judge(&self, labels: &[Option<Label>], how: &How) -> Result<Judged, LabelError> {
         match &self.what {
             What::Scores { width, values, probabilities } => {
                 let rows = values.chunks(*width).zip(labels);

@@ -19,7 +19,7 @@ use super::finder::Finder;
 use super::index::{Index, Taken};
 use super::reading::{self, How, Predicted};
 use super::{FeedbackError, Item, Job, Models, Outcome, Settings, Shared, today};
-use crate::domain::Protocol;
+use crate::domain::{Durability, Protocol};
 use crate::ledger::export::{self, Selection, View};
 use crate::ledger::follow::{self, FollowError, Follower, Start};
 use crate::ledger::log::{OpenError, Unrecorded};
@@ -315,21 +315,20 @@ impl<'a> Worker<'a> {
 
     /// Records facts, and waits until their answers may leave.
     fn record(&self, decided: &[(Job, Decided)]) -> Result<(), Unrecorded> {
-        let ledger = &self.parts.ledger;
-        for (job, Decided { facts, .. }) in decided {
-            let mut last = None;
-            for fact in facts {
-                // Numbers and texts: it cannot fail.
-                let body = serde_json::to_vec(&fact.body).unwrap_or_default();
-                let payload = Payload { body: body.into(), ..Payload::default() };
-                last = Some(ledger.append_feedback(&fact.head, &payload)?);
-            }
-            if let Some(last) = last {
-                let settled = ledger.feedback_settled(last, job.call.durability);
-                self.runtime.block_on(settled)?;
-            }
+        let (ledger, mut last) = (&self.parts.ledger, None);
+        for fact in decided.iter().flat_map(|(_, decided)| &decided.facts) {
+            // Numbers and texts: it cannot fail.
+            let body = serde_json::to_vec(&fact.body).unwrap_or_default();
+            let payload = Payload { body: body.into(), ..Payload::default() };
+            last = Some(ledger.append_feedback(&fact.head, &payload)?);
         }
-        Ok(())
+        let Some(last) = last else { return Ok(()) };
+        let synced = |(job, _): &(Job, Decided)| job.call.durability == Durability::Sync;
+        let durability = match decided.iter().any(synced) {
+            true => Durability::Sync,
+            false => Durability::Buffered,
+        };
+        self.runtime.block_on(ledger.feedback_settled(last, durability))
     }
 
     /// Takes in what is in the log of feedback by now.
