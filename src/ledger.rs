@@ -56,7 +56,7 @@ pub mod record;
 pub mod retention;
 pub mod subjects;
 #[cfg(test)]
-mod testlog;
+pub(crate) mod testlog;
 pub mod tree;
 pub mod upkeep;
 pub mod verify;

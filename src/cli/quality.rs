@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::admin::table::{Table, cell, number};
+use super::admin::table::{Table, cell};
 use super::admin::{Client, Connection, Stop, examples, finish, shown};
 use crate::domain::ModelName;
 
@@ -94,16 +94,17 @@ fn estimate(value: &Value) -> String {
     }
 }
 
-/// Four places, as many as are looked at.
+/// With four places, as many as are looked at.
 fn short(value: &Value) -> String {
-    value.as_f64().map_or_else(
-        || cell(value),
-        |value| number(&json!((value * 1e4).round() / 1e4)),
-    )
+    let Some(value) = value.as_f64() else { return cell(value) };
+    let text = format!("{value:.4}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

@@ -298,3 +298,154 @@ fn view<'a>(
 fn io(segment: &SegmentFile, error: std::io::Error) -> ReadError {
     ReadError::Io { file: segment.path.clone(), error }
 }
+
+#[cfg(test)]
+mod tests {
+    use uuid::{NoContext, Timestamp};
+
+    use super::*;
+    use crate::ledger::PREDICTIONS;
+    use crate::ledger::record::{Head, Payload};
+    use crate::ledger::testlog::TestLog;
+
+    const DAY_S: u64 = 86_400;
+    const BEGIN_S: u64 = 1_700_000_000;
+
+    /// A prediction that came so many seconds after the begin.
+    fn id(seconds: u64, counter: u32) -> Uuid {
+        Uuid::new_v7(Timestamp::from_unix(NoContext, BEGIN_S + seconds, counter))
+    }
+
+    struct Year {
+        dir: tempfile::TempDir,
+        log: TestLog,
+        ids: Vec<Uuid>,
+    }
+
+    /// A segment a day, each with some predictions of that day; the last is still written.
+    fn year(days: u64) -> Year {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = TestLog::new(dir.path(), PREDICTIONS);
+        let mut ids = Vec::new();
+        for day in 0..days {
+            log.seal();
+            log.created_ns = (BEGIN_S + day * DAY_S) * 1_000_000_000;
+            for at in 0..4_u32 {
+                let id = id(day * DAY_S + u64::from(at) * 6 * 3600, at);
+                put(&mut log, id, "iris", 0);
+                ids.push(id);
+            }
+        }
+        Year { dir, log, ids }
+    }
+
+    fn put(log: &mut TestLog, id: Uuid, model: &str, padding: usize) -> u64 {
+        let head = Head {
+            kind: Kind::Prediction.into(),
+            prediction_id: id.as_bytes().to_vec().into(),
+            model: model.to_owned(),
+            ..Head::default()
+        };
+        let payload = Payload { error: "x".repeat(padding), ..Payload::default() };
+        log.put(&head, &payload)
+    }
+
+    fn finder(log: &TestLog) -> Finder {
+        Finder::new(log.dir.clone(), Duration::from_secs(3600))
+    }
+
+    /// All of them, however often that has to be asked.
+    fn found(finder: &mut Finder, ids: &[Uuid]) -> Vec<Uuid> {
+        let mut found = Vec::new();
+        while !finder.predictions(ids, |id, _| found.push(id)).unwrap() {
+            found.clear();
+        }
+        found.sort_unstable();
+        found
+    }
+
+    #[test]
+    fn a_prediction_is_found_months_later_by_reading_its_day() {
+        let Year { log, ids, dir: _dir } = year(200);
+        let mut finder = finder(&log);
+        assert_eq!(found(&mut finder, &[ids[40]]), [ids[40]]);
+        // Its own, and that of the day after, when it could have been recorded.
+        assert!(finder.marked.len() <= 2, "{} segments were read", finder.marked.len());
+        assert_eq!(found(&mut finder, &[id(5, 99)]), Vec::<Uuid>::new());
+        assert_eq!(found(&mut finder, &[Uuid::from_u128(17)]), Vec::<Uuid>::new());
+        let some: Vec<Uuid> = ids.iter().copied().step_by(7).collect();
+        assert_eq!(found(&mut finder, &some), some);
+    }
+
+    #[test]
+    fn one_call_reads_so_many_segments_and_the_next_goes_on() {
+        let Year { log, ids, dir: _dir } = year(3 * SEGMENTS_READ_MAX as u64);
+        let mut finder = finder(&log);
+        let (mut calls, mut all) = (0, false);
+        while !all {
+            calls += 1;
+            let mut seen = 0;
+            all = finder.predictions(&ids, |_, _| seen += 1).unwrap();
+            assert!(finder.marked.len() <= calls * SEGMENTS_READ_MAX);
+            assert!(seen >= ids.len() * calls / 4, "{seen} after {calls} calls");
+        }
+        assert_eq!(calls, 3);
+    }
+
+    #[test]
+    fn what_comes_later_is_found_as_it_comes() {
+        let Year { mut log, ids, dir: _dir } = year(1);
+        let mut finder = finder(&log);
+        assert_eq!(found(&mut finder, &ids), ids);
+        // Several marks' worth, in one segment that grows between looks.
+        for round in 0..3 {
+            let fresh: Vec<Uuid> = (0..6).map(|at| id(80_000 + round * 100 + at, 7)).collect();
+            assert_eq!(found(&mut finder, &fresh), Vec::<Uuid>::new());
+            for id in &fresh {
+                put(&mut log, *id, "iris", 200_000);
+            }
+            assert_eq!(found(&mut finder, &fresh), fresh);
+        }
+        let marks: usize = finder.marked.values().map(|marked| marked.marks.len()).sum();
+        assert!(marks > 5, "{marks}");
+        log.seal();
+        assert_eq!(found(&mut finder, &ids), ids);
+    }
+
+    #[test]
+    fn a_record_is_found_by_its_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = TestLog::new(dir.path(), PREDICTIONS);
+        for at in 0..30_u64 {
+            put(&mut log, id(at, 0), "iris", 50_000);
+            if at % 11 == 10 {
+                log.seal();
+            }
+        }
+        let mut finder = finder(&log);
+        for seq in [0, 1, 10, 11, 29, 17] {
+            assert_eq!(finder.record(seq, |view| view.seq).unwrap(), Some(seq));
+        }
+        assert_eq!(finder.record(30, |view| view.seq).unwrap(), None);
+        let mut none = Finder::new(dir.path().join("none"), Duration::ZERO);
+        assert_eq!(none.record(0, |view| view.seq).unwrap(), None);
+    }
+
+    #[test]
+    fn a_segment_that_was_written_anew_is_marked_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = TestLog::new(dir.path(), PREDICTIONS);
+        let ids: Vec<Uuid> = (0..12).map(|at| id(at, 0)).collect();
+        for id in &ids {
+            put(&mut log, *id, "iris", 100_000);
+        }
+        log.seal();
+        let mut finder = finder(&log);
+        assert_eq!(found(&mut finder, &ids), ids);
+        let segment = reader::segments(&log.dir).unwrap().remove(0);
+        crate::ledger::erase::rewrite(&segment, &[(0, 9)]).unwrap();
+        assert_eq!(found(&mut finder, &ids), ids);
+        assert_eq!(finder.record(11, |view| view.erased).unwrap(), Some(false));
+        assert_eq!(finder.record(3, |view| view.erased).unwrap(), Some(true));
+    }
+}

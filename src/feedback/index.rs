@@ -209,7 +209,7 @@ mod tests {
     fn what_was_committed_is_there_again_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let (one, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        let tally = Tally { predictions: 7, ..Tally::default() };
+        let tally = Tally::of_metric("clicks", 7.0);
         let mut index = Index::open(dir.path(), 0).unwrap();
         assert_eq!(index.taken().unwrap(), Taken::default());
         index.put(&one, "", 4).unwrap();

@@ -66,7 +66,9 @@ fn figures_of_three_classes_are_those_of_scikit_learn() {
     for (class, want) in figures.classes.iter().zip(want) {
         let got = of(class);
         assert_eq!(got.0, want.0);
-        [(got.1, want.1), (got.2, want.2), (got.3, want.3)].map(|(got, want)| close(got, want));
+        close(got.1, want.1);
+        close(got.2, want.2);
+        close(got.3, want.3);
         let f1 = class.f1.unwrap();
         assert!(f1.low.unwrap() < f1.value && f1.value < f1.high.unwrap());
     }

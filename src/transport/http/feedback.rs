@@ -123,7 +123,7 @@ mod tests {
             ("{}", "prediction_id"),
             ("{ID}", "item 0: expected a label"),
             ("{ID, \"lable\": 1}", "lable"),
-            ("{ID, \"label\": 1, \"label\": 2}", "twice"),
+            ("{ID, \"label\": 1, \"label\": 2}", "duplicate"),
             ("{ID, \"label\": []}", "says nothing"),
             ("{ID, \"label\": [null]}", "says nothing"),
             ("{ID, \"label\": {}}", "expected true or false"),
