@@ -28,7 +28,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-use crate::domain::{Durability, ModelName, Protocol, TraceContext};
+use crate::domain::{Arm, Durability, ModelName, Protocol, TraceContext, Version};
 use crate::ledger::Ledger;
 use crate::ledger::log::Unrecorded;
 use board::{Board, day_of};
@@ -47,9 +47,7 @@ mod worker;
 pub use board::{Day, Report, Series, TALLIES_MAX, VersionQuality};
 pub use body::Body;
 pub use finder::{MARKED_MAX, SEGMENTS_READ_MAX};
-pub use item::{
-    Item, ItemError, LABEL_BYTES_MAX, LABELS_MAX, Label, METRIC_LEN_MAX, Said,
-};
+pub use item::{Item, ItemError, LABEL_BYTES_MAX, LABELS_MAX, Label, METRIC_LEN_MAX, Said};
 pub use reading::How;
 
 /// When a caller may try again that could not be served.
@@ -257,6 +255,18 @@ impl Feedback {
         self.shared.board.lock().report(model.as_str(), first, last)
     }
 
+    /// Rows that a version took for another class than their label says, and all rows that labels
+    /// were held against, of the requests that the split sent to it.
+    pub fn mistakes(&self, model: &ModelName, version: Version) -> (u64, u64) {
+        let split = [Arm::Stable, Arm::Canary];
+        let wants = |series: &Series| {
+            series.model == model.as_str()
+                && series.version == version.get()
+                && split.iter().any(|arm| arm.as_str() == series.arm)
+        };
+        self.shared.board.lock().mistakes(wants)
+    }
+
     /// Ends the thread, after what waits. Waits for that.
     pub fn stop(&self) {
         drop(self.jobs.lock().take());
@@ -268,12 +278,7 @@ impl Feedback {
         }
     }
 
-    fn count(
-        &self,
-        model: &ModelName,
-        items: usize,
-        done: &Result<Vec<Outcome>, FeedbackError>,
-    ) {
+    fn count(&self, model: &ModelName, items: usize, done: &Result<Vec<Outcome>, FeedbackError>) {
         let mut all = self.shared.counts.lock();
         let known = self.models.serves(model.as_str());
         let name = if known { model.as_str() } else { "" };

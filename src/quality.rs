@@ -21,9 +21,7 @@ pub use figures::{
     MetricFigures, Regression,
 };
 pub use interval::{CONFIDENCE, mean_bounds, share_bounds};
-pub use tally::{
-    CLASSES_MAX, ClassRow, Judged, METRICS_MAX, Moments, Scores, Tally, ValueRow,
-};
+pub use tally::{CLASSES_MAX, ClassRow, Judged, METRICS_MAX, Moments, Scores, Tally, ValueRow};
 
 #[cfg(test)]
 mod tests;

@@ -29,8 +29,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
     (
         "control",
         &[
-            "domain", "admit", "engine", "batch", "route", "shadow", "ledger", "observe", "panics",
-            "proto", "secret", "bucket",
+            "domain", "admit", "engine", "batch", "route", "shadow", "feedback", "ledger",
+            "observe", "panics", "proto", "secret", "bucket",
         ],
     ),
     (
@@ -59,7 +59,10 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ),
     (
         "admin",
-        &["domain", "admit", "control", "feedback", "ledger", "observe", "route", "gateway", "panics"],
+        &[
+            "domain", "admit", "control", "feedback", "ledger", "observe", "route", "gateway",
+            "panics",
+        ],
     ),
     (
         "app",

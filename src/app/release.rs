@@ -107,6 +107,7 @@ impl Release {
         Recorded { ledger, table, feedback }: Recorded,
     ) -> anyhow::Result<()> {
         self.director.set_shadows(shadows);
+        self.director.set_feedback(Arc::clone(&feedback));
         let copied = AdminLog::start(Arc::clone(&self.store), Arc::clone(&ledger));
         *self.admin_log.lock() = Some(copied.context("start the copy of the journal")?);
         let watched = keys::watch_keys(Arc::clone(&self.store), Arc::clone(&self.gatekeeper));

@@ -79,7 +79,8 @@ fn figures(of: &Value) -> Vec<(String, String)> {
     put("estimated_accuracy", &of["estimated_accuracy"]["value"]);
     if of["delay"].is_object() {
         let seconds = |name: &str| cell(&of["delay"][name]);
-        let text = format!("half within {} s, 99 % within {} s", seconds("p50_s"), seconds("p99_s"));
+        let text =
+            format!("half within {} s, 99 % within {} s", seconds("p50_s"), seconds("p99_s"));
         all.push(("delay".to_owned(), text));
     }
     all
@@ -122,7 +123,10 @@ mod tests {
         let text = text(&body);
         let lines: Vec<Vec<&str>> =
             text.lines().map(|line| line.split_whitespace().collect()).collect();
-        assert_eq!(lines[1], ["2", "stable", "20", "10", "coverage", "0.5", "(0.2993", "to", "0.7007)"]);
+        assert_eq!(
+            lines[1],
+            ["2", "stable", "20", "10", "coverage", "0.5", "(0.2993", "to", "0.7007)"]
+        );
         assert_eq!(lines[2], ["accuracy", "0.9"]);
         assert_eq!(lines[3], ["ece", "0.0123"]);
         assert_eq!(lines[4], ["revenue", "2.5"]);

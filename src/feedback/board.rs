@@ -111,7 +111,11 @@ impl Board {
     }
 
     /// Sums over the days from this one on, by series.
-    pub(super) fn sums(&self, first: Day, wants: impl Fn(&Series) -> bool) -> BTreeMap<Series, Tally> {
+    pub(super) fn sums(
+        &self,
+        first: Day,
+        wants: impl Fn(&Series) -> bool,
+    ) -> BTreeMap<Series, Tally> {
         let mut sums: BTreeMap<Series, Tally> = BTreeMap::new();
         for (series, tally) in self.days.range(first..).flat_map(|(_, day)| day) {
             if !wants(series) {
@@ -123,6 +127,13 @@ impl Board {
             }
         }
         sums
+    }
+
+    /// Mistakes, and rows that labels were held against, of all days.
+    pub(super) fn mistakes(&self, wants: impl Fn(&Series) -> bool) -> (u64, u64) {
+        let all = self.days.values().flatten().filter(|(series, _)| wants(series));
+        all.map(|(_, tally)| tally.mistakes())
+            .fold((0, 0), |(events, of), more| (events + more.0, of + more.1))
     }
 
     /// How many metrics of callers a series has, and whether this is one of them, on a day.

@@ -284,11 +284,7 @@ fn open(segment: &SegmentFile) -> Result<Option<SegmentReader>, ReadError> {
     }
 }
 
-fn view<'a>(
-    segment: &SegmentFile,
-    offset: u64,
-    frame: &Frame<'a>,
-) -> Result<View<'a>, ReadError> {
+fn view<'a>(segment: &SegmentFile, offset: u64, frame: &Frame<'a>) -> Result<View<'a>, ReadError> {
     View::read(frame).map_err(|what| {
         let file = segment.path.clone();
         Fault { file, offset, what: what.to_owned() }.into()

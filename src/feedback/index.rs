@@ -53,7 +53,10 @@ pub(super) struct Taken {
 
 pub(super) struct Index {
     db: Connection,
+    /// Something was written since the last commit.
     open: bool,
+    /// Tallies of days before this one are gone.
+    first: Day,
 }
 
 impl Index {
@@ -78,7 +81,7 @@ impl Index {
             // What cannot be removed is told of by what comes next.
             std::fs::remove_file(with_end(&path, end)).ok();
         }
-        let db = Connection::open(&path)?;
+        let db = Connection::open(own_file(&path))?;
         let index = Self::with(db)?;
         index.db.execute_batch(TABLES)?;
         index.db.pragma_update(None, "user_version", FORM)?;
@@ -100,23 +103,19 @@ impl Index {
         db.pragma_update(None, "journal_mode", "WAL")?;
         // A commit that power loss takes back is made again from the logs.
         db.pragma_update(None, "synchronous", "NORMAL")?;
-        Ok(Self { db, open: false })
+        Ok(Self { db, open: false, first: Day::MIN })
     }
 
     pub(super) fn taken(&self) -> rusqlite::Result<Taken> {
         self.db.query_row("SELECT feedback, predictions FROM taken", [], |row| {
             let predictions: Option<i64> = row.get(1)?;
-            Ok(Taken {
-                feedback: number(row.get(0)?),
-                predictions: predictions.map(number),
-            })
+            Ok(Taken { feedback: number(row.get(0)?), predictions: predictions.map(number) })
         })
     }
 
     /// Every tally that is kept. One that cannot be read is as one that is not there.
     pub(super) fn tallies(&self) -> rusqlite::Result<Vec<(Series, Day, Tally)>> {
-        let mut all =
-            self.db.prepare("SELECT model, version, arm, day, tally FROM tallies")?;
+        let mut all = self.db.prepare("SELECT model, version, arm, day, tally FROM tallies")?;
         let rows = all.query_map([], |row| {
             let (model, arm): (String, String) = (row.get(0)?, row.get(2)?);
             let series = Series { model, version: number(row.get(1)?), arm };
@@ -130,14 +129,18 @@ impl Index {
     pub(super) fn fact(&self, prediction: &Uuid, metric: &str) -> rusqlite::Result<Option<u64>> {
         let sql = "SELECT seq FROM facts WHERE prediction = ?1 AND metric = ?2";
         let mut statement = self.db.prepare_cached(sql)?;
-        let found = statement.query_row(params![&prediction.as_bytes()[..], metric], |row| {
-            row.get(0)
-        });
+        let found =
+            statement.query_row(params![&prediction.as_bytes()[..], metric], |row| row.get(0));
         found.optional().map(|seq| seq.map(number))
     }
 
     /// Notes which record says this of a prediction from now on.
-    pub(super) fn put(&mut self, prediction: &Uuid, metric: &str, seq: u64) -> rusqlite::Result<()> {
+    pub(super) fn put(
+        &mut self,
+        prediction: &Uuid,
+        metric: &str,
+        seq: u64,
+    ) -> rusqlite::Result<()> {
         self.begin()?;
         let sql = "INSERT INTO facts VALUES (?1, ?2, ?3)
             ON CONFLICT (prediction, metric) DO UPDATE SET seq = excluded.seq";
@@ -164,12 +167,14 @@ impl Index {
             let mut statement = self.db.prepare_cached(sql)?;
             statement.execute(params![model, signed(*version), arm, day, text])?;
         }
-        self.db.execute("DELETE FROM tallies WHERE day < ?1", [first])?;
+        if first != self.first {
+            self.db.execute("DELETE FROM tallies WHERE day < ?1", [first])?;
+        }
         let predictions = taken.predictions.map(signed);
         let sql = "UPDATE taken SET feedback = ?1, predictions = ?2";
         self.db.execute(sql, params![signed(taken.feedback), predictions])?;
         self.db.execute_batch("COMMIT")?;
-        self.open = false;
+        (self.open, self.first) = (false, first);
         Ok(())
     }
 
@@ -180,6 +185,15 @@ impl Index {
         }
         Ok(())
     }
+}
+
+/// An empty file that belongs to this user alone; SQLite's others follow it.
+fn own_file(path: &Path) -> &Path {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut options = std::fs::File::options();
+    // What it cannot be is told of by SQLite.
+    options.create(true).append(true).mode(0o600).open(path).ok();
+    path
 }
 
 fn with_end(path: &Path, end: &str) -> PathBuf {

@@ -36,9 +36,7 @@ pub enum ItemError {
     NoValue,
     #[error("value: has no metric that it is of")]
     NoMetric,
-    #[error(
-        "metric: expected 1 to {METRIC_LEN_MAX} letters, digits, '.', '_' and '-', got '{0}'"
-    )]
+    #[error("metric: expected 1 to {METRIC_LEN_MAX} letters, digits, '.', '_' and '-', got '{0}'")]
     Metric(String),
     #[error("value: expected a finite number")]
     Value,

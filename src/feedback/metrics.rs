@@ -23,10 +23,8 @@ impl Feedback {
             let outcomes = Outcome::ALL.iter().map(|outcome| outcome.as_str());
             let all = outcomes.zip(counts.outcomes).chain([("refused", counts.refused)]);
             for (outcome, count) in all.filter(|(_, count)| *count > 0) {
-                let labels = vec![
-                    ("model".into(), model.clone()),
-                    ("outcome".into(), outcome.to_owned()),
-                ];
+                let labels =
+                    vec![("model".into(), model.clone()), ("outcome".into(), outcome.to_owned())];
                 family.push(labels, count as f64);
             }
         }
@@ -40,8 +38,7 @@ impl Feedback {
         let help = "Rows of predictions that labels were held against, over the days that are kept";
         let mut samples = Family::new("tidegate_quality_samples", Kind::Gauge, help);
         let first = today() - i64::from(self.settings.window_days) + 1;
-        let loaded =
-            |series: &Series| self.models.how(&series.model, series.version).is_some();
+        let loaded = |series: &Series| self.models.how(&series.model, series.version).is_some();
         let sums = self.shared.board.lock().sums(first, loaded);
         for (series, tally) in &sums {
             samples.push(labels(series), tally.judged() as f64);

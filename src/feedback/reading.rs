@@ -57,8 +57,15 @@ pub(super) struct Predicted<'a> {
 
 #[derive(Debug, PartialEq)]
 enum What {
-    Scores { width: usize, values: Vec<f64>, probabilities: bool },
-    Classes { values: Vec<String>, of: DataType },
+    Scores {
+        width: usize,
+        values: Vec<f64>,
+        probabilities: bool,
+    },
+    Classes {
+        values: Vec<String>,
+        of: DataType,
+    },
     /// One number a row.
     Values(Vec<f64>),
 }
@@ -392,9 +399,11 @@ mod tests {
         let seven = 7_i64.to_le_bytes();
         let one = |tensor, label| {
             let judged = judge(1, tensor, &how(None, &["a", "b"]), &[label]).unwrap();
-            judged.contains("\"rows\"").then(|| judged.contains(r#""label":"7","predicted":"7""#)
-                || judged.contains(r#""label":"dog","predicted":"dog""#)
-                || judged.contains(r#""label":"true","predicted":"true""#))
+            judged.contains("\"rows\"").then(|| {
+                judged.contains(r#""label":"7","predicted":"7""#)
+                    || judged.contains(r#""label":"dog","predicted":"dog""#)
+                    || judged.contains(r#""label":"true","predicted":"true""#)
+            })
         };
         let int = || tensor("INT64", &[1], &seven);
         assert_eq!(one(int(), Label::Int(7)), Some(true));

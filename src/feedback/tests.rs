@@ -264,11 +264,11 @@ async fn what_cannot_be_is_refused_whole() {
 async fn calls_that_come_together_share_one_wait_and_agree() {
     let bench = Bench::new();
     let id = bench.predict(&[SURE], Arm::Stable).await;
-    let calls = (0..20).map(|at| bench.say_of("iris", vec![label(id, &[at % 2])], Durability::Sync));
+    let calls =
+        (0..20).map(|at| bench.say_of("iris", vec![label(id, &[at % 2])], Durability::Sync));
     let outcomes = futures_util::future::join_all(calls).await;
-    let count = |outcome: Outcome| {
-        outcomes.iter().filter(|said| **said == Ok(vec![outcome])).count()
-    };
+    let count =
+        |outcome: Outcome| outcomes.iter().filter(|said| **said == Ok(vec![outcome])).count();
     let recorded = bench.recorded().len();
     assert_eq!(count(Outcome::Recorded), 1);
     assert_eq!(count(Outcome::Corrected) + 1, recorded);
@@ -293,6 +293,53 @@ async fn what_was_erased_is_neither_held_against_nor_forgotten() {
     assert_eq!((figures.labelled, figures.unjudged), (1, 1));
 }
 
+/// A prediction of a hundred days ago, in a log whose segments are as old.
+#[tokio::test]
+async fn a_label_that_comes_months_later_is_recorded_and_too_late_to_count() {
+    use crate::ledger::PREDICTIONS;
+    use crate::ledger::record::{Head, Kind, Payload};
+    use crate::ledger::testlog::TestLog;
+    use uuid::{NoContext, Timestamp};
+
+    let dir = tempfile::tempdir().unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let mut ids = Vec::new();
+    let mut log = TestLog::new(&dir.path().join(crate::ledger::FOLDER), PREDICTIONS);
+    for days in [100, 60, 5] {
+        let made = now - Duration::from_secs(days * 86_400);
+        let id = Uuid::new_v7(Timestamp::from_unix(NoContext, made.as_secs(), 0));
+        let id_bytes = id.as_bytes().to_vec();
+        log.created_ns = u64::try_from(made.as_nanos()).unwrap() - 1_000_000_000;
+        let head = Head {
+            kind: Kind::Prediction.into(),
+            time_ns: i64::try_from(made.as_nanos()).unwrap(),
+            prediction_id: id_bytes.into(),
+            model: "iris".to_owned(),
+            version: 2,
+            arm: "stable".to_owned(),
+            status: "ok".to_owned(),
+            rows: 1,
+            ..Head::default()
+        };
+        log.put(&head, &Payload::default());
+        log.seal();
+        ids.push(id);
+    }
+    let ledger = ledger(dir.path());
+    let feedback = feedback(dir.path(), &ledger);
+    let bench = Bench { dir, ledger, feedback };
+    let said = bench.say(ids.iter().map(|id| label(*id, &[1])).collect()).await;
+    assert_eq!(said, Ok(vec![Outcome::Recorded; 3]));
+    // Nothing was kept of what it said, so the one that counts is held against nothing.
+    let figures = bench.figures(1).await;
+    assert_eq!((figures.labelled, figures.unjudged), (1, 1));
+    assert_eq!(figures.delay.unwrap().p50_s, 1 << 19);
+    let bench = bench.restarted(true).await;
+    assert_eq!(bench.say(vec![label(ids[0], &[1])]).await, Ok(vec![Outcome::Unchanged]));
+    assert_eq!(bench.say(vec![label(ids[0], &[2])]).await, Ok(vec![Outcome::Corrected]));
+    assert_eq!(bench.figures(1).await.labelled, 1);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Say { prediction: usize, label: i64 },
@@ -300,8 +347,8 @@ enum Step {
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let say = (0..4_usize, 0..3_i64)
-        .prop_map(|(prediction, label)| Step::Say { prediction, label });
+    let say =
+        (0..4_usize, 0..3_i64).prop_map(|(prediction, label)| Step::Say { prediction, label });
     let restart = any::<bool>().prop_map(|forget_index| Step::Restart { forget_index });
     proptest::collection::vec(prop_oneof![8 => say, 1 => restart], 1..24)
 }

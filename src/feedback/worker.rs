@@ -6,7 +6,7 @@
 //!   written down; what was promised is in the log.
 
 use std::collections::{HashMap, hash_map};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant, UNIX_EPOCH};
@@ -29,7 +29,7 @@ use crate::ledger::{FEEDBACK, Ledger, PREDICTIONS};
 use crate::quality::Tally;
 
 /// How long the thread waits for a call before it looks at the logs.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often what was taken in is written down.
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// Predictions that are counted between two looks at the queue.
@@ -276,9 +276,9 @@ impl<'a> Worker<'a> {
             if view.model != call.model.as_str() {
                 return;
             }
-            let how: &How = hows.entry(view.version).or_insert_with(|| {
-                models.how(view.model, view.version).unwrap_or_default()
-            });
+            let how: &How = hows
+                .entry(view.version)
+                .or_insert_with(|| models.how(view.model, view.version).unwrap_or_default());
             let ok = view.status == "ok";
             let predicted = ok.then(|| reading::read(view, how)).flatten();
             for at in places.get(&id).into_iter().flatten() {
@@ -436,7 +436,7 @@ impl<'a> Worker<'a> {
 }
 
 /// Where counting begins: where it ended, or with the first prediction of the window.
-fn first_prediction(log: &PathBuf, counted: Option<u64>, day: Day) -> Result<Start, WorkError> {
+fn first_prediction(log: &Path, counted: Option<u64>, day: Day) -> Result<Start, WorkError> {
     if let Some(seq) = counted {
         // Power loss may have taken records back that were counted.
         return Ok(Start::At(seq.min(follow::end(log)?)));

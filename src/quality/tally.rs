@@ -301,8 +301,7 @@ impl ClassTally {
         for (bin, less) in self.bins.iter_mut().zip(less.bins) {
             bin.rows = bin.rows.saturating_sub(less.rows);
             bin.correct = bin.correct.saturating_sub(less.correct);
-            bin.confidence =
-                if bin.rows == 0 { 0.0 } else { bin.confidence - less.confidence };
+            bin.confidence = if bin.rows == 0 { 0.0 } else { bin.confidence - less.confidence };
         }
         for (class, less) in &less.classes {
             if let Some(count) = self.classes.get_mut(class) {

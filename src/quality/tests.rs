@@ -89,8 +89,7 @@ fn figures_of_two_classes_are_those_of_scikit_learn() {
 #[test]
 fn figures_of_a_regression_are_those_of_scikit_learn() {
     let part = |i: u64, step: u64, of: u64| ((i * step) % of) as f64 / 100.0;
-    let one =
-        |i| ValueRow { label: part(i, 7919, 1009), predicted: part(i, 104_729, 1013) };
+    let one = |i| ValueRow { label: part(i, 7919, 1009), predicted: part(i, 104_729, 1013) };
     let judged = Judged::Regression((0..ROWS).map(one).collect());
     let figures = Figures::from(&Tally::of_label(Some(&judged))).regression.unwrap();
     close(figures.mae.value, 3.214_8);

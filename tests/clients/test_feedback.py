@@ -339,6 +339,40 @@ def test_the_page(gateway, tmp_path):
     assert pathlib.Path(tmp_path / "train.jsonl").read_text().count("\n") == 1
 
 
+def test_a_candidate_that_is_mistaken_more_often_goes_back(tmp_path):
+    """A rollout with the guard `feedback`: nothing is wrong with the candidate but what it says, by the labels."""
+    with running(MODELS, tmp_path / "gate") as server:
+        where = ("--address", f"http://{server.admin}", "--state-dir", server.state)
+        tidegate("traffic", "set", "iris", "1=100", *where)
+        plan = {
+            "candidate": "2", "steps": [{"weight": 50, "bake_s": 3600, "min_samples": 1}], "interval_s": 1,
+            "guards": {"feedback": {"min_labels": 10}, "sample_ratio": None},
+        }
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        tidegate("rollout", "start", "iris", "--file", tmp_path / "plan.json", *where)
+        tidegate("rollout", "start", "iris", "--file", tmp_path / "plan.json", *where, code=1)
+        state = lambda: json.loads(tidegate("rollout", "status", "iris", "--json", *where))
+        names = {name["guard"]: name for name in eventually(lambda: state().get("guards"))}
+        assert names["feedback"]["outcome"] == "inconclusive" and "labels" in names["feedback"]["why"]
+        until = time.monotonic() + WITHIN_S
+        while "rolled_back" not in json.dumps(state()["state"]):
+            assert time.monotonic() < until, state()
+            items = []
+            for at in range(20):
+                row = FLOWERS[at % 5][None]
+                tensor = {"name": "features", "datatype": "FP32", "shape": [1, 4], "data": row.ravel().tolist()}
+                status, headers, body = server.post("/v2/models/iris/infer", {"inputs": [tensor]})
+                assert status == 200
+                right = int(np.argmax(json.loads(body)["outputs"][0]["data"]))
+                wrong = headers["tidegate-model-version"] == "2" and at % 4 != 0
+                items.append({"prediction_id": headers["tidegate-prediction-id"], "label": (right + wrong) % 3})
+            assert say(server, items) == ["recorded"] * 20
+        ended = state()
+        guard = next(each for each in ended["guards"] if each["guard"] == "feedback")
+        assert guard["outcome"] == "fail" and guard["evidence"] >= guard["limit"]
+        assert guard["candidate"]["events"] > guard["stable"]["events"] == 0
+
+
 def test_the_ledger_still_verifies(tmp_path):
     """The log of feedback is signed and checked like the others, also with what was erased in it."""
     with running(MODELS, tmp_path / "gate", config="[ledger]\ncheckpoint_interval_s = 1\n") as server:

@@ -198,7 +198,8 @@ fn feedback(draft: &mut Draft<'_>, name: &str, value: &Value) -> Done {
             #[expect(clippy::cast_precision_loss, reason = "0 and 1 are what it may be")]
             let number = value.as_float().or_else(|| value.as_integer().map(|whole| whole as f64));
             let ratio = number.filter(|ratio| (0.0..=1.0).contains(ratio));
-            let ratio = ratio.ok_or_else(|| format!("expected a number from 0 to 1, got {value}"))?;
+            let ratio =
+                ratio.ok_or_else(|| format!("expected a number from 0 to 1, got {value}"))?;
             #[expect(clippy::cast_possible_truncation, reason = "at most a million")]
             #[expect(clippy::cast_sign_loss, reason = "not negative")]
             let ppm = (ratio * 1e6).round() as u32;

@@ -31,9 +31,7 @@ pub(super) async fn answer(
 ) -> Result<Reply, Failure> {
     let meta = meta::call_meta(headers, Protocol::Http, arrived, api)?;
     let results = feedback::send(api, caller, meta, model, items(body)?).await?;
-    let result = |(id, outcome): &(String, crate::feedback::Outcome)| {
-        json!({"prediction_id": id, "status": outcome.as_str()})
-    };
+    let result = |(id, outcome): &(String, crate::feedback::Outcome)| json!({"prediction_id": id, "status": outcome.as_str()});
     let results: Value = results.iter().map(result).collect();
     Ok(Reply::json(StatusCode::ACCEPTED, json!({"results": results}).to_string()))
 }
