@@ -35,6 +35,7 @@ use uuid::Uuid;
 use crate::admit::{Clients, Gatekeeper};
 use crate::control::call::{Call, Refusal};
 use crate::control::desk::{Desk, Pending};
+use crate::feedback::Feedback;
 use crate::ledger::Ledger;
 use crate::panics;
 use crate::route::{Published, RouteTable};
@@ -83,6 +84,8 @@ pub struct Parts {
     pub mlflow: Option<Webhook>,
     /// `None` where nothing is recorded.
     pub audit: Option<Audit>,
+    /// `None` where nothing can be said of predictions.
+    pub feedback: Option<Arc<Feedback>>,
 }
 
 /// The ledger, and the versions that it records the predictions of.
@@ -98,6 +101,7 @@ struct Admin {
     drain: Drain,
     mlflow: Option<Webhook>,
     audit: Option<Audit>,
+    feedback: Option<Arc<Feedback>>,
     strangers: Strangers,
     readers: routes::events::Readers,
     /// Set once, when the table of routes is complete.
@@ -126,7 +130,7 @@ impl Api {
     /// # Errors
     /// [`NoCredentials`]: there is no admin API that is open to all.
     pub fn new(parts: Parts) -> Result<Arc<Self>, NoCredentials> {
-        let Parts { desk, gatekeeper, clients, hosts, drain, mlflow, audit } = parts;
+        let Parts { desk, gatekeeper, clients, hosts, drain, mlflow, audit, feedback } = parts;
         if gatekeeper.is_empty() && clients.is_empty() {
             return Err(NoCredentials);
         }
@@ -136,6 +140,7 @@ impl Api {
             drain,
             mlflow,
             audit,
+            feedback,
             strangers: Strangers::default(),
             readers: routes::events::Readers::default(),
             document: OnceLock::new(),

@@ -25,6 +25,7 @@ use crate::transport::shm::SharedMemory;
 use crate::transport::toggles::Toggles;
 use crate::transport::{Api, Health, metrics};
 
+mod feedback;
 mod recording;
 mod release;
 
@@ -69,12 +70,14 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let release = Release::open(&config, Arc::new(engines), Arc::clone(&table), &observer)?;
     let control: Arc<dyn ModelControl> = Arc::clone(&release.registry) as Arc<dyn ModelControl>;
     let intake = Intake::new(&config.transport);
+    let feedback = feedback::start(&config, &ledger, &table, &observer)?;
     let mut settings = config.gateway.clone();
     // Copies for shadows hold the bytes of requests: they must never be what keeps others out.
     let copies = intake.budget().max() / SHADOW_BYTES_SHARE;
     settings.shadow.queue_bytes_max = settings.shadow.queue_bytes_max.min(copies);
     let gateway = Gateway::new(Arc::clone(&table), Arc::clone(&observer), control, settings)
-        .with_ledger(Arc::clone(&ledger));
+        .with_ledger(Arc::clone(&ledger))
+        .with_feedback(Arc::clone(&feedback));
     let api = Arc::new(Api {
         gateway: Arc::new(gateway),
         health: Arc::new(Health::default()),
@@ -119,7 +122,8 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let traces = tokio::spawn(export_traces(Arc::clone(&observer), traced.clone()));
 
     let shadows = Arc::clone(api.gateway.shadows());
-    let recorded = Recorded { ledger: Arc::clone(&ledger), table };
+    let (ledger_of, feedback_of) = (Arc::clone(&ledger), Arc::clone(&feedback));
+    let recorded = Recorded { ledger: ledger_of, table, feedback: feedback_of };
     release.serve(&config, shadows, &observer, stop.asked.clone(), recorded)?;
     tokio::select! {
         loaded = release.director.start() => {
@@ -138,6 +142,7 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     }
     shut_down(&config, &api, listeners, stop).await;
     release.stop().await;
+    feedback::stop(feedback).await;
     recording::close(&ledger).await;
     // The last requests have ended: what is left to send is sent, for as long as that is worth.
     traced.cancel();

@@ -18,6 +18,7 @@ mod labels;
 mod list;
 mod models;
 mod profile;
+mod quality;
 mod replay;
 mod rollout;
 mod serve;
@@ -55,6 +56,8 @@ enum Command {
     Approvals(approvals::Args),
     /// Bring a new version in small, watched, reversible steps
     Rollout(rollout::Args),
+    /// Show how good a model's predictions were, by the labels that came for them
+    Quality(quality::Args),
     /// Show who changed what, when and why, and who was refused
     Journal(journal::Args),
     /// Check, show and export what the ledger holds
@@ -84,6 +87,7 @@ pub fn run() -> ExitCode {
         Command::Labels(args) => labels::run(&args),
         Command::Approvals(args) => approvals::run(&args),
         Command::Rollout(args) => rollout::run(&args),
+        Command::Quality(args) => quality::run(&args),
         Command::Journal(args) => journal::run(&args),
         Command::Audit(args) => audit::run(&args),
         Command::Replay(args) => replay::run(&args),

@@ -16,7 +16,7 @@ use std::time::Duration;
 use crate::admit::Clients;
 use crate::domain::ModelName;
 use crate::transport::tls::Tls;
-use crate::{control, gateway, ledger, observe, transport};
+use crate::{control, feedback, gateway, ledger, observe, transport};
 
 mod assemble;
 mod layers;
@@ -46,6 +46,8 @@ pub struct Config {
     pub transport: transport::Settings,
     pub gateway: gateway::Settings,
     pub ledger: ledger::Settings,
+    /// Labels and metrics of predictions.
+    pub feedback: feedback::Settings,
     /// Where the ledger is delivered.
     pub sinks: ledger::delivery::Settings,
     /// Memory of all of ONNX Runtime's runs on the CPU, in bytes; `None`: no limit.

@@ -29,8 +29,9 @@ pub use request::{
     Parameters, RequestedOutput, RouteHeaders, STICKY_KEY_LEN_MAX, TypeInputs, TypedInputs,
 };
 pub use settings::{
-    BatchSettings, EngineChoice, ModelSettings, PAD_BUCKETS_MAX, PAD_LENGTH_MAX, PadValue,
-    PaddedInput, PaddedOutput, PaddingSettings, Provider, VersionPolicy, WARMUP_RECORDS_MAX,
+    BatchSettings, EngineChoice, FeedbackSettings, FeedbackTask, ModelSettings, PAD_BUCKETS_MAX,
+    PAD_LENGTH_MAX, PadValue, PaddedInput, PaddedOutput, PaddingSettings, Provider, VersionPolicy,
+    WARMUP_RECORDS_MAX,
     WarmupSettings,
 };
 pub use signature::{Dim, Signature, TensorSpec};

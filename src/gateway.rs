@@ -16,12 +16,14 @@ use crate::domain::{
     Answer, AnswerHead, CallMeta, Deadline, ErrorKind, Failure, InferRequest, Inputs, ModelControl,
     ModelName, NamedTensor, ParameterValue, RequestedOutput, Tensor, VersionRef,
 };
+use crate::feedback::Feedback;
 use crate::ledger::Ledger;
 use crate::observe::Observer;
 use crate::route::{Keys, Published, RouteTable, Served};
 use crate::shadow::{self, Shadows};
 
 mod classify;
+mod feedback;
 mod outputs;
 mod recall;
 mod record;
@@ -76,6 +78,8 @@ pub struct Gateway {
     shadows: Arc<Shadows>,
     /// `None`: nothing is recorded.
     ledger: Option<Arc<Ledger>>,
+    /// `None`: nothing can be said of predictions.
+    feedback: Option<Arc<Feedback>>,
 }
 
 impl Gateway {
@@ -86,7 +90,16 @@ impl Gateway {
         settings: Settings,
     ) -> Self {
         let shadows = Arc::new(Shadows::new(settings.shadow.clone(), Arc::clone(&observer)));
-        Self { table, observer, control, settings, cache: OnceLock::new(), shadows, ledger: None }
+        Self {
+            table,
+            observer,
+            control,
+            settings,
+            cache: OnceLock::new(),
+            shadows,
+            ledger: None,
+            feedback: None,
+        }
     }
 
     /// With a ledger that has a record of every call.

@@ -57,7 +57,7 @@ pub mod record;
 pub mod retention;
 pub mod subjects;
 #[cfg(test)]
-mod testlog;
+pub(crate) mod testlog;
 pub mod tree;
 pub mod upkeep;
 pub mod verify;
@@ -331,6 +331,35 @@ impl Ledger {
             record::other(draft, head, payload, &salt());
             self.admin.append(draft)
         })
+    }
+
+    /// Takes the record of a label or a metric. Does not wait for the disk.
+    ///
+    /// # Errors
+    /// When the log cannot take it, or not be opened.
+    pub fn append_feedback(&self, head: &Head, payload: &Payload) -> Result<Appended, Unrecorded> {
+        let log = self.feedback().map_err(|error| Unrecorded::Broken(error.to_string()))?;
+        with_draft(|draft| {
+            record::other(draft, head, payload, &salt());
+            log.append(draft)
+        })
+    }
+
+    /// Returns when the record of a label is where its answer may leave.
+    ///
+    /// # Errors
+    /// When it does not get there; it may be in the log nevertheless.
+    pub async fn feedback_settled(
+        &self,
+        at: Appended,
+        durability: Durability,
+    ) -> Result<(), Unrecorded> {
+        let Some(log) = self.feedback.get() else { return Ok(()) };
+        match durability {
+            Durability::Off => Ok(()),
+            Durability::Buffered => log.written(at).await,
+            Durability::Sync => log.synced(at).await,
+        }
     }
 
     /// Notes that a call of this time has no record. A record of the gap says how many there are.

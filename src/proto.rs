@@ -13,12 +13,15 @@ mod generated {
     pub mod onnx {
         tonic::include_proto!("onnx");
     }
+    pub mod feedback {
+        tonic::include_proto!("tidegate.v1");
+    }
     pub mod ledger {
         tonic::include_proto!("tidegate.ledger.v1");
     }
 }
 
-pub use generated::{inference, ledger, onnx};
+pub use generated::{feedback, inference, ledger, onnx};
 
 /// Every compiled file, for reflection and text-format parsing.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

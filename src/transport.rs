@@ -15,6 +15,7 @@ use crate::gateway::Gateway;
 pub mod accept;
 pub mod auth;
 mod connection;
+mod feedback;
 pub mod grpc;
 pub mod http;
 pub mod intake;

@@ -468,7 +468,7 @@ async fn reflection_lists_every_service() {
         panic!("expected a list, got {answer:?}");
     };
     let names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
-    for name in [SERVICE, "grpc.health.v1.Health"] {
+    for name in [SERVICE, "grpc.health.v1.Health", "tidegate.v1.Feedback"] {
         assert!(names.iter().any(|have| have == name), "{name} in {names:?}");
     }
     let ask = v1alpha::ServerReflectionRequest {

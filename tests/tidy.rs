@@ -22,17 +22,22 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("cache", &["domain"]),
     ("drift", &["domain"]),
     ("ledger", &["bucket", "domain", "observe", "panics", "proto", "secret"]),
+    ("quality", &[]),
+    ("feedback", &["domain", "ledger", "observe", "panics", "quality"]),
     ("route", &["domain", "batch", "observe"]),
     ("shadow", &["domain", "route", "batch", "ledger", "observe", "panics"]),
-    ("gateway", &["domain", "route", "batch", "cache", "ledger", "shadow", "observe"]),
+    ("gateway", &["domain", "route", "batch", "cache", "feedback", "ledger", "shadow", "observe"]),
     (
         "control",
         &[
-            "domain", "admit", "engine", "batch", "route", "shadow", "ledger", "observe", "panics",
-            "proto", "secret", "bucket",
+            "domain", "admit", "engine", "batch", "route", "shadow", "feedback", "ledger",
+            "observe", "panics", "proto", "secret", "bucket",
         ],
     ),
-    ("transport", &["domain", "admit", "gateway", "route", "batch", "observe", "panics", "proto"]),
+    (
+        "transport",
+        &["domain", "admit", "gateway", "route", "batch", "feedback", "observe", "panics", "proto"],
+    ),
     (
         "config",
         &[
@@ -43,6 +48,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "cache",
             "route",
             "shadow",
+            "feedback",
             "gateway",
             "ledger",
             "observe",
@@ -52,7 +58,13 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "secret",
         ],
     ),
-    ("admin", &["domain", "admit", "control", "ledger", "observe", "route", "gateway", "panics"]),
+    (
+        "admin",
+        &[
+            "domain", "admit", "control", "feedback", "ledger", "observe", "route", "gateway",
+            "panics",
+        ],
+    ),
     (
         "app",
         &[
@@ -63,6 +75,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "batch",
             "route",
             "shadow",
+            "feedback",
             "gateway",
             "ledger",
             "observe",

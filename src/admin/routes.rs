@@ -28,6 +28,7 @@ mod journal;
 mod later;
 mod models;
 mod predictions;
+mod quality;
 mod rollouts;
 mod traffic;
 
@@ -53,6 +54,7 @@ pub(super) fn all(admin: Arc<Admin>) -> Doors {
         .add(Needs::Right(ChangeTraffic), routes!(traffic::delete))
         .add(Needs::Right(Rollout), routes!(traffic::rollback))
         .add(Needs::Right(ReadModels), routes!(traffic::shadow))
+        .add(Needs::Right(ReadModels), routes!(quality::get))
         .add(Needs::Right(Rollout), routes!(rollouts::start))
         .add(Needs::Right(ReadModels), routes!(rollouts::list))
         .add(Needs::Right(ReadModels), routes!(rollouts::one))
@@ -75,7 +77,6 @@ pub(super) fn all(admin: Arc<Admin>) -> Doors {
         .add(Needs::Right(Reload), routes!(gateway::reload))
         .add(Needs::Nothing, routes!(gateway::mlflow))
         .add_unlisted(Needs::Right(ReadModels), routes!(later::drift))
-        .add_unlisted(Needs::Right(ReadModels), routes!(later::quality))
 }
 
 /// A resource as JSON.

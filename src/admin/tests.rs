@@ -14,6 +14,7 @@ use super::{Api, Audit, Door, Hosts, Needs, PREFIX, Parts, Peer};
 use crate::admit::keys::{GrantRecord, KeyRecord};
 use crate::admit::{Clients, Gatekeeper, KeySet, Role, Token};
 use crate::control::call::Refusal;
+use crate::feedback::{self, Feedback, How, Models};
 use crate::ledger::{self, Ledger};
 use crate::route::{Published, RouteTable};
 
@@ -22,6 +23,19 @@ mod paper;
 mod sockets;
 
 use paper::Paper;
+
+/// No version is loaded.
+struct NoModels;
+
+impl Models for NoModels {
+    fn how(&self, _: &str, _: u64) -> Option<How> {
+        None
+    }
+
+    fn serves(&self, _: &str) -> bool {
+        false
+    }
+}
 
 /// The API over a desk of paper, and who may call it.
 struct Bench {
@@ -99,6 +113,8 @@ impl Bench {
         let drained = Arc::clone(&desk);
         let state = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(ledger::Settings::new(state.path()), []).unwrap();
+        let feedback = feedback::Settings::new(state.path().to_owned());
+        let feedback = Feedback::start(feedback, Arc::clone(&ledger), Arc::new(NoModels)).unwrap();
         let api = Api::new(Parts {
             desk: Arc::clone(&desk) as _,
             gatekeeper: Arc::clone(&gatekeeper),
@@ -113,6 +129,7 @@ impl Bench {
                 _ => Err(Refusal::Forbidden("the signature is wrong".to_owned())),
             })),
             audit: Some(Audit { ledger, table: Arc::new(Published::new(RouteTable::default())) }),
+            feedback: Some(feedback),
         })?;
         Ok(Self { api, desk, gatekeeper, keys, _state: state })
     }

@@ -23,6 +23,7 @@ use crate::control::source::{Source, Webhooks};
 use crate::control::store::{SqliteStore, Store};
 use crate::control::{Director, Registry, Switchboard, bootstrap, keys, source};
 use crate::engine::Engines;
+use crate::feedback::Feedback;
 use crate::ledger::Ledger;
 use crate::observe::Observer;
 use crate::panics;
@@ -51,6 +52,7 @@ pub(super) struct Release {
 pub(super) struct Recorded {
     pub(super) ledger: Arc<Ledger>,
     pub(super) table: Arc<Published<RouteTable>>,
+    pub(super) feedback: Arc<Feedback>,
 }
 
 impl Release {
@@ -102,9 +104,10 @@ impl Release {
         shadows: Arc<Shadows>,
         observer: &Arc<Observer>,
         drain: CancellationToken,
-        Recorded { ledger, table }: Recorded,
+        Recorded { ledger, table, feedback }: Recorded,
     ) -> anyhow::Result<()> {
         self.director.set_shadows(shadows);
+        self.director.set_feedback(Arc::clone(&feedback));
         let copied = AdminLog::start(Arc::clone(&self.store), Arc::clone(&ledger));
         *self.admin_log.lock() = Some(copied.context("start the copy of the journal")?);
         let watched = keys::watch_keys(Arc::clone(&self.store), Arc::clone(&self.gatekeeper));
@@ -128,6 +131,7 @@ impl Release {
             drain: self.drain(drain),
             mlflow: self.webhook(config),
             audit: Some(admin::Audit { ledger: Arc::clone(&ledger), table }),
+            feedback: Some(feedback),
         })?;
         let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
         tokio::spawn(panics::fatal_async("admin listener", served));

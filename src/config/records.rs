@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::Config;
 use super::layers::Layers;
 use crate::domain::{Capture, Durability, OnUnrecorded, RecordSettings, sample_of};
+use crate::feedback;
 use crate::ledger;
 use crate::ledger::witness::{self, Target};
 
@@ -24,6 +25,20 @@ pub(super) fn settings(from: &mut Layers) -> ledger::Settings {
         recording: recording(from),
         subject_parameter: from.text("ledger.subject_parameter"),
         ..ledger::Settings::new(Path::new(&state_dir))
+    }
+}
+
+/// What is taken in of what callers say of predictions.
+pub(super) fn feedback(from: &mut Layers) -> feedback::Settings {
+    let state_dir = from.text("server.state_dir").unwrap_or_default();
+    let usual = feedback::Settings::new(state_dir.into());
+    feedback::Settings {
+        items_max: from.size("feedback.items_max"),
+        queue_max: from.size("feedback.queue_max"),
+        window_days: u32::try_from(from.number("feedback.window_days")).unwrap_or(u32::MAX),
+        // A model may have a longer deadline of its own, for which there is an hour.
+        made_within: usual.made_within + from.millis("server.timeout_max_ms"),
+        ..usual
     }
 }
 

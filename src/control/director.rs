@@ -29,6 +29,7 @@ use super::rollout::controller::Handle;
 use super::store::{Document, Event, EventOutcome, Kind, NewEvent, Put, Store};
 use super::switchboard::{InForce, Switchboard};
 use crate::domain::{Label, ModelName, Version};
+use crate::feedback::Feedback;
 use crate::observe::Observer;
 use crate::shadow::Shadows;
 
@@ -94,6 +95,8 @@ struct Inner {
     rollouts: OnceLock<Handle>,
     /// What runs on copies of requests, once it is there.
     shadows: OnceLock<Arc<Shadows>>,
+    /// None as long as nobody counts labels.
+    feedback: OnceLock<Arc<Feedback>>,
 }
 
 /// A change that was decided and not yet made.
@@ -140,6 +143,7 @@ impl Director {
             observer,
             rollouts: OnceLock::new(),
             shadows: OnceLock::new(),
+            feedback: OnceLock::new(),
         });
         let overseer: Arc<Inner> = Arc::clone(&inner);
         registry.set_overseer(overseer);
@@ -149,6 +153,11 @@ impl Director {
     /// Says what runs on copies of requests. Later calls have no effect.
     pub fn set_shadows(&self, shadows: Arc<Shadows>) {
         drop(self.inner.shadows.set(shadows));
+    }
+
+    /// Says where labels of predictions are counted. Later calls have no effect.
+    pub fn set_feedback(&self, feedback: Arc<Feedback>) {
+        drop(self.inner.feedback.set(feedback));
     }
 
     /// Journals a call that something else carries out.

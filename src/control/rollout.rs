@@ -33,6 +33,7 @@ pub mod controller;
 pub mod evidence;
 pub mod guards;
 pub mod invariants;
+mod labels;
 mod machine;
 mod metrics;
 pub mod plan;
@@ -44,8 +45,9 @@ pub(super) use machine::tests as machine_tests;
 mod simulation;
 
 pub use controller::{Change, Controller, Desk, Handle};
-pub use evidence::{Evidence, Observation, ShadowTally, ShadowTotals};
+pub use evidence::{Count, Evidence, Observation, ShadowTally, ShadowTotals};
 pub use guards::{Guard, GuardOutcome, GuardReport};
+pub use labels::{LabelEvidence, LabelTotals};
 pub use machine::{HookAnswer, Now, Start};
 pub use plan::{HookKind, Plan};
 

@@ -458,6 +458,14 @@ fn recording(
     all: &RecordSettings,
     signature: &Signature,
 ) -> Result<Recording, PrepareError> {
+    if let Some(output) = &settings.feedback.output
+        && signature.output_at(output).is_none()
+    {
+        let names: Vec<&str> = signature.outputs.iter().map(|it| it.name.as_str()).collect();
+        let why = "feedback.output: no output is called";
+        let why = format!("{why} '{output}', there are {}", names.join(", "));
+        return Err(PrepareError::Contradiction(why));
+    }
     let resolved = capture::resolve(&settings.ledger, all, signature);
     resolved.map_err(|problems| PrepareError::Contradiction(problems.join("; ")))
 }

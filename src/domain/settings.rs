@@ -182,6 +182,34 @@ pub struct ModelSettings {
     /// What the ledger keeps of its predictions.
     #[serde(default, skip_serializing_if = "RecordSettings::is_default")]
     pub ledger: RecordSettings,
+    /// What labels are held against.
+    #[serde(default, skip_serializing_if = "FeedbackSettings::is_default")]
+    pub feedback: FeedbackSettings,
+}
+
+/// How outputs are read that labels are held against.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FeedbackSettings {
+    /// `None`: what the outputs look like.
+    pub task: Option<FeedbackTask>,
+    /// `None`: the first that fits.
+    pub output: Option<String>,
+    /// A score of two classes is the second one's from here on, in millionths; `None`: a half.
+    pub threshold_ppm: Option<u32>,
+}
+
+impl FeedbackSettings {
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What a model is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FeedbackTask {
+    Classification,
+    Regression,
 }
 
 /// Which of a model's versions are loaded.

@@ -14,17 +14,20 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::frame::SegmentHead;
 use super::reader::{self, Fault, ReadError, Rest, SEGMENTS, SegmentFile, SegmentReader};
 
 mod civil;
 mod json;
+mod labels;
 pub mod names;
 mod view;
 
 pub use civil::{Date, time};
 pub use json::{line, tensors, text as json_text};
+pub use labels::{LabelType, Labels, Said};
 pub use view::{Content, TensorView, View};
 
 /// A record is appended when its call has been answered, so later than the call came: by the
@@ -34,7 +37,7 @@ const APPENDED_WITHIN_NS: i64 = 25 * 3_600 * 1_000_000_000;
 const CLOCK_SLACK_NS: i64 = 600 * 1_000_000_000;
 
 /// Which records are wanted; the default is all.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Selection {
     /// Arrived then or later; nanoseconds since 1970.
     pub since_ns: Option<i64>,
@@ -45,6 +48,8 @@ pub struct Selection {
     /// `ok`, or the word of an error.
     pub status: Option<String>,
     pub prediction_id: Option<uuid::Uuid>,
+    /// Only predictions of which there is a label here, which stands beside them.
+    pub labels: Option<Arc<Labels>>,
 }
 
 impl Selection {
@@ -73,6 +78,7 @@ impl Selection {
             && text(&self.model, view.model)
             && self.version.is_none_or(|version| view.version == version)
             && text(&self.status, view.status)
+            && self.labels.as_ref().is_none_or(|labels| labels.of(view.prediction_id).is_some())
     }
 
     /// Whether records that were appended between the two can be wanted.

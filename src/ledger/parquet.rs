@@ -26,15 +26,17 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ::parquet::errors::ParquetError as WriteError;
 use sha2::{Digest as _, Sha256};
 
-use super::export::{Date, ExportError, Selection, View, scan_around, scan_file};
+use super::export::{Date, ExportError, Labels, Selection, View, scan_around, scan_file};
 use super::frame::SegmentHead;
 use super::reader::{self, Fault, ReadError, SegmentFile};
 
 mod converter;
+mod labels;
 mod manifest;
 mod sheet;
 
@@ -143,7 +145,8 @@ pub fn single(log: &Path, wanted: &Selection, path: &Path) -> Result<u64, Parque
             Ok(ControlFlow::Continue(()))
         })?;
     }
-    let mut sheet = Temporary::create(path, survey.columns(), &[], true)?;
+    let labels = wanted.labels.clone();
+    let mut sheet = Temporary::create(path, survey.columns(), &[], true, labels)?;
     for segment in &segments {
         let Some(end) = ends.get(&segment.first_seq).copied() else { continue };
         scan_file::<ParquetError>(segment, wanted, |head, view| {
@@ -223,7 +226,8 @@ fn write_parts(
             ("tidegate.first_seq", survey.first_seq.to_string()),
             ("tidegate.last_seq", survey.last_seq.to_string()),
         ];
-        sheets.push(Temporary::create(&path, survey.columns(), &about, false)?);
+        let labels = job.wanted.labels.clone();
+        sheets.push(Temporary::create(&path, survey.columns(), &about, false, labels)?);
         index.entry(*date).or_default().insert(model, at);
     }
     let take = |head: &SegmentHead, view: &View<'_>| {
@@ -300,6 +304,7 @@ impl Temporary {
         columns: Vec<sheet::Column>,
         about: &[(&str, String)],
         with_model: bool,
+        labels: Option<Arc<Labels>>,
     ) -> Result<Self, ParquetError> {
         let folder = folder_of(path);
         let failed = |error| ParquetError::Io { path: path.to_owned(), error };
@@ -307,7 +312,7 @@ impl Temporary {
         let temporary = temporary(path);
         let file = File::create(&temporary).map_err(failed)?;
         let hashing = Hashing { file, hash: Sha256::new(), bytes: 0 };
-        let sheet = Sheet::new(hashing, columns, about, with_model)
+        let sheet = Sheet::new(hashing, columns, about, with_model, labels)
             .map_err(|error| ParquetError::Write { path: path.to_owned(), error })?;
         Ok(Self { sheet, path: path.to_owned(), temporary })
     }

@@ -145,6 +145,22 @@ impl SegmentReader {
         &self.segment
     }
 
+    /// Goes on at a frame whose place and number are known: one that this segment has been read up
+    /// to before. If it was written anew since, the next frame is a fault.
+    pub fn skip_to(&mut self, offset: u64, next_seq: u64) {
+        (self.buffer, self.at) = (Vec::new(), 0);
+        (self.offset, self.next_seq) = (offset, next_seq);
+    }
+
+    /// Which file it is, whatever its name becomes.
+    ///
+    /// # Errors
+    /// When that cannot be asked.
+    pub fn identity(&self) -> io::Result<(u64, u64)> {
+        use std::os::unix::fs::MetadataExt as _;
+        self.file.metadata().map(|own| (own.dev(), own.ino()))
+    }
+
     /// Where the next frame begins, in the file.
     pub fn offset(&self) -> u64 {
         self.offset
@@ -162,8 +178,7 @@ impl SegmentReader {
         let there = std::fs::metadata(path)
             .or_else(|_| std::fs::metadata(path.with_extension(SEALED)))
             .map(|there| (there.dev(), there.ino()));
-        let own = self.file.metadata().map(|own| (own.dev(), own.ino()));
-        own.ok().zip(there.ok()).is_some_and(|(own, there)| own != there)
+        self.identity().ok().zip(there.ok()).is_some_and(|(own, there)| own != there)
     }
 
     /// The next frame; `None` at the end of what is there by now. More may come to an open segment,

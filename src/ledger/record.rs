@@ -14,7 +14,7 @@ use super::frame::{Draft, Form, Frame};
 use crate::domain::{Completion, Outcome, Protocol, Signature, Tensor, TensorSpec};
 use crate::proto::ledger;
 
-pub use ledger::{Head, Kind, Payload};
+pub use ledger::{Head, Kind, Payload, Protocol as Via};
 
 /// What a record says of a call beside its completion.
 #[derive(Clone, Copy, Debug)]

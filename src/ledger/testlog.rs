@@ -9,24 +9,26 @@ use super::frame::{Draft, SegmentHead, WriterId};
 use super::reader::{SEGMENTS, segment_path};
 use super::record::{self, Head, Kind, Payload};
 
-pub(super) const WRITER: WriterId = WriterId([1, 2, 3, 4, 5, 6, 7, 8]);
+pub(crate) const WRITER: WriterId = WriterId([1, 2, 3, 4, 5, 6, 7, 8]);
 
-pub(super) struct TestLog {
-    pub(super) dir: PathBuf,
-    pub(super) name: &'static str,
-    pub(super) next: Arc<AtomicU64>,
+pub(crate) struct TestLog {
+    pub(crate) dir: PathBuf,
+    pub(crate) name: &'static str,
+    pub(crate) next: Arc<AtomicU64>,
+    /// Of the segments that are begun from now on, in nanoseconds since 1970.
+    pub(crate) created_ns: u64,
     open: Option<PathBuf>,
 }
 
 impl TestLog {
-    pub(super) fn new(ledger: &Path, name: &'static str) -> Self {
+    pub(crate) fn new(ledger: &Path, name: &'static str) -> Self {
         let dir = ledger.join(name);
         std::fs::create_dir_all(dir.join(SEGMENTS)).unwrap();
-        Self { dir, name, next: Arc::default(), open: None }
+        Self { dir, name, next: Arc::default(), created_ns: 1, open: None }
     }
 
     /// A prediction with its number as id.
-    pub(super) fn add(&mut self, error: &str) -> u64 {
+    pub(crate) fn add(&mut self, error: &str) -> u64 {
         let seq = self.next.load(Ordering::SeqCst);
         let head = Head {
             kind: Kind::Prediction.into(),
@@ -39,7 +41,7 @@ impl TestLog {
         self.put(&head, &payload)
     }
 
-    pub(super) fn put(&mut self, head: &Head, payload: &Payload) -> u64 {
+    pub(crate) fn put(&mut self, head: &Head, payload: &Payload) -> u64 {
         let seq = self.next.load(Ordering::SeqCst);
         let mut draft = Draft::default();
         let mut salt = [0x5a; 32];
@@ -53,7 +55,7 @@ impl TestLog {
                 log: self.name.to_owned(),
                 writer: WRITER,
                 first_seq: seq,
-                created_ns: 1,
+                created_ns: self.created_ns,
             };
             std::fs::write(&path, head.encode()).unwrap();
             path
@@ -64,7 +66,7 @@ impl TestLog {
         seq
     }
 
-    pub(super) fn seal(&mut self) {
+    pub(crate) fn seal(&mut self) {
         if let Some(path) = self.open.take() {
             std::fs::rename(&path, path.with_extension("seg")).unwrap();
         }

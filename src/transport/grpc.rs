@@ -1,9 +1,9 @@
-//! gRPC: the Open Inference Protocol with Triton's extensions, health and reflection.
+//! gRPC: the Open Inference Protocol with Triton's extensions, feedback, health and reflection.
 //!
 //! ```text
 //! call ──admit, path──▶ service (one call)  ──decode──▶ gateway ──encode──▶ answer
 //!               │         └▶ stream (many)  ──┘
-//!               ├─────▶ health, reflection
+//!               ├─────▶ feedback, health, reflection
 //!               └─────▶ UNIMPLEMENTED
 //! ```
 
@@ -26,6 +26,7 @@ use super::meta::Arrived;
 use super::{Api, Body, CONTROL_BYTES_MAX};
 use crate::domain::{ErrorKind, Protocol};
 use crate::proto::DESCRIPTORS;
+use crate::proto::feedback::feedback_server::FeedbackServer;
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use frames::{Bill, Frames, Limits};
 
@@ -33,6 +34,7 @@ mod codec;
 mod contents;
 mod decode;
 mod encode;
+mod feedback;
 mod frames;
 mod health;
 mod service;
@@ -60,6 +62,7 @@ type Route = Arc<dyn Fn(http::Request<Body>) -> Answering + Send + Sync>;
 pub struct Grpc {
     api: Arc<Api>,
     inference: GrpcInferenceServiceServer<service::Service>,
+    feedback: FeedbackServer<feedback::Service>,
     health: HealthServer<health::Watched>,
     reflection: Route,
     reflection_alpha: Route,
@@ -74,6 +77,8 @@ impl Grpc {
             .accept_compressed(CompressionEncoding::Deflate)
             .send_compressed(CompressionEncoding::Gzip)
             .send_compressed(CompressionEncoding::Deflate);
+        let feedback = FeedbackServer::new(feedback::Service::new(Arc::clone(&api)))
+            .max_decoding_message_size(api.settings.body_max_bytes);
         let health = HealthServer::new(health::Watched::new(Arc::clone(&api)));
         let described = || {
             tonic_reflection::server::Builder::configure()
@@ -83,7 +88,7 @@ impl Grpc {
         let reflection = described().build_v1().expect("the build wrote these descriptors");
         let alpha = described().build_v1alpha().expect("the build wrote these descriptors");
         let (reflection, reflection_alpha) = (route(reflection), route(alpha));
-        Self { api, inference, health, reflection, reflection_alpha }
+        Self { api, inference, feedback, health, reflection, reflection_alpha }
     }
 
     /// Whether the call at `path` takes a stream of messages, which may pause between two.
@@ -129,6 +134,9 @@ impl Grpc {
             }
             Some((SERVICE, _)) if path == STREAM_INFER => stream::answer(&self.api, request).await,
             Some((SERVICE, _)) => infallible(self.inference.clone().call(request).await),
+            Some(("tidegate.v1.Feedback", _)) => {
+                infallible(self.feedback.clone().call(request).await)
+            }
             Some(("grpc.health.v1.Health", _)) => {
                 infallible(self.health.clone().call(request).await)
             }

@@ -3,7 +3,7 @@
 //! ```text
 //! handle ──▶ admit ──▶ find (route table) ──▶ permit ──▶ read_body ──▶ answer ──▶ compress ──▶ response
 //!                                                  ├─ models · repository · openapi
-//!                                                  └─ infer · v1 · invocations ──▶ gateway
+//!                                                  └─ infer · v1 · invocations · feedback ──▶ gateway
 //! ```
 //!
 //! Invariants:
@@ -47,6 +47,8 @@ mod response;
 
 pub mod invocations;
 pub mod v1;
+
+mod feedback;
 
 mod models;
 mod openapi;
@@ -122,6 +124,7 @@ enum Route {
     ModelStats(Option<Of>),
     OpenApi(Of),
     Infer(Of),
+    Feedback(ModelName),
     Generate,
     Index,
     NamedRepository,
@@ -181,6 +184,7 @@ fn table(segments: &[&str]) -> Result<Option<(&'static str, Route)>, Failure> {
         ["v2", "models", model, "trace", "setting"] => {
             ("GET, POST", Route::Trace(Some(name(model)?)))
         }
+        ["v2", "models", model, "feedback"] => ("POST", Route::Feedback(name(model)?)),
         ["v2", "models", model, "versions", version, rest @ ..] => {
             return Ok(of_model(of(model, Some(version))?, rest));
         }
@@ -242,6 +246,7 @@ fn permit(caller: &Caller, route: &Route, method: &Method) -> Result<(), Failure
         | Route::OpenApi(of)
         | Route::V1Model(of) => caller.check(Action::ReadModels, &of.model),
         Route::Infer(of) | Route::V1Predict(of) => caller.check(Action::Predict, &of.model),
+        Route::Feedback(model) => caller.check(Action::Feedback, model),
         // Its model is looked up, once, and asked about there.
         Route::Invocations => caller.check_some(Action::Predict),
         // Regions are for inputs and outputs.
@@ -326,6 +331,14 @@ async fn answer(
                 "there is no default model for /invocations, use /v2/models/{model}/infer",
             )),
         },
+        Route::Feedback(model) => match body {
+            Ok(body) => {
+                let call = (&headers, arrived);
+                let done = feedback::answer(&api, &caller, &model, call, &body).await;
+                done.unwrap_or_else(Reply::from)
+            }
+            Err(failure) => Reply::failure(&failure),
+        },
         route => match body {
             Ok(body) => {
                 let done = plain(&api, &caller, &route, &method, &body).await;
@@ -393,8 +406,8 @@ async fn plain(
         Route::Generate => Err(Failure::unsupported(
             "generate is not supported, models take and give tensors: use infer",
         )),
-        Route::Infer(_) | Route::V1Predict(_) | Route::Invocations => {
-            Err(Failure::new(ErrorKind::Internal, "a prediction went astray"))
+        Route::Infer(_) | Route::Feedback(_) | Route::V1Predict(_) | Route::Invocations => {
+            Err(Failure::new(ErrorKind::Internal, "a call went astray"))
         }
     }
 }

@@ -145,7 +145,7 @@ def test_reflection(server):
     with grpc.insecure_channel(server.grpc) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         services = set(database.get_services())
-        assert {"inference.GRPCInferenceService", "grpc.health.v1.Health"} <= services
+        assert {"inference.GRPCInferenceService", "grpc.health.v1.Health", "tidegate.v1.Feedback"} <= services
         pool = DescriptorPool(database)
         service = pool.FindServiceByName("inference.GRPCInferenceService")
         assert {"ModelInfer", "ModelStreamInfer", "RepositoryIndex"} <= {each.name for each in service.methods}

@@ -9,8 +9,3 @@ use crate::admin::problem::LATER;
 pub(super) async fn drift() -> Response {
     LATER.because("drift comes with monitoring").into_response()
 }
-
-#[utoipa::path(get, path = "/models/{model}/quality", operation_id = "quality.get")]
-pub(super) async fn quality() -> Response {
-    LATER.because("quality comes with monitoring").into_response()
-}

@@ -42,6 +42,7 @@ impl Select {
             version: self.model_version.map(Version::get),
             status: self.status.clone(),
             prediction_id: id,
+            labels: None,
         }
     }
 }

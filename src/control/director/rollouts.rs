@@ -11,7 +11,8 @@ use crate::control::call::{Call, Refusal, Versioned};
 use crate::control::desk::Pending;
 use crate::control::rollout::controller::{Callout, Change, Controller, Desk, Handle};
 use crate::control::rollout::{
-    Action, Command, Observation, Plan, Rollout, ShadowTally, ShadowTotals, Start,
+    Action, Command, Count, LabelTotals, Observation, Plan, Rollout, ShadowTally, ShadowTotals,
+    Start,
 };
 use crate::control::store::{EventOutcome, Kind, NewEvent};
 use crate::control::switchboard::InForce;
@@ -51,7 +52,8 @@ impl Desk for RolloutDesk {
         let (ours, theirs) = (stats(candidate), stats(stable));
         let traffic = inner.books(model).traffic.body.traffic;
         let shadow = inner.shadow_totals(model, candidate, stable);
-        Observation::of((candidate, ours.as_ref()), theirs.as_ref(), traffic, shadow)
+        let labels = inner.label_totals(model, candidate, stable);
+        Observation::of((candidate, ours.as_ref()), theirs.as_ref(), traffic, shadow, labels)
     }
 
     fn apply(&self, change: Change<'_>) -> impl Future<Output = Result<(), Refusal>> + Send {
@@ -234,6 +236,16 @@ impl Inner {
         let table = self.board.table();
         let none = crate::route::ModelRoutes::default();
         Ok(shadows.snapshot(model, table.models.get(model).unwrap_or(&none)))
+    }
+
+    /// Mistakes by the labels of what the split sent to both.
+    fn label_totals(&self, model: &ModelName, candidate: Version, stable: Version) -> LabelTotals {
+        let Some(feedback) = self.feedback.get() else { return LabelTotals::default() };
+        let count = |version: Version| {
+            let (events, of) = feedback.mistakes(model, version);
+            Count { events, of }
+        };
+        LabelTotals { candidate: count(candidate), stable: count(stable) }
     }
 
     fn shadow_totals(

@@ -5,7 +5,9 @@ use std::time::Duration;
 use toml::Value;
 
 use super::{Draft, padding, recording};
-use crate::domain::{BatchSettings, EngineChoice, Provider, VersionPolicy, WARMUP_RECORDS_MAX};
+use crate::domain::{
+    BatchSettings, EngineChoice, FeedbackTask, Provider, VersionPolicy, WARMUP_RECORDS_MAX,
+};
 
 /// Every key but those of `[labels]`, which are output names.
 #[cfg(test)]
@@ -52,6 +54,9 @@ pub(super) const KEYS: &[(&str, &str)] = &[
     ("ledger.record_bytes_max", "4096"),
     ("ledger.retention_days", "365"),
     ("ledger.tensors", "[{ name = 'x', action = 'hash' }]"),
+    ("feedback.task", "'classification'"),
+    ("feedback.output", "'y'"),
+    ("feedback.threshold", "0.4"),
 ];
 
 /// What `[engine]` says about providers, until all of it is read.
@@ -93,6 +98,7 @@ pub(super) fn apply(draft: &mut Draft<'_>, text: &str) {
                 }
                 "batch" => batch(draft, name, value),
                 "ledger" => recording::apply(draft, name, value),
+                "feedback" => feedback(draft, name, value),
                 "labels" => labels(draft, &path, name, value),
                 _ => other(draft, &path, value),
             };
@@ -169,6 +175,39 @@ fn batch(draft: &mut Draft<'_>, name: &str, value: &Value) -> Done {
         "priority_levels" => batch.priority_levels = level(value)?,
         "priority_default" => batch.priority_default = level(value)?,
         "priority_age_ms" => batch.priority_age = Duration::from_millis(number(value, 0)?),
+        _ => return unknown(),
+    }
+    Ok(())
+}
+
+fn feedback(draft: &mut Draft<'_>, name: &str, value: &Value) -> Done {
+    let feedback = &mut draft.manifest.settings.feedback;
+    match name {
+        "task" => {
+            feedback.task = Some(match value.as_str() {
+                Some("classification") => FeedbackTask::Classification,
+                Some("regression") => FeedbackTask::Regression,
+                _ => {
+                    return Err(format!("expected 'classification' or 'regression', got {value}"));
+                }
+            });
+        }
+        "output" => {
+            let output = value.as_str().filter(|name| !name.is_empty());
+            let expected = || format!("expected an output's name, got {value}");
+            feedback.output = Some(output.ok_or_else(expected)?.to_owned());
+        }
+        "threshold" => {
+            #[expect(clippy::cast_precision_loss, reason = "0 and 1 are what it may be")]
+            let number = value.as_float().or_else(|| value.as_integer().map(|whole| whole as f64));
+            let ratio = number.filter(|ratio| (0.0..=1.0).contains(ratio));
+            let ratio =
+                ratio.ok_or_else(|| format!("expected a number from 0 to 1, got {value}"))?;
+            #[expect(clippy::cast_possible_truncation, reason = "at most a million")]
+            #[expect(clippy::cast_sign_loss, reason = "not negative")]
+            let ppm = (ratio * 1e6).round() as u32;
+            feedback.threshold_ppm = Some(ppm);
+        }
         _ => return unknown(),
     }
     Ok(())

@@ -27,6 +27,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::labels::{LabelEvidence, LabelTotals};
 use super::plan::STEPS_MAX;
 use crate::domain::{Traffic, Version};
 use crate::observe::{ArmTotals, LATENCY_BOUNDS_NS, LATENCY_BUCKETS, VersionStats, Watched};
@@ -234,6 +235,8 @@ pub struct Observation {
     pub stable: Option<ArmTotals>,
     pub candidate: Option<ArmTotals>,
     pub shadow: ShadowTotals,
+    /// What labels say of requests that the split sent.
+    pub labels: LabelTotals,
     /// Keeps the versions under watch until the next observation.
     pub watched: Vec<Watched>,
 }
@@ -245,6 +248,7 @@ impl Observation {
         stable: Option<&Arc<VersionStats>>,
         traffic: Option<Traffic>,
         shadow: ShadowTotals,
+        labels: LabelTotals,
     ) -> Self {
         let shares = traffic.as_ref().map(Traffic::shares).unwrap_or_default();
         let totals = |stats: &Arc<VersionStats>| stats.split_totals();
@@ -254,6 +258,7 @@ impl Observation {
             stable: stable.map(totals),
             candidate: candidate.1.map(totals),
             shadow,
+            labels,
             watched: candidate.1.into_iter().chain(stable).map(VersionStats::watch).collect(),
         }
     }
@@ -289,6 +294,8 @@ pub struct Evidence {
     /// By ascending share.
     pub levels: Vec<Level>,
     pub shadow: ShadowTally,
+    #[serde(default)]
+    pub labels: LabelEvidence,
     /// Most failures of the candidate in a row.
     pub failures_in_a_row: u64,
     /// For people: no guard reads it.
@@ -334,6 +341,7 @@ impl Evidence {
 
     /// Takes what has happened since the observation before.
     pub fn add(&mut self, seen: &Observation, thresholds: Thresholds) {
+        self.labels.add(seen.labels);
         let stable = seen.stable.clone().unwrap_or_default();
         let candidate = seen.candidate.clone().unwrap_or_default();
         let now = Box::new(Seen { stable, candidate, shadow: seen.shadow });

@@ -13,10 +13,12 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::evidence::{
-    Count, Event, Evidence, Level, Mixture, ShadowTally, Tally, Thresholds, share_bounds,
+    Count, Event, Evidence, Level, ShadowTally, Tally, Thresholds, share_bounds,
 };
+use super::labels::LabelEvidence;
 use super::plan::{
-    DEFAULT_ALPHA, Floor, Guards, LatencyRatio, NonFinite, SampleRatio, ShadowDisagreement,
+    DEFAULT_ALPHA, FeedbackGuard, Floor, Guards, LatencyRatio, NonFinite, SampleRatio,
+    ShadowDisagreement,
 };
 use crate::observe::LATENCY_BOUNDS_NS;
 
@@ -37,6 +39,7 @@ pub enum Guard {
     ShadowDisagreement,
     SampleRatio,
     NonFinite,
+    Feedback,
     Floor,
 }
 
@@ -51,6 +54,7 @@ impl Guard {
             Self::ShadowDisagreement => "shadow_disagreement",
             Self::SampleRatio => "sample_ratio",
             Self::NonFinite => "non_finite",
+            Self::Feedback => "feedback",
             Self::Floor => "floor",
         }
     }
@@ -163,9 +167,9 @@ pub fn evaluate(sight: &Sight<'_>) -> Vec<GuardReport> {
         sample_ratio,
         non_finite,
         floor,
-        // Refused by `Plan::check` until they exist.
+        feedback,
+        // Refused by `Plan::check` until it exists.
         drift: _,
-        feedback: _,
     } = sight.guards;
     let reports = [
         error_rate
@@ -180,6 +184,7 @@ pub fn evaluate(sight: &Sight<'_>) -> Vec<GuardReport> {
         shadow_disagreement.as_ref().map(|guard| disagreement(&sight.evidence.shadow, guard)),
         sample_ratio.as_ref().map(|guard| sight.split(guard)),
         non_finite.as_ref().map(|guard| sight.non_finite(guard)),
+        feedback.as_ref().map(|guard| sight.labels(guard)),
         floor.as_ref().map(|guard| sight.floor(guard)),
     ];
     reports.into_iter().flatten().collect()
@@ -200,13 +205,13 @@ impl Sight<'_> {
     fn compare(&self, guard: Guard, what: Event, alpha: Option<f64>) -> GuardReport {
         let mixture = self.evidence.compared(what, |level| self.by_requests(level));
         let (candidate, stable) = self.arms(what);
-        by_evidence(guard, &mixture, alpha, candidate).with_arms(candidate, Some(stable))
+        by_evidence(guard, mixture.ln(), alpha, candidate).with_arms(candidate, Some(stable))
     }
 
     fn ceiling(&self, share: f64, alpha: Option<f64>) -> GuardReport {
         let mixture = self.evidence.exceeding(Event::Failure, share);
         let (candidate, _) = self.arms(Event::Failure);
-        by_evidence(Guard::ErrorCeiling, &mixture, alpha, candidate).with_arms(candidate, None)
+        by_evidence(Guard::ErrorCeiling, mixture.ln(), alpha, candidate).with_arms(candidate, None)
     }
 
     fn ratio(&self, guard: &LatencyRatio) -> GuardReport {
@@ -224,7 +229,7 @@ impl Sight<'_> {
             return GuardReport::new(Guard::LatencyRatio, GuardOutcome::Inconclusive, why);
         };
         let mixture = self.evidence.exceeding(Event::Over, 1.0 - guard.quantile);
-        let report = by_evidence(Guard::LatencyRatio, &mixture, guard.alpha, candidate);
+        let report = by_evidence(Guard::LatencyRatio, mixture.ln(), guard.alpha, candidate);
         report.with_arms(candidate, Some(stable)).with_threshold(Some(at))
     }
 
@@ -263,8 +268,19 @@ impl Sight<'_> {
             GuardReport::new(Guard::NonFinite, GuardOutcome::Fail, why)
         } else {
             let mixture = self.evidence.compared(Event::NonFinite, |level| self.by_requests(level));
-            by_evidence(Guard::NonFinite, &mixture, Some(guard.alpha), candidate)
+            by_evidence(Guard::NonFinite, mixture.ln(), Some(guard.alpha), candidate)
         };
+        report.with_arms(candidate, Some(stable))
+    }
+
+    fn labels(&self, guard: &FeedbackGuard) -> GuardReport {
+        let LabelEvidence { candidate, stable, ln, .. } = self.evidence.labels;
+        let mut report = by_evidence(Guard::Feedback, ln, guard.alpha, candidate);
+        if report.outcome == GuardOutcome::Pass && candidate.of < guard.min_labels {
+            report.outcome = GuardOutcome::Inconclusive;
+            report.why =
+                format!("{} of {} labels of the candidate's", candidate.of, guard.min_labels);
+        }
         report.with_arms(candidate, Some(stable))
     }
 
@@ -295,13 +311,8 @@ impl Sight<'_> {
 }
 
 /// What an e-value says. Half of what it takes to fail is enough not to give the candidate more.
-fn by_evidence(
-    guard: Guard,
-    mixture: &Mixture,
-    alpha: Option<f64>,
-    candidate: Count,
-) -> GuardReport {
-    let (ln, limit) = (mixture.ln(), 1.0 / alpha.unwrap_or(DEFAULT_ALPHA));
+fn by_evidence(guard: Guard, ln: f64, alpha: Option<f64>, candidate: Count) -> GuardReport {
+    let limit = 1.0 / alpha.unwrap_or(DEFAULT_ALPHA);
     let evidence = ln.min(EVIDENCE_MAX_LN).exp();
     let outcome = if ln >= limit.ln() {
         GuardOutcome::Fail
@@ -314,9 +325,11 @@ fn by_evidence(
     let what = match guard {
         Guard::SlowShare | Guard::LatencyRatio => "were slow",
         Guard::NonFinite => "got answers that are not finite",
+        Guard::Feedback => "were taken for something else than their label",
         _ => "failed",
     };
-    let why = format!("{events} of {of} requests {what}: evidence {evidence:.3}, limit {limit:.3}");
+    let rows = if guard == Guard::Feedback { "labelled rows" } else { "requests" };
+    let why = format!("{events} of {of} {rows} {what}: evidence {evidence:.3}, limit {limit:.3}");
     let mut report = GuardReport::new(guard, outcome, why);
     (report.evidence, report.limit) = (Some(evidence), Some(limit));
     report

@@ -3,7 +3,7 @@
 //! A plan is checked whole before it starts, and every problem is reported at once with its path.
 //!
 //! Invariant: what a plan asks for is done or refused, never left out in silence. What this version
-//! cannot do yet (`drift`, `feedback`) is read and refused.
+//! cannot do yet (`drift`) is read and refused.
 
 use std::fmt;
 
@@ -207,7 +207,8 @@ pub struct Guards {
     /// Not available in this version: a plan that asks for it is refused.
     #[serde(default)]
     pub drift: Option<DriftGuard>,
-    /// Not available in this version: a plan that asks for it is refused.
+    /// By the labels that callers give, the candidate is mistaken no more often than the stable
+    /// version.
     #[serde(default)]
     pub feedback: Option<FeedbackGuard>,
 }
@@ -307,6 +308,9 @@ pub struct Floor {
     pub requests: u64,
 }
 
+/// What the guard `feedback` compares.
+const ACCURACY: &str = "accuracy";
+
 /// Drift of the candidate's outputs against the stable version's.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -318,7 +322,12 @@ pub struct DriftGuard {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FeedbackGuard {
+    /// `accuracy`.
+    #[serde(default = "accuracy")]
     pub metric: String,
+    /// The candidate's rows with a label before which it cannot pass.
+    #[serde(default = "default_min_labels")]
+    pub min_labels: u64,
     #[serde(default)]
     pub alpha: Option<f64>,
 }
@@ -360,6 +369,7 @@ impl Guards {
             self.slow_share.as_mut().map(|guard| &mut guard.alpha),
             self.latency_ratio.as_mut().map(|guard| &mut guard.alpha),
             self.shadow_disagreement.as_mut().map(|guard| &mut guard.alpha),
+            self.feedback.as_mut().map(|guard| &mut guard.alpha),
         ];
         alphas.into_iter().flatten()
     }
@@ -375,6 +385,15 @@ impl Guards {
 
 fn given<T: Default>() -> Option<T> {
     Some(T::default())
+}
+
+/// What labels are counted for.
+fn accuracy() -> String {
+    ACCURACY.to_owned()
+}
+
+fn default_min_labels() -> u64 {
+    100
 }
 
 fn yes() -> bool {
@@ -547,12 +566,15 @@ impl Plan {
             problems.share("guards.floor.failure_share", guard.failure_share);
             problems.between("guards.floor.requests", guard.requests, 1, FLOOR_MAX);
         }
-        let later = [("drift", guards.drift.is_some()), ("feedback", guards.feedback.is_some())];
-        for (name, asked) in later {
-            if asked {
-                let message = "is not available in this version; leave it out";
-                problems.add(format!("guards.{name}"), message);
+        if let Some(guard) = &guards.feedback {
+            if guard.metric != ACCURACY {
+                problems.add("guards.feedback.metric", format!("expected '{ACCURACY}'"));
             }
+            problems.at_most("guards.feedback.min_labels", guard.min_labels, SAMPLES_MAX);
+            problems.alpha("guards.feedback.alpha", guard.alpha);
+        }
+        if guards.drift.is_some() {
+            problems.add("guards.drift", "is not available in this version; leave it out");
         }
     }
 
@@ -705,7 +727,7 @@ mod tests {
                 "slow_share": {"threshold_ms": 60000}, "latency_ratio": {"ratio_max": 0.5, "quantile": 1},
                 "shadow_disagreement": {"max": 0}, "sample_ratio": {"p_min": 0},
                 "non_finite": {"alpha": -1}, "floor": {"consecutive_failures": 0, "failure_share": 1},
-                "drift": {"score_max": 0.1}, "feedback": {"metric": "accuracy"},
+                "drift": {"score_max": 0.1}, "feedback": {"metric": "f1", "alpha": 1},
             },
             "alpha": 0.9, "interval_s": 0, "inconclusive_max_s": 0, "hooks": ["step", "step"],
         }));
@@ -733,8 +755,9 @@ mod tests {
             "guards.non_finite.alpha",
             "guards.floor.consecutive_failures",
             "guards.floor.failure_share",
+            "guards.feedback.metric",
+            "guards.feedback.alpha",
             "guards.drift",
-            "guards.feedback",
             "hooks[1]",
         ];
         assert_eq!(paths, want, "{problems:#?}");

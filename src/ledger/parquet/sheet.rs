@@ -18,10 +18,11 @@ use arrow_array::builder::{
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_schema::{ArrowError, DataType as ArrowType, Field, Schema, SchemaRef, TimeUnit};
 
+use super::labels::LabelColumns;
 use super::{ROW_GROUP_BYTES_MAX, ROW_GROUP_ROWS};
 use crate::domain::{BytesElements, DataType};
 use crate::ledger::export::names::{digest_text, hex_text, kind_name, protocol_name, uuid_text};
-use crate::ledger::export::{TensorView, View, json_text, tensors};
+use crate::ledger::export::{Labels, TensorView, View, json_text, tensors};
 
 /// Tensors of one file that get columns of their own; others are in `inputs` and `outputs`.
 const TENSORS_MAX: usize = 512;
@@ -151,7 +152,7 @@ impl WithType for TimestampNanosecondBuilder {
     }
 }
 
-fn moment() -> ArrowType {
+pub(super) fn moment() -> ArrowType {
     ArrowType::Timestamp(TimeUnit::Nanosecond, Some("UTC".into()))
 }
 
@@ -226,6 +227,8 @@ pub(super) struct Sheet<W: Write + Send> {
     with_model: bool,
     fixed: Fixed,
     typed: Vec<Typed>,
+    /// Of an export of predictions with their labels.
+    labels: Option<LabelColumns>,
     rows: usize,
     bytes: usize,
     text: Vec<u8>,
@@ -246,7 +249,9 @@ impl<W: Write + Send> Sheet<W> {
         columns: Vec<Column>,
         about: &[(&str, String)],
         with_model: bool,
+        labels: Option<Arc<Labels>>,
     ) -> Result<Self, ParquetError> {
+        let labels = labels.map(LabelColumns::new);
         let mut fields = Fixed::fields();
         if !with_model {
             fields.remove(MODEL);
@@ -256,6 +261,7 @@ impl<W: Write + Send> Sheet<W> {
             let shape = shape_name(&column.name);
             fields.push(Field::new(shape, list_of(ArrowType::UInt64), true));
         }
+        fields.extend(labels.iter().flat_map(LabelColumns::fields));
         let schema = Arc::new(Schema::new(fields));
         let options = ArrowWriterOptions::new()
             .with_properties(properties(about))
@@ -264,7 +270,8 @@ impl<W: Write + Send> Sheet<W> {
         let writer = ArrowWriter::try_new_with_options(out, Arc::clone(&schema), options)?;
         let typed = columns.into_iter().map(Typed::new).collect();
         let fixed = Fixed::new();
-        Ok(Self { writer, schema, with_model, fixed, typed, rows: 0, bytes: 0, text: Vec::new() })
+        let (rows, bytes, text) = (0, 0, Vec::new());
+        Ok(Self { writer, schema, with_model, fixed, typed, labels, rows, bytes, text })
     }
 
     pub(super) fn push(&mut self, writer: &str, view: &View<'_>) -> Result<(), ParquetError> {
@@ -280,6 +287,9 @@ impl<W: Write + Send> Sheet<W> {
             }
         }
         self.typed.iter_mut().for_each(Typed::end_row);
+        if let Some(labels) = &mut self.labels {
+            labels.push(view.prediction_id);
+        }
         self.rows += 1;
         self.bytes += 512;
         match self.rows == BATCH_ROWS || self.bytes >= BATCH_BYTES {
@@ -353,6 +363,7 @@ impl<W: Write + Send> Sheet<W> {
             arrays.push(typed.values.finish());
             arrays.push(ArrayBuilder::finish(&mut typed.shape));
         }
+        arrays.extend(self.labels.iter_mut().flat_map(LabelColumns::finish));
         (self.rows, self.bytes) = (0, 0);
         let batch = RecordBatch::try_new(Arc::clone(&self.schema), arrays).map_err(arrow)?;
         self.writer.write(&batch)
@@ -391,7 +402,7 @@ fn properties(about: &[(&str, String)]) -> WriterProperties {
     properties.build()
 }
 
-fn list_of(item: ArrowType) -> ArrowType {
+pub(super) fn list_of(item: ArrowType) -> ArrowType {
     ArrowType::List(Arc::new(Field::new_list_field(item, true)))
 }
 

@@ -101,7 +101,7 @@ impl Desk for FakeDesk {
     fn observe(&self, _: &ModelName, _: Version, candidate: Version) -> Observation {
         let table = self.inner.lock().table.clone();
         let (two, one) = (Some(&self.candidate), Some(&self.stable));
-        Observation::of((candidate, two), one, table, Default::default())
+        Observation::of((candidate, two), one, table, Default::default(), Default::default())
     }
 
     async fn apply(&self, change: Change<'_>) -> Result<(), Refusal> {

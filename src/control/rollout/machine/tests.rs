@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::control::rollout::LabelTotals;
 use crate::control::rollout::evidence::{Evidence, ShadowTotals};
 use crate::control::rollout::invariants::broken;
 use crate::observe::{ArmTotals, LATENCY_BUCKETS};
@@ -20,6 +21,7 @@ pub(in crate::control) struct Sim {
     pub(in crate::control) candidate: Option<ArmTotals>,
     pub(in crate::control) stable: Option<ArmTotals>,
     pub(in crate::control) shadow: ShadowTotals,
+    pub(in crate::control) labels: LabelTotals,
     pub(in crate::control) in_force: Option<Traffic>,
     pub(in crate::control) decisions: Vec<Decision>,
     now: Duration,
@@ -47,6 +49,7 @@ impl Sim {
             candidate: Some(ArmTotals { instance: 2, ..ArmTotals::default() }),
             stable: Some(ArmTotals { instance: 1, ..ArmTotals::default() }),
             shadow: ShadowTotals { instance: 3, ..ShadowTotals::default() },
+            labels: LabelTotals::default(),
             in_force: Some(before),
             decisions: Vec::new(),
             now: Duration::ZERO,
@@ -70,6 +73,7 @@ impl Sim {
             stable: self.stable.clone(),
             candidate: self.candidate.clone(),
             shadow: self.shadow,
+            labels: self.labels,
             watched: Vec::new(),
         }
     }
