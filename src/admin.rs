@@ -37,6 +37,7 @@ use crate::control::call::{Call, Refusal};
 use crate::control::desk::{Desk, Pending};
 use crate::feedback::Feedback;
 use crate::ledger::Ledger;
+use crate::monitor::Monitor;
 use crate::panics;
 use crate::route::{Published, RouteTable};
 
@@ -86,6 +87,8 @@ pub struct Parts {
     pub audit: Option<Audit>,
     /// `None` where nothing can be said of predictions.
     pub feedback: Option<Arc<Feedback>>,
+    /// `None` where nobody looks at the rows.
+    pub monitor: Option<Arc<Monitor>>,
 }
 
 /// The ledger, and the versions that it records the predictions of.
@@ -102,6 +105,7 @@ struct Admin {
     mlflow: Option<Webhook>,
     audit: Option<Audit>,
     feedback: Option<Arc<Feedback>>,
+    monitor: Option<Arc<Monitor>>,
     strangers: Strangers,
     readers: routes::events::Readers,
     /// Set once, when the table of routes is complete.
@@ -130,7 +134,8 @@ impl Api {
     /// # Errors
     /// [`NoCredentials`]: there is no admin API that is open to all.
     pub fn new(parts: Parts) -> Result<Arc<Self>, NoCredentials> {
-        let Parts { desk, gatekeeper, clients, hosts, drain, mlflow, audit, feedback } = parts;
+        let Parts { desk, gatekeeper, clients, hosts, drain, mlflow, audit, feedback, monitor } =
+            parts;
         if gatekeeper.is_empty() && clients.is_empty() {
             return Err(NoCredentials);
         }
@@ -141,6 +146,7 @@ impl Api {
             mlflow,
             audit,
             feedback,
+            monitor,
             strangers: Strangers::default(),
             readers: routes::events::Readers::default(),
             document: OnceLock::new(),

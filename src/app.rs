@@ -28,6 +28,7 @@ use crate::transport::{Api, Health, metrics};
 mod feedback;
 mod recording;
 mod release;
+mod watching;
 
 use release::{Recorded, Release};
 
@@ -71,6 +72,7 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let control: Arc<dyn ModelControl> = Arc::clone(&release.registry) as Arc<dyn ModelControl>;
     let intake = Intake::new(&config.transport);
     let feedback = feedback::start(&config, &ledger, &table, &observer)?;
+    let monitor = watching::start(&config, &release.registry, &observer)?;
     let mut settings = config.gateway.clone();
     // Copies for shadows hold the bytes of requests: they must never be what keeps others out.
     let copies = intake.budget().max() / SHADOW_BYTES_SHARE;
@@ -123,7 +125,8 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
 
     let shadows = Arc::clone(api.gateway.shadows());
     let (ledger_of, feedback_of) = (Arc::clone(&ledger), Arc::clone(&feedback));
-    let recorded = Recorded { ledger: ledger_of, table, feedback: feedback_of };
+    let watched = monitor.clone();
+    let recorded = Recorded { ledger: ledger_of, table, feedback: feedback_of, monitor: watched };
     release.serve(&config, shadows, &observer, stop.asked.clone(), recorded)?;
     tokio::select! {
         loaded = release.director.start() => {
@@ -143,6 +146,7 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     shut_down(&config, &api, listeners, stop).await;
     release.stop().await;
     feedback::stop(feedback).await;
+    watching::stop(monitor).await;
     recording::close(&ledger).await;
     // The last requests have ended: what is left to send is sent, for as long as that is worth.
     traced.cancel();

@@ -16,7 +16,7 @@ use std::time::Duration;
 use crate::admit::Clients;
 use crate::domain::ModelName;
 use crate::transport::tls::Tls;
-use crate::{control, feedback, gateway, ledger, observe, transport};
+use crate::{control, feedback, gateway, ledger, monitor, observe, transport};
 
 mod assemble;
 mod layers;
@@ -48,6 +48,7 @@ pub struct Config {
     pub ledger: ledger::Settings,
     /// Labels and metrics of predictions.
     pub feedback: feedback::Settings,
+    pub monitor: monitor::Settings,
     /// Where the ledger is delivered.
     pub sinks: ledger::delivery::Settings,
     /// Memory of all of ONNX Runtime's runs on the CPU, in bytes; `None`: no limit.

@@ -31,8 +31,7 @@ pub use request::{
 pub use settings::{
     BatchSettings, EngineChoice, FeedbackSettings, FeedbackTask, ModelSettings, PAD_BUCKETS_MAX,
     PAD_LENGTH_MAX, PadValue, PaddedInput, PaddedOutput, PaddingSettings, Provider, VersionPolicy,
-    WARMUP_RECORDS_MAX,
-    WarmupSettings,
+    WARMUP_RECORDS_MAX, WarmupSettings,
 };
 pub use signature::{Dim, Signature, TensorSpec};
 pub use tensor::{BytesElements, RANK_MAX, Shape, Tensor, TensorError};

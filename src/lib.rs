@@ -18,6 +18,7 @@ pub mod engine;
 pub mod feedback;
 pub mod gateway;
 pub mod ledger;
+pub mod monitor;
 pub mod observe;
 pub mod panics;
 pub mod proto;

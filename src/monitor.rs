@@ -43,7 +43,9 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use report::{ArmReport, FeatureReport, Oddities, ReferenceReport, VersionReport, WindowReport};
+pub use report::{
+    ArmReport, FeatureReport, Oddities, ReferenceReport, VersionReport, WindowReport,
+};
 
 use budget::Budget;
 use desk::Desk;
@@ -86,7 +88,7 @@ impl Settings {
             queue_bytes_max: 16 << 20,
             interval: Duration::from_secs(10),
             window_values: crate::drift::window::WINDOW,
-            features_max: 4096,
+            features_max: 2000,
             provisional_rows: crate::drift::learn::PROVISIONAL_ROWS,
             dir: state_dir.join("monitor"),
         }
@@ -97,7 +99,7 @@ impl Settings {
 pub type Reference = (Arc<Profile>, Digest);
 
 /// The version that is watched.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Id {
     model: ModelName,
     version: Version,

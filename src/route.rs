@@ -24,6 +24,7 @@ use crate::domain::{
     Arm, CallMeta, Digest, ErrorKind, Failure, Label, ModelName, ModelSettings, ParameterValue,
     Recording, RouteReason, Signature, Traffic, Version, VersionRef,
 };
+use crate::monitor::Watch;
 use crate::observe::VersionStats;
 
 mod split;
@@ -49,6 +50,8 @@ pub struct Served {
     pub stats: Arc<VersionStats>,
     /// What the ledger keeps of its predictions.
     pub recording: Recording,
+    /// Looks at its rows; `None` when nothing does.
+    pub watch: Option<Arc<Watch>>,
 }
 
 /// The loaded versions of one model.

@@ -101,6 +101,7 @@ fn served(name: &str, fake: &FakeModel) -> Arc<Served> {
         lane: Lane::new(parts).unwrap(),
         stats,
         recording: Recording::default(),
+        watch: None,
     })
 }
 

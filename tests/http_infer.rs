@@ -87,6 +87,7 @@ fn served(name: &str, version: u64, plus: f32) -> Arc<Served> {
         lane: Lane::new(parts).unwrap(),
         stats,
         recording: Recording::default(),
+        watch: None,
     })
 }
 

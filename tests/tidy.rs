@@ -22,16 +22,17 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("cache", &["domain"]),
     ("drift", &["domain"]),
     ("ledger", &["bucket", "domain", "observe", "panics", "proto", "secret"]),
+    ("monitor", &["domain", "drift", "observe", "panics"]),
     ("quality", &[]),
     ("feedback", &["domain", "ledger", "observe", "panics", "quality"]),
-    ("route", &["domain", "batch", "observe"]),
+    ("route", &["domain", "batch", "monitor", "observe"]),
     ("shadow", &["domain", "route", "batch", "ledger", "observe", "panics"]),
     ("gateway", &["domain", "route", "batch", "cache", "feedback", "ledger", "shadow", "observe"]),
     (
         "control",
         &[
-            "domain", "admit", "engine", "batch", "route", "shadow", "feedback", "ledger",
-            "observe", "panics", "proto", "secret", "bucket",
+            "domain", "admit", "drift", "engine", "batch", "route", "shadow", "feedback", "ledger",
+            "monitor", "observe", "panics", "proto", "secret", "bucket",
         ],
     ),
     (
@@ -51,6 +52,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "feedback",
             "gateway",
             "ledger",
+            "monitor",
             "observe",
             "control",
             "transport",
@@ -61,8 +63,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
     (
         "admin",
         &[
-            "domain", "admit", "control", "feedback", "ledger", "observe", "route", "gateway",
-            "panics",
+            "domain", "admit", "control", "feedback", "ledger", "monitor", "observe", "route",
+            "gateway", "panics",
         ],
     ),
     (
@@ -78,6 +80,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "feedback",
             "gateway",
             "ledger",
+            "monitor",
             "observe",
             "control",
             "transport",

@@ -48,8 +48,6 @@ pub struct Door {
     /// As the document has it, without the prefix.
     pub path: String,
     pub needs: Needs,
-    /// Whether the document lists it.
-    pub documented: bool,
 }
 
 impl Door {
@@ -80,46 +78,32 @@ impl Doors {
     }
 
     /// One handler, given as `routes!(handler)`, listed in the document.
-    pub(super) fn add(self, needs: Needs, route: UtoipaMethodRouter<Arc<Admin>>) -> Self {
-        self.put(needs, route, true)
-    }
-
-    /// The same for one that is not offered yet.
-    pub(super) fn add_unlisted(self, needs: Needs, route: UtoipaMethodRouter<Arc<Admin>>) -> Self {
-        self.put(needs, route, false)
-    }
-
-    fn put(
+    pub(super) fn add(
         mut self,
         needs: Needs,
         (schemas, paths, methods): UtoipaMethodRouter<Arc<Admin>>,
-        documented: bool,
     ) -> Self {
         for (path, mut item) in paths.paths {
             let Some((method, operation)) = document::only_operation(&mut item) else { continue };
             let name = operation.operation_id.clone().unwrap_or_default();
-            let door = Door { name, method, path: path.clone(), needs, documented };
+            let door = Door { name, method, path: path.clone(), needs };
             document::complete(operation, &door);
             let guarded = (Arc::clone(&self.admin), Arc::new(door.clone()));
             // Layers the handler only, not the answer to other methods.
             let methods = methods.clone().route_layer(from_fn_with_state(guarded, guard));
             self.router = self.router.route(&router_path(&path), methods);
             self.doors.push(door);
-            if documented {
-                match self.api.paths.paths.get_mut(&path) {
-                    Some(known) => known.merge_operations(item),
-                    None => drop(self.api.paths.paths.insert(path, item)),
-                }
+            match self.api.paths.paths.get_mut(&path) {
+                Some(known) => known.merge_operations(item),
+                None => drop(self.api.paths.paths.insert(path, item)),
             }
         }
-        if documented {
-            let known = &mut self.api.components.get_or_insert_with(Components::new).schemas;
-            for (name, schema) in schemas {
-                let other = known.get(&name).is_some_and(|known| *known != schema);
-                // The document would show one of them for both.
-                debug_assert!(!other, "two types are called '{name}' in the document");
-                known.insert(name, schema);
-            }
+        let known = &mut self.api.components.get_or_insert_with(Components::new).schemas;
+        for (name, schema) in schemas {
+            let other = known.get(&name).is_some_and(|known| *known != schema);
+            // The document would show one of them for both.
+            debug_assert!(!other, "two types are called '{name}' in the document");
+            known.insert(name, schema);
         }
         self
     }

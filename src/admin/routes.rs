@@ -20,12 +20,12 @@ use crate::control::call::Versioned;
 
 mod approvals;
 mod audit;
+mod drift;
 mod erase;
 pub(super) mod events;
 mod gateway;
 mod holds;
 mod journal;
-mod later;
 mod models;
 mod predictions;
 mod quality;
@@ -55,6 +55,8 @@ pub(super) fn all(admin: Arc<Admin>) -> Doors {
         .add(Needs::Right(Rollout), routes!(traffic::rollback))
         .add(Needs::Right(ReadModels), routes!(traffic::shadow))
         .add(Needs::Right(ReadModels), routes!(quality::get))
+        .add(Needs::Right(ReadModels), routes!(drift::get))
+        .add(Needs::Right(Rollout), routes!(drift::freeze))
         .add(Needs::Right(Rollout), routes!(rollouts::start))
         .add(Needs::Right(ReadModels), routes!(rollouts::list))
         .add(Needs::Right(ReadModels), routes!(rollouts::one))
@@ -76,7 +78,6 @@ pub(super) fn all(admin: Arc<Admin>) -> Doors {
         .add(Needs::Right(Drain), routes!(gateway::drain))
         .add(Needs::Right(Reload), routes!(gateway::reload))
         .add(Needs::Nothing, routes!(gateway::mlflow))
-        .add_unlisted(Needs::Right(ReadModels), routes!(later::drift))
 }
 
 /// A resource as JSON.

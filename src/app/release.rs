@@ -25,6 +25,7 @@ use crate::control::{Director, Registry, Switchboard, bootstrap, keys, source};
 use crate::engine::Engines;
 use crate::feedback::Feedback;
 use crate::ledger::Ledger;
+use crate::monitor::Monitor;
 use crate::observe::Observer;
 use crate::panics;
 use crate::route::{Published, RouteTable};
@@ -53,6 +54,7 @@ pub(super) struct Recorded {
     pub(super) ledger: Arc<Ledger>,
     pub(super) table: Arc<Published<RouteTable>>,
     pub(super) feedback: Arc<Feedback>,
+    pub(super) monitor: Option<Arc<Monitor>>,
 }
 
 impl Release {
@@ -104,7 +106,7 @@ impl Release {
         shadows: Arc<Shadows>,
         observer: &Arc<Observer>,
         drain: CancellationToken,
-        Recorded { ledger, table, feedback }: Recorded,
+        Recorded { ledger, table, feedback, monitor }: Recorded,
     ) -> anyhow::Result<()> {
         self.director.set_shadows(shadows);
         self.director.set_feedback(Arc::clone(&feedback));
@@ -132,6 +134,7 @@ impl Release {
             mlflow: self.webhook(config),
             audit: Some(admin::Audit { ledger: Arc::clone(&ledger), table }),
             feedback: Some(feedback),
+            monitor,
         })?;
         let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
         tokio::spawn(panics::fatal_async("admin listener", served));

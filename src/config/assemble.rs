@@ -35,6 +35,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         gateway: gateway_settings(from),
         ledger: records::settings(from),
         feedback: records::feedback(from),
+        monitor: records::monitor(from),
         sinks: sinks::settings(from),
         engine_memory_max: match from.size("engine.run_memory_max_mb") {
             // The rest is for weights, requests and everything else.

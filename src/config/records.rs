@@ -9,6 +9,7 @@ use crate::domain::{Capture, Durability, OnUnrecorded, RecordSettings, sample_of
 use crate::feedback;
 use crate::ledger;
 use crate::ledger::witness::{self, Target};
+use crate::monitor;
 
 pub(super) fn settings(from: &mut Layers) -> ledger::Settings {
     let state_dir = from.text("server.state_dir").unwrap_or_default();
@@ -39,6 +40,20 @@ pub(super) fn feedback(from: &mut Layers) -> feedback::Settings {
         // A model may have a longer deadline of its own, for which there is an hour.
         made_within: usual.made_within + from.millis("server.timeout_max_ms"),
         ..usual
+    }
+}
+
+/// What looking at rows may cost.
+pub(super) fn monitor(from: &mut Layers) -> monitor::Settings {
+    let state_dir = from.text("server.state_dir").unwrap_or_default();
+    monitor::Settings {
+        enabled: from.flag("monitor.enabled"),
+        values_per_second_max: from.number("monitor.values_per_second_max"),
+        interval: Duration::from_secs(from.number("monitor.interval_s")),
+        window_values: from.size("monitor.window_values"),
+        features_max: from.size("monitor.features_max"),
+        provisional_rows: from.number("monitor.provisional_rows"),
+        ..monitor::Settings::new(Path::new(&state_dir))
     }
 }
 

@@ -37,6 +37,7 @@ use crate::domain::{
     ModelSettings, Version,
 };
 use crate::engine::{Engines, release_memory};
+use crate::monitor::Monitor;
 use crate::observe::Observer;
 
 mod life;
@@ -225,6 +226,11 @@ impl Registry {
             runtime: tokio::runtime::Handle::current(),
         };
         Arc::new(Self { shared: Arc::new(shared), slots })
+    }
+
+    /// Says who looks at the rows of versions that are loaded from now on. Later calls have no effect.
+    pub fn set_monitor(&self, monitor: Arc<Monitor>) {
+        self.shared.preparer.set_monitor(monitor);
     }
 
     /// Says who decides. Later calls have no effect; without one, every version serves.

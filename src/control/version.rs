@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
@@ -26,12 +26,16 @@ use crate::domain::{
     Digest, Durability, ModelName, ModelSettings, RecordSettings, Recording, Signature, TensorSpec,
     Version,
 };
+use crate::drift::profile::{PROFILE_BYTES_MAX, Profile, ProfileError};
 use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
 use crate::ledger::recent::{self, Recent};
 use crate::ledger::{self, capture};
+use crate::monitor::{Monitor, Reference};
 use crate::observe::{Observer, VersionStats};
 use crate::route::Served;
 
+/// What a version's rows are compared with, beside its model file.
+pub(super) const REFERENCE_FILE: &str = "reference.json";
 /// Most bytes of a version's samples, all files together.
 const SAMPLES_SIZE_MAX: u64 = 64 << 20;
 /// Most bytes of the recorded inputs that one version is warmed with.
@@ -53,6 +57,8 @@ pub enum PrepareError {
     Samples(io::Error),
     #[error(transparent)]
     Lineage(#[from] LineageError),
+    #[error("{REFERENCE_FILE}: {0}")]
+    Reference(#[from] ProfileError),
     #[error(transparent)]
     Probe(#[from] ProbeError),
     #[error(transparent)]
@@ -100,6 +106,8 @@ pub struct Checked {
     pub lineage: Lineage,
     /// Peak memory of the trial; 0 when unknown.
     pub memory_bytes: u64,
+    /// What its own files say its rows are like.
+    pub reference: Option<Reference>,
     report: Report,
     /// How it did on recorded inputs; `None`: it was not tried now.
     tried: Option<Tried>,
@@ -118,6 +126,7 @@ impl Checked {
             signed: fetched.signed,
             lineage: Lineage::default(),
             memory_bytes: report.memory_bytes,
+            reference: None,
             report,
             tried: None,
             model: fetched.model,
@@ -163,13 +172,19 @@ pub struct Preparer {
     cache: Result<Cache, String>,
     /// Shared by all versions.
     budget: Arc<ThreadBudget>,
+    monitor: OnceLock<Arc<Monitor>>,
 }
 
 impl Preparer {
     pub fn new(settings: Settings, engines: Arc<Engines>) -> Self {
         let cache = Cache::open(&settings.state_dir).map_err(|error| error.to_string());
         let budget = Arc::new(ThreadBudget::new(settings.threads));
-        Self { settings, engines, cache, budget }
+        Self { settings, engines, cache, budget, monitor: OnceLock::new() }
+    }
+
+    /// Says who looks at the rows of versions that are loaded from now on. Later calls have no effect.
+    pub(super) fn set_monitor(&self, monitor: Arc<Monitor>) {
+        drop(self.monitor.set(monitor));
     }
 
     pub(super) fn settings(&self) -> &Settings {
@@ -221,6 +236,7 @@ impl Preparer {
         })?;
         let samples = read_samples(&folder).map_err(PrepareError::Samples)?;
         let lineage = lineage::read(&folder)?;
+        let reference = read_reference(&folder)?;
         progress(Life::Probing);
         let (report, tried) = self.report(cache, &fetched, model, settings, samples)?;
         if let Some(declared) = &manifest.declared {
@@ -235,7 +251,7 @@ impl Preparer {
                 _ => error,
             }
         })?;
-        Ok(Checked { lineage, tried, ..Checked::new(fetched, report) })
+        Ok(Checked { lineage, tried, reference, ..Checked::new(fetched, report) })
     }
 
     /// What the model was asked lately, of whatever version.
@@ -429,6 +445,10 @@ impl Preparer {
         for (inputs, took) in warmed {
             lane.seed(inputs, took);
         }
+        let watch = self.monitor.get().map(|monitor| {
+            let reference = checked.reference.clone();
+            monitor.watch(model, version, checked.digest, &signature, reference)
+        });
         let served = Served {
             model: model.clone(),
             version,
@@ -439,6 +459,7 @@ impl Preparer {
             lane,
             stats,
             recording,
+            watch,
         };
         Ok((served, Warmed { ran, failed }))
     }
@@ -545,6 +566,16 @@ fn open_version(
         what: "version's folder",
         reason: error.to_string(),
     })
+}
+
+/// `reference.json`, if there is one, checked.
+fn read_reference(version: &Folder) -> Result<Option<Reference>, PrepareError> {
+    let max = PROFILE_BYTES_MAX as u64;
+    let Some(text) = version.text(REFERENCE_FILE, max).map_err(PrepareError::Samples)? else {
+        return Ok(None);
+    };
+    let profile = Profile::read(text.as_bytes())?;
+    Ok(Some((Arc::new(profile), Profile::digest(text.as_bytes()))))
 }
 
 /// `samples.json` and `samples/*.json`, by name.

@@ -198,9 +198,14 @@ impl<'a> Record<'a> {
         }
     }
 
-    /// Finishes a request that was answered, and leaves a copy of it to its shadows.
+    /// Finishes a request that was answered, and leaves it to the monitor and to its shadows.
     pub(super) fn answered(mut self) {
         let Some(completion) = self.send(Outcome::Ok) else { return };
+        if let Some(pick) = &self.pick
+            && let Some(watch) = &pick.served.watch
+        {
+            watch.offer(&pick.arm, &completion.inputs, &completion.outputs);
+        }
         if let Some(pick) = &self.pick
             && !pick.mirrors.is_empty()
         {

@@ -79,11 +79,11 @@ impl ArmState {
                 && profile.features.iter().zip(counters).all(|(feature, own)| feature.fits(own))
         };
         let fresh = Self::new(profile, 0, 1);
-        let like = |have: &Option<sequential::Monitor>, want: &Option<sequential::Monitor>| {
-            match (have, want) {
-                (Some(have), Some(want)) => have.like(want),
-                (have, want) => have.is_none() && want.is_none(),
-            }
+        let like = |have: &Option<sequential::Monitor>, want: &Option<sequential::Monitor>| match (
+            have, want,
+        ) {
+            (Some(have), Some(want)) => have.like(want),
+            (have, want) => have.is_none() && want.is_none(),
         };
         self.evidence.len() == count
             && self.fed.len() == count
@@ -163,7 +163,8 @@ impl ArmState {
             .map(|(feature, counters)| feature.score(counters))
             .collect();
         let judged = profile.features.iter().zip(&sum.counters).zip(&scores);
-        let verdicts = judge(judged.map(|((feature, counters), scores)| (feature, counters, scores)));
+        let verdicts =
+            judge(judged.map(|((feature, counters), scores)| (feature, counters, scores)));
         let watched = self.evidence.iter().flatten().count().max(1);
         let mut features = Vec::with_capacity(verdicts.len());
         for (at, (verdict, scores)) in verdicts.into_iter().zip(&scores).enumerate() {

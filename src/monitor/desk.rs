@@ -1,6 +1,6 @@
 //! The thread `monitor`: counts what was offered, judges windows, keeps the state.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -21,7 +21,7 @@ use crate::panics::caught;
 
 pub(super) struct Desk {
     shared: Arc<Shared>,
-    watched: BTreeMap<Id, Watched>,
+    watched: HashMap<Id, Watched>,
     judged: Option<Instant>,
     memory: Memory,
 }
@@ -51,7 +51,7 @@ enum Basis {
 
 impl Desk {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, watched: BTreeMap::new(), judged: None, memory: Memory::default() }
+        Self { shared, watched: HashMap::new(), judged: None, memory: Memory::default() }
     }
 
     pub(super) fn run(mut self) {
@@ -142,9 +142,8 @@ impl Desk {
     }
 
     fn freeze(&mut self, wish: &Freeze) -> Result<Arc<VersionReport>, FreezeError> {
-        let is = |(id, _): &(&Id, &mut Watched)| {
-            id.model == wish.model && id.version == wish.version
-        };
+        let is =
+            |(id, _): &(&Id, &mut Watched)| id.model == wish.model && id.version == wish.version;
         let found = self.watched.iter_mut().find(is);
         let Some((id, watched)) = found else { return Err(FreezeError::Unknown(wish.version)) };
         watched.freeze(self.shared.settings.provisional_rows)?;
@@ -306,9 +305,7 @@ impl Watched {
                 self.keep();
                 Ok(())
             }
-            Basis::Learning(learner) => {
-                Err(FreezeError::Learning { have: learner.rows(), wanted })
-            }
+            Basis::Learning(learner) => Err(FreezeError::Learning { have: learner.rows(), wanted }),
             Basis::Nothing(why) => Err(FreezeError::Nothing(why.clone())),
         }
     }
@@ -346,11 +343,9 @@ impl Watched {
             Basis::Learning(learner) => {
                 ReferenceReport { kind: "learning", rows: learner.rows(), ..Default::default() }
             }
-            Basis::Nothing(why) => ReferenceReport {
-                kind: "none",
-                problem: Some(why.clone()),
-                ..Default::default()
-            },
+            Basis::Nothing(why) => {
+                ReferenceReport { kind: "none", problem: Some(why.clone()), ..Default::default() }
+            }
         };
         let mut arms = Vec::new();
         if let Basis::Known { profile, .. } = &self.basis {

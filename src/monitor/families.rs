@@ -12,7 +12,7 @@ use crate::observe::page::{Family, Kind, Labels};
 const SHOWN: [Score; 5] =
     [Score::CellPsi, Score::WassersteinLow, Score::KsLow, Score::Mmd, Score::Missing];
 /// Features of one version and arm that have series of their own.
-pub const SERIES_FEATURES_MAX: usize = 100;
+pub(super) const SERIES_FEATURES_MAX: usize = 100;
 
 pub(super) fn of(reports: &[Arc<VersionReport>]) -> Vec<Family> {
     let mut scores = Family::new(

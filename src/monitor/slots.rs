@@ -12,6 +12,9 @@ use crate::drift::counters::Counters;
 pub(super) const SLOT_S: i64 = 300;
 const HOUR_S: i64 = 3600;
 const DAY_S: i64 = 24 * HOUR_S;
+/// One more than end within an hour, and within a day: the oldest is there in part.
+const SHORT_MAX: usize = 13;
+const HOURS_MAX: usize = 25;
 
 /// Counters of all features over some time.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -97,7 +100,7 @@ impl Slots {
 
     /// Whether all of it was counted by somebody with these features. For what comes from a file.
     pub(super) fn fits(&self, fits: impl Fn(&[Counters]) -> bool) -> bool {
-        let few = self.short.len() <= (HOUR_S / SLOT_S) as usize + 1 && self.hours.len() <= 25;
+        let few = self.short.len() <= SHORT_MAX && self.hours.len() <= HOURS_MAX;
         let all = self.short.iter().chain(&self.hours).chain([&self.open, &self.hour]);
         few && all.into_iter().all(|slot| fits(&slot.counters))
     }

@@ -104,9 +104,7 @@ impl StateDir {
         arms: &BTreeMap<String, ArmState>,
     ) -> io::Result<()> {
         let written = Written { reference: digest.to_string(), arms };
-        self.write(COUNTERS, |file| {
-            serde_json::to_writer(file, &written).map_err(io::Error::other)
-        })
+        self.write(COUNTERS, |file| serde_json::to_writer(file, &written).map_err(io::Error::other))
     }
 
     fn write(

@@ -36,6 +36,7 @@ fn served(number: u64) -> Arc<Served> {
         lane: lane.unwrap(),
         stats,
         recording: Recording::default(),
+        watch: None,
     })
 }
 

@@ -72,6 +72,7 @@ impl Stage {
             lane: lane.unwrap(),
             stats,
             recording: Recording::default(),
+            watch: None,
         })
     }
 

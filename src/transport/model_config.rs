@@ -194,6 +194,7 @@ mod tests {
             lane,
             stats,
             recording,
+            watch: None,
         }
     }
 

@@ -121,6 +121,7 @@ impl Inside {
             lane: lane.unwrap(),
             stats,
             recording: Recording::default(),
+            watch: None,
         };
         let mut table = RouteTable::clone(&self.table.snapshot());
         let versions = BTreeMap::from([(version, Arc::new(served))]);

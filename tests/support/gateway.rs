@@ -91,6 +91,7 @@ pub fn served_as(
         lane,
         stats,
         recording,
+        watch: None,
     })
 }
 

@@ -34,13 +34,11 @@ fn the_document_and_the_routes_are_the_same() {
     assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(document["servers"][0]["url"], PREFIX);
     assert_eq!(document["components"]["securitySchemes"]["bearer"]["scheme"], "bearer");
-    let doors = bench.api.doors().iter().filter(|door| door.documented);
     let routes: BTreeSet<String> =
-        doors.map(|door| format!("{} {}", door.method, door.path)).collect();
+        bench.api.doors().iter().map(|door| format!("{} {}", door.method, door.path)).collect();
     assert_eq!(documented(&document), routes);
     assert!(routes.contains("POST /models/{model}/versions/{version}:load"));
     assert!(routes.contains("POST /models/{model}:rollback"));
-    assert!(!routes.iter().any(|route| route.contains("drift")));
 }
 
 #[test]
@@ -48,7 +46,7 @@ fn each_operation_documents_what_it_answers() {
     let bench = Bench::new();
     let document: Value = serde_json::from_slice(&bench.api.document()).unwrap();
     let mut ids = BTreeSet::new();
-    for door in bench.api.doors().iter().filter(|door| door.documented) {
+    for door in bench.api.doors() {
         let operation = &document["paths"][&door.path][door.method.as_str().to_lowercase()];
         let name = &door.name;
         assert!(ids.insert(name.clone()), "{name}");

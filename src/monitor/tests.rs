@@ -1,0 +1,252 @@
+#![expect(clippy::cast_possible_truncation, reason = "single floats are what models take")]
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::domain::{DataType, Dim};
+use crate::drift::learn::{LearnSettings, Learner};
+use crate::drift::random;
+use crate::drift::verdict::State;
+
+fn signature() -> Signature {
+    let spec = |name: &str, width: usize| TensorSpec {
+        name: name.to_owned(),
+        datatype: DataType::Fp32,
+        shape: Some([Dim::Dynamic(None), Dim::Fixed(width)].into_iter().collect()),
+    };
+    Signature { inputs: vec![spec("x", 2)], outputs: vec![spec("y", 2)], batched: true }
+}
+
+fn settings(dir: &Path) -> Settings {
+    Settings {
+        interval: Duration::from_millis(1),
+        values_per_second_max: 1_000_000_000,
+        queue_max: 1 << 20,
+        queue_bytes_max: 1 << 30,
+        provisional_rows: 2000,
+        ..Settings::new(dir)
+    }
+}
+
+fn floats(shape: &[usize], values: &[f32]) -> Tensor {
+    let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Tensor::new(DataType::Fp32, shape.into(), data.into()).unwrap()
+}
+
+/// One row: two normal numbers, the first moved by `shift`, and the scores of two classes.
+fn row(number: u64, shift: f32) -> [[f32; 2]; 2] {
+    let (a, b) = (random::normal(1, number) as f32, random::normal(2, number) as f32);
+    let score = 1.0 / (1.0 + (-(a + shift)).exp());
+    [[a + shift, b], [score, 1.0 - score]]
+}
+
+fn offer(watch: &Arc<Watch>, arm: &Arm, rows: std::ops::Range<u64>, shift: f32) {
+    for number in rows {
+        let [x, y] = row(number, shift);
+        watch.offer(arm, &[floats(&[1, 2], &x)], &[floats(&[1, 2], &y)]);
+    }
+}
+
+/// A profile of 5,000 rows as [`offer`] makes them.
+fn reference() -> Reference {
+    let features = features_of(&signature());
+    let plan = crate::drift::rows::Plan::new(&features);
+    let how = LearnSettings { keep_values: true, ..LearnSettings::default() };
+    let mut learner = Learner::new(features, how).unwrap();
+    let mut scratch = crate::drift::rows::Scratch::default();
+    for number in 100_000..105_000 {
+        let [x, y] = row(number, 0.0);
+        for (role, name, values) in [(Role::Input, "x", x), (Role::Output, "y", y)] {
+            let tensor = floats(&[1, 2], &values);
+            plan.read(role, name, &tensor, true, &mut scratch, |_, feature, value| {
+                learner.add(feature, value);
+            });
+        }
+    }
+    let of = ("m".parse().unwrap(), None);
+    let profile = learner.finish(of, "test", jiff::Timestamp::UNIX_EPOCH).unwrap().profile;
+    let bytes = profile.write().unwrap();
+    (Arc::new(Profile::read(&bytes).unwrap()), Profile::digest(&bytes))
+}
+
+fn watch(monitor: &Monitor, reference: Option<Reference>) -> Arc<Watch> {
+    let digest = Digest::new([7; 32]);
+    monitor.watch(&"m".parse().unwrap(), Version::new(1).unwrap(), digest, &signature(), reference)
+}
+
+/// The report once it is as wanted; it may take a turn or two.
+fn report(monitor: &Monitor, wanted: impl Fn(&VersionReport) -> bool) -> Arc<VersionReport> {
+    let began = Instant::now();
+    loop {
+        let reports = monitor.reports(&"m".parse().unwrap());
+        if let Some(report) = reports.into_iter().find(|report| wanted(report)) {
+            return report;
+        }
+        assert!(began.elapsed() < Duration::from_secs(30), "{:?}", monitor.shared.reports.lock());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn arm<'a>(report: &'a VersionReport, name: &str) -> Option<&'a ArmReport> {
+    report.arms.iter().find(|arm| arm.arm == name)
+}
+
+fn rows_are(report: &VersionReport, name: &str, rows: u64) -> bool {
+    arm(report, name).is_some_and(|arm| arm.rows == rows)
+}
+
+#[test]
+fn a_shift_is_seen_and_its_absence_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watch = watch(&monitor, Some(reference()));
+    offer(&watch, &Arm::Stable, 0..3000, 0.0);
+    offer(&watch, &Arm::Canary, 3000..6000, 1.0);
+    let report = report(&monitor, |report| {
+        rows_are(report, "stable", 3000) && rows_are(report, "canary", 3000)
+    });
+    assert_eq!((report.reference.kind, report.skipped_rows), ("file", 0));
+    let window = |name: &str, window: &str| {
+        let arm = arm(&report, name).unwrap();
+        arm.windows.iter().find(|found| found.window == window).unwrap().clone()
+    };
+    for name in ["hour", "day"] {
+        let hour = window("stable", name);
+        assert_eq!((hour.state, hour.drifted, hour.rows), (State::Steady, 0, 3000), "{name}");
+        assert!(hour.features.iter().all(|feature| !feature.alarm), "{hour:?}");
+    }
+    let hour = window("canary", "hour");
+    assert_eq!(hour.state, State::Drifted);
+    let drifted = |name: &str| {
+        let feature = hour.features.iter().find(|feature| feature.feature == name).unwrap();
+        (feature.state == State::Drifted, feature.alarm)
+    };
+    assert_eq!((drifted("x[0]"), drifted("x[1]")), ((true, true), (false, false)));
+    assert_eq!(drifted("class(y)"), (true, true));
+    // The latest values, as scipy would have them: the mean moved by one standard deviation.
+    let latest = window("canary", "latest");
+    let moved = latest.features.iter().find(|feature| feature.feature == "x[0]").unwrap();
+    let score = moved.scores[&crate::drift::counters::Score::Wasserstein];
+    assert!((score - 1.0).abs() < 0.1, "{score}");
+    let families = monitor.families();
+    let of = |name: &str| families.iter().find(|family| family.name == name).unwrap();
+    assert!(of("tidegate_drift_score").samples.len() > 10);
+    assert_eq!(of("tidegate_drift_samples").samples.len(), 2);
+}
+
+#[test]
+fn odd_values_are_counted_by_kind() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watch = watch(&monitor, Some(reference()));
+    let x = floats(&[3, 2], &[f32::NAN, 0.0, 1000.0, 0.0, f32::INFINITY, 0.1]);
+    let y = floats(&[3, 2], &[0.5, 0.5, 0.5, 0.5, 0.5, 0.5]);
+    watch.offer(&Arm::Pinned, &[x], &[y]);
+    let report = report(&monitor, |report| rows_are(report, "pinned", 3));
+    let pinned = arm(&report, "pinned").unwrap();
+    let Oddities { nan, infinite, far_out, .. } = pinned.quality;
+    assert_eq!((nan, infinite, far_out, pinned.outlier_rows), (1, 1, 1, 1));
+    assert_eq!(pinned.windows[0].state, State::InsufficientData);
+}
+
+#[test]
+fn a_reference_is_learnt_kept_and_frozen() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, None);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let freeze = |monitor: &Monitor| {
+        let (model, version) = ("m".parse().unwrap(), Version::new(1).unwrap());
+        runtime.block_on(monitor.freeze(&model, version))
+    };
+    // Of other arms nothing is learnt.
+    offer(&watched, &Arm::Canary, 0..500, 3.0);
+    offer(&watched, &Arm::Stable, 0..1999, 0.0);
+    report(&monitor, |report| report.reference.rows == 1999);
+    assert!(matches!(freeze(&monitor), Err(FreezeError::Learning { have: 1999, wanted: 2000 })));
+    offer(&watched, &Arm::Stable, 1999..2000, 0.0);
+    report(&monitor, |report| report.reference.kind == "provisional");
+    offer(&watched, &Arm::Stable, 2000..2500, 0.0);
+    report(&monitor, |report| rows_are(report, "stable", 500));
+    monitor.stop();
+    drop(watched);
+
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, None);
+    // The windows go on.
+    let found = report(&monitor, |report| rows_are(report, "stable", 500));
+    assert_eq!((found.reference.kind, found.reference.rows), ("provisional", 2000));
+    assert_eq!(freeze(&monitor).unwrap().reference.kind, "frozen");
+    drop(watched);
+    drop(monitor);
+
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, None);
+    let found = report(&monitor, |report| rows_are(report, "stable", 500));
+    assert_eq!(found.reference.kind, "frozen");
+    // Its bytes are others: nothing of the old ones counts.
+    drop(watched);
+    let other = monitor.watch(
+        &"m".parse().unwrap(),
+        Version::new(1).unwrap(),
+        Digest::new([8; 32]),
+        &signature(),
+        None,
+    );
+    let found = report(&monitor, |report| report.reference.kind == "learning");
+    assert!(found.arms.is_empty());
+    drop(other);
+    report_gone(&monitor);
+}
+
+fn report_gone(monitor: &Monitor) {
+    let began = Instant::now();
+    while !monitor.reports(&"m".parse().unwrap()).is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn what_does_not_fit_begins_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, Some(reference()));
+    offer(&watched, &Arm::Stable, 0..300, 0.0);
+    report(&monitor, |report| rows_are(report, "stable", 300));
+    drop(monitor);
+    drop(watched);
+    let id = "m/1-0707070707070707/counters.json";
+    let path = dir.path().join("monitor").join(id);
+    let text = std::fs::read_to_string(&path).unwrap();
+    let cut = text.replacen("\"counts\":[", "\"counts\":[1,", 1);
+    for (wrong, rows) in [(cut.as_str(), 0), ("{", 0), ("{}", 0), (&*text, 300)] {
+        std::fs::write(&path, wrong).unwrap();
+        let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+        let watched = watch(&monitor, Some(reference()));
+        let found = report(&monitor, |report| report.reference.kind == "file");
+        assert_eq!(arm(&found, "stable").map_or(0, |arm| arm.rows), rows, "{wrong:.60}");
+        drop(watched);
+    }
+}
+
+#[test]
+fn the_budget_and_the_queue_hold() {
+    let dir = tempfile::tempdir().unwrap();
+    let few = Settings { values_per_second_max: 100, ..settings(dir.path()) };
+    let monitor = Monitor::start(few).unwrap().unwrap();
+    let watched = watch(&monitor, Some(reference()));
+    offer(&watched, &Arm::Stable, 0..1000, 0.0);
+    let found = report(&monitor, |report| report.skipped_rows > 900);
+    let seen = arm(&found, "stable").map_or(0, |arm| arm.rows);
+    assert!(seen + found.skipped_rows <= 1000 && seen < 100, "{seen}");
+    drop(monitor);
+    let none = Settings { features_max: 3, ..settings(&dir.path().join("other")) };
+    let monitor = Monitor::start(none).unwrap().unwrap();
+    let watched = watch(&monitor, Some(reference()));
+    offer(&watched, &Arm::Stable, 0..10, 0.0);
+    let found = report(&monitor, |report| report.skipped_rows == 10);
+    assert_eq!(found.reference.kind, "none");
+    assert!(found.reference.problem.as_ref().is_some_and(|why| why.contains("features_max")));
+}
