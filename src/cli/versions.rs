@@ -30,6 +30,12 @@ enum Command {
     /// Unload a version that takes no traffic; returns when its last request has ended
     #[command(after_help = examples!("versions unload iris 1"))]
     Unload(Unload),
+    /// Show how far a model's rows have moved from their reference, by version and arm
+    #[command(after_help = examples!("versions drift iris", "versions drift iris --json"))]
+    Drift(Drift),
+    /// Take the reference that was learnt from a version's first rows for good
+    #[command(after_help = examples!("versions freeze iris 2 --reason 'a good week'"))]
+    Freeze(Freeze),
 }
 
 #[derive(clap::Args)]
@@ -77,6 +83,29 @@ struct Unload {
     connection: Connection,
 }
 
+#[derive(clap::Args)]
+struct Drift {
+    /// Name of the model
+    model: ModelName,
+    /// The stretch of time: hour, day, or latest (values, where the reference has some)
+    #[arg(long, default_value = "hour", value_parser = ["hour", "day", "latest"])]
+    window: String,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(clap::Args)]
+struct Freeze {
+    /// Name of the model
+    model: ModelName,
+    /// Number of the version
+    version: Version,
+    #[command(flatten)]
+    why: Why,
+    #[command(flatten)]
+    connection: Connection,
+}
+
 fn digest(text: &str) -> Result<String, String> {
     let wrong = || format!("expected 64 hexadecimal digits, got '{text}'");
     Digest::parse(text).map(|digest| digest.to_string()).ok_or_else(wrong)
@@ -88,6 +117,8 @@ pub(super) fn run(args: &Args) -> ExitCode {
         Command::Show(args) => show(args),
         Command::Load(args) => load(args),
         Command::Unload(args) => unload(args),
+        Command::Drift(args) => drift(args),
+        Command::Freeze(args) => freeze(args),
     })
 }
 
@@ -208,6 +239,60 @@ fn moved(model: &ModelName, body: &Value) -> String {
     let reason = cell(&body["reason"]);
     let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
     format!("{model} {version} is {state}{why}\n")
+}
+
+fn drift(args: &Drift) -> Result<String, Stop> {
+    let answer = Client::open(&args.connection)?.get(&format!("/models/{}/drift", args.model))?;
+    Ok(shown(&args.connection, &answer, |body| drift_text(body, &args.window)))
+}
+
+fn drift_text(body: &Value, window: &str) -> String {
+    let mut table =
+        Table::new(["version", "arm", "feature", "role", "rows", "state", "scores", "alarm"]);
+    let mut notes = String::new();
+    for version in body["versions"].as_array().into_iter().flatten() {
+        let (number, reference) = (cell(&version["version"]), &version["reference"]);
+        let (kind, rows) = (cell(&reference["kind"]), cell(&reference["rows"]));
+        let problem = cell(&reference["problem"]);
+        notes += &format!("version {number}: reference {kind}, {rows} rows {problem}\n");
+        for arm in version["arms"].as_array().into_iter().flatten() {
+            let windows = arm["windows"].as_array().into_iter().flatten();
+            for found in windows.filter(|found| found["window"] == window) {
+                for feature in found["features"].as_array().into_iter().flatten() {
+                    table.row([
+                        number.clone(),
+                        cell(&arm["arm"]),
+                        cell(&feature["feature"]),
+                        cell(&feature["role"]),
+                        cell(&feature["rows"]),
+                        cell(&feature["state"]),
+                        scores(&feature["scores"]),
+                        if feature["alarm"] == true { "yes".to_owned() } else { String::new() },
+                    ]);
+                }
+            }
+        }
+    }
+    table.text() + &notes
+}
+
+/// Those that say most in a line.
+fn scores(of: &Value) -> String {
+    let named = ["cell_psi", "wasserstein_low", "psi", "wasserstein", "ks", "mmd", "missing"];
+    let there = named.iter().filter_map(|name| Some((name, of[*name].as_f64()?)));
+    let worth = there.filter(|(name, value)| **name != "missing" || *value > 0.0);
+    let each: Vec<String> = worth.map(|(name, value)| format!("{name} {value:.3}")).collect();
+    each.join(", ")
+}
+
+fn freeze(args: &Freeze) -> Result<String, Stop> {
+    let path = format!("/models/{}/versions/{}:freeze", args.model, args.version);
+    let client = Client::open(&args.connection)?;
+    let answer = client.post(&path, json!({}), &args.why)?;
+    Ok(shown(&args.connection, &answer, |body| {
+        let rows = cell(&body["reference"]["rows"]);
+        format!("version {}: {rows} rows are the reference\n", cell(&body["version"]))
+    }))
 }
 
 #[cfg(test)]

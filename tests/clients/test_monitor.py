@@ -1,0 +1,224 @@
+"""The monitor as its users meet it: a profile beside a version, traffic that moves, a restart, and a real Prometheus."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import pytest
+from conftest import BINARY, HOST, MODELS, Server, free_ports, running
+
+WITHIN_S = 60
+SEED = 11
+ROWS = 600
+FAST = {"TIDEGATE_MONITOR_INTERVAL_S": "1"}
+
+
+def eventually(what, within=WITHIN_S):
+    until = time.monotonic() + within
+    while not (found := what()):
+        assert time.monotonic() < until, what
+        time.sleep(0.1)
+    return found
+
+
+def tidegate(*arguments, code=0):
+    done = subprocess.run([str(BINARY), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr or done.stdout
+    return done.stdout
+
+
+def flowers(rows, seed, shift=0.0):
+    """Rows like those that iris was trained on; `shift` moves the first feature."""
+    generator = np.random.default_rng(seed)
+    centres = np.array([[5.0, 3.4, 1.5, 0.2], [5.9, 2.8, 4.3, 1.3], [6.6, 3.0, 5.6, 2.0]])
+    made = centres[generator.integers(0, 3, rows)] + generator.normal(0, 0.3, (rows, 4))
+    made[:, 0] += shift
+    return made.astype(np.float32)
+
+
+def send(server, rows, model="iris", batch=20):
+    for at in range(0, len(rows), batch):
+        part = rows[at : at + batch]
+        tensor = {"name": "features", "datatype": "FP32", "shape": list(part.shape), "data": part.ravel().tolist()}
+        status, _, body = server.post(f"/v2/models/{model}/infer", {"inputs": [tensor]})
+        assert status == 200, body
+
+
+def admin(server, path, body=None, method=None):
+    token = (server.state / "admin-token").read_text().strip()
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://{server.admin}/admin/v1{path}", data, method=method)
+    request.add_header("Authorization", f"Bearer {token}")
+    request.add_header("Content-Type", "application/json")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def version(server, number="2"):
+    status, body = admin(server, "/models/iris/drift")
+    assert status == 200, body
+    return next((each for each in body["versions"] if each["version"] == number), None)
+
+
+def stable(server, rows):
+    """The arm `stable` once it has so many rows, and they are in the window."""
+
+    def there():
+        found = version(server)
+        arms = [each for each in found["arms"] if each["arm"] == "stable"] if found else []
+        return arms and arms[0]["rows"] == rows and arms[0]
+
+    return eventually(there)
+
+
+def window(arm, name):
+    found = next(each for each in arm["windows"] if each["window"] == name)
+    return found, {each["feature"]: each for each in found["features"]}
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """The repository's iris, version 2 with a profile of its own rows."""
+    models = tmp_path / "models"
+    shutil.copytree(MODELS / "iris", models / "iris")
+    train = tmp_path / "train.csv"
+    rows = flowers(ROWS, SEED)
+    names = ",".join(f"features[{at}]" for at in range(4))
+    train.write_text("\n".join([names, *(",".join(map(repr, map(float, row))) for row in rows)]) + "\n")
+    out = models / "iris" / "2" / "reference.json"
+    tidegate("profile", train, "--model", "iris", "--out", out, "--keep-values")
+    return models
+
+
+def test_rows_that_move_are_seen(repository, tmp_path):
+    """Steady rows are steady; moved ones drift, by numbers that numpy agrees with; a restart in the middle loses nothing."""
+    now = flowers(ROWS, SEED + 1, shift=1.0)
+    with running(repository, tmp_path / "gate", environment=FAST) as server:
+        send(server, flowers(ROWS, SEED + 2))
+        arm = stable(server, ROWS)
+        hour, features = window(arm, "hour")
+        assert hour["state"] == "steady" and hour["drifted"] == 0 and hour["rows"] == ROWS, hour
+        assert version(server)["reference"]["kind"] == "file"
+        assert not any(each["alarm"] for each in features.values())
+        send(server, now[: ROWS // 2])
+        stable(server, ROWS + ROWS // 2)
+    with running(repository, tmp_path / "gate", environment=FAST) as server:
+        stable(server, ROWS + ROWS // 2)
+        send(server, now[ROWS // 2 :])
+        send(server, now)
+        hour, features = window(stable(server, 3 * ROWS), "hour")
+        assert hour["state"] == "drifted" and features["features[0]"]["state"] == "drifted", hour
+        assert features["features[0]"]["alarm"], features["features[0]"]
+        assert features["features[1]"]["state"] == "steady", features["features[1]"]
+        # The latest values begin anew with a restart: half of `now`, and all of it.
+        seen = np.concatenate([now[ROWS // 2 :], now])[:, 0].astype(np.float64)
+        reference = np.sort(flowers(ROWS, SEED)[:, 0].astype(np.float64))
+        _, latest = window(version(server)["arms"][0], "latest")
+        scores = latest["features[0]"]["scores"]
+        assert latest["features[0]"]["rows"] == len(seen)
+        both = np.sort(np.concatenate([reference, seen]))
+        share = lambda rows: np.searchsorted(np.sort(rows), both, side="right") / len(rows)  # noqa: E731
+        apart = np.abs(share(reference) - share(seen))
+        assert scores["ks"] == pytest.approx(apart.max(), rel=1e-9)
+        distance = np.sum(apart[:-1] * np.diff(both)) / reference.std()
+        assert scores["wasserstein"] == pytest.approx(distance, rel=1e-6)
+        low, high = features["features[0]"]["scores"]["ks_low"], features["features[0]"]["scores"]["ks_high"]
+        assert 0 < low <= high <= 1
+        text = tidegate("versions", "drift", "iris", "--url", f"http://{server.admin}", "--state-dir", server.state)
+        assert "drifted" in text and "reference file" in text, text
+
+
+def test_a_reference_is_learnt_and_frozen(tmp_path):
+    models = tmp_path / "models"
+    shutil.copytree(MODELS / "iris", models / "iris")
+    server = Server(models, tmp_path / "gate", environment=FAST | {"TIDEGATE_MONITOR_PROVISIONAL_ROWS": "1000"})
+    try:
+        send(server, flowers(500, 1))
+        eventually(lambda: (found := version(server)) and found["reference"]["rows"] == 500)
+        status, body = admin(server, "/models/iris/versions/2:freeze", {"reason": "too soon"}, "POST")
+        assert status == 409 and "500 rows of 1000" in body["detail"], body
+        send(server, flowers(500, 2))
+        eventually(lambda: version(server)["reference"]["kind"] == "provisional")
+        send(server, flowers(300, 3))
+        stable(server, 300)
+        at = ["--url", f"http://{server.admin}", "--state-dir", server.state]
+        assert "1000 rows" in tidegate("versions", "freeze", "iris", "2", "--reason", "a good week", *at)
+        _, journal = admin(server, "/journal?action=reference.freeze")
+        assert [line["reason"] for line in journal["entries"]] == ["a good week"], journal
+    finally:
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+    with running(models, tmp_path / "gate", environment=FAST) as server:
+        assert eventually(lambda: version(server))["reference"]["kind"] == "frozen"
+
+
+def test_a_broken_profile_is_refused(repository, tmp_path):
+    (repository / "iris" / "2" / "reference.json").write_text('{"schema_version": 1}')
+    with running(repository, tmp_path / "gate") as server:
+        _, body = admin(server, "/models/iris")
+        states = {each["version"]: (each["state"], each["reason"]) for each in body["versions"]}
+        assert states["2"][0] == "failed" and "reference.json" in states["2"][1], states
+        assert states["1"][0] == "ready"
+
+
+def test_nobody_looks_where_it_is_off(tmp_path):
+    with running(MODELS, tmp_path / "gate", environment={"TIDEGATE_MONITOR_ENABLED": "false"}) as server:
+        status, body = admin(server, "/models/iris/drift")
+        assert status == 501 and "monitor.enabled" in body["detail"], body
+
+
+def test_prometheus_fires_on_a_stream_that_drifts(repository, tmp_path):
+    """A real Prometheus scrapes the gateway and fires by the rule of docs/monitor.md."""
+    (port,) = free_ports(1)
+    with running(repository, tmp_path / "gate", environment=FAST) as server:
+        folder = tmp_path / "prometheus"
+        folder.mkdir()
+        (folder / "rules.yml").write_text(
+            "groups:\n- name: tidegate\n  rules:\n  - alert: Drift\n"
+            '    expr: tidegate_drift_features{state="drifted"} > 0\n'
+            "    labels: {severity: page}\n"
+        )
+        (folder / "prometheus.yml").write_text(
+            "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
+            f"rule_files: [rules.yml]\nscrape_configs:\n- job_name: gate\n  static_configs:\n  - targets: ['{server.metrics}']\n"
+        )
+        arguments = [
+            *("prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"),
+            f"--web.listen-address={HOST}:{port}",
+        ]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(arguments, stdout=log, stderr=log)
+
+        def ask(path):
+            try:
+                with urllib.request.urlopen(f"http://{HOST}:{port}/api/v1/{path}", timeout=5) as answer:
+                    return json.load(answer)["data"]
+            except OSError:
+                return None
+
+        def value(query):
+            found = ask("query?" + urllib.parse.urlencode({"query": query}))
+            return [float(each["value"][1]) for each in found["result"]] if found else []
+
+        try:
+            send(server, flowers(ROWS, SEED + 2))
+            samples = 'tidegate_drift_samples{model="iris",version="2",arm="stable"}'
+            eventually(lambda: value(samples) == [ROWS])
+            assert ask("alerts")["alerts"] == []
+            send(server, flowers(3 * ROWS, SEED + 3, shift=1.0))
+            alerts = eventually(lambda: ask("alerts")["alerts"])
+            labels = alerts[0]["labels"]
+            assert (labels["alertname"], labels["model"], labels["version"]) == ("Drift", "iris", "2")
+            psi = 'tidegate_drift_score{feature="features[0]",statistic="cell_psi"}'
+            assert eventually(lambda: value(psi))[0] > 0.1
+        finally:
+            process.kill()
+            process.wait()
