@@ -96,7 +96,17 @@ impl Settings {
 }
 
 /// A reference and the digest of its file.
-pub type Reference = (Arc<Profile>, Digest);
+type Reference = (Arc<Profile>, Digest);
+
+/// What a version's own files say its rows are like.
+#[derive(Clone, Debug)]
+pub enum Given {
+    /// `reference.json`, its bytes and what they say.
+    File(Arc<[u8]>, Arc<Profile>),
+    Nothing,
+    /// It was restored without its files: what they said when they were seen last.
+    AsBefore,
+}
 
 /// The version that is watched.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -114,8 +124,8 @@ pub struct Watch {
     outputs: Vec<String>,
     batched: bool,
     features: Vec<Feature>,
-    /// What its files say.
-    reference: Option<Reference>,
+    /// Guards what its files say, until the thread has taken it.
+    given: Mutex<Given>,
     /// Rows that nobody looked at.
     skipped: AtomicU64,
 }
@@ -264,7 +274,7 @@ impl Monitor {
         version: Version,
         digest: Digest,
         signature: &Signature,
-        reference: Option<Reference>,
+        given: Given,
     ) -> Arc<Watch> {
         let names = |specs: &[TensorSpec]| specs.iter().map(|spec| spec.name.clone()).collect();
         let features = features_of(signature);
@@ -275,7 +285,7 @@ impl Monitor {
             outputs: names(&signature.outputs),
             batched: signature.batched,
             features,
-            reference,
+            given: Mutex::new(given),
             skipped: AtomicU64::new(0),
         });
         self.shared.watches.lock().push(Arc::downgrade(&watch));

@@ -30,7 +30,7 @@ use crate::drift::profile::{PROFILE_BYTES_MAX, Profile, ProfileError};
 use crate::engine::{Artifact, EngineError, Engines, LoadOptions};
 use crate::ledger::recent::{self, Recent};
 use crate::ledger::{self, capture};
-use crate::monitor::{Monitor, Reference};
+use crate::monitor::{Given, Monitor};
 use crate::observe::{Observer, VersionStats};
 use crate::route::Served;
 
@@ -59,6 +59,8 @@ pub enum PrepareError {
     Lineage(#[from] LineageError),
     #[error("{REFERENCE_FILE}: {0}")]
     Reference(#[from] ProfileError),
+    #[error("{REFERENCE_FILE}: {0}")]
+    ReadReference(io::Error),
     #[error(transparent)]
     Probe(#[from] ProbeError),
     #[error(transparent)]
@@ -84,6 +86,7 @@ impl PrepareError {
                 | Self::NoCopy(_)
                 | Self::Fetch(FetchError::Io(_) | FetchError::Changed { .. })
                 | Self::Samples(_)
+                | Self::ReadReference(_)
         ) || matches!(self, Self::Probe(error) if error.is_passing())
     }
 }
@@ -107,7 +110,7 @@ pub struct Checked {
     /// Peak memory of the trial; 0 when unknown.
     pub memory_bytes: u64,
     /// What its own files say its rows are like.
-    pub reference: Option<Reference>,
+    pub reference: Given,
     report: Report,
     /// How it did on recorded inputs; `None`: it was not tried now.
     tried: Option<Tried>,
@@ -126,7 +129,7 @@ impl Checked {
             signed: fetched.signed,
             lineage: Lineage::default(),
             memory_bytes: report.memory_bytes,
-            reference: None,
+            reference: Given::AsBefore,
             report,
             tried: None,
             model: fetched.model,
@@ -446,8 +449,8 @@ impl Preparer {
             lane.seed(inputs, took);
         }
         let watch = self.monitor.get().map(|monitor| {
-            let reference = checked.reference.clone();
-            monitor.watch(model, version, checked.digest, &signature, reference)
+            let given = checked.reference.clone();
+            monitor.watch(model, version, checked.digest, &signature, given)
         });
         let served = Served {
             model: model.clone(),
@@ -569,13 +572,13 @@ fn open_version(
 }
 
 /// `reference.json`, if there is one, checked.
-fn read_reference(version: &Folder) -> Result<Option<Reference>, PrepareError> {
+fn read_reference(version: &Folder) -> Result<Given, PrepareError> {
     let max = PROFILE_BYTES_MAX as u64;
-    let Some(text) = version.text(REFERENCE_FILE, max).map_err(PrepareError::Samples)? else {
-        return Ok(None);
+    let Some(text) = version.text(REFERENCE_FILE, max).map_err(PrepareError::ReadReference)? else {
+        return Ok(Given::Nothing);
     };
     let profile = Profile::read(text.as_bytes())?;
-    Ok(Some((Arc::new(profile), Profile::digest(text.as_bytes()))))
+    Ok(Given::File(text.as_bytes().into(), Arc::new(profile)))
 }
 
 /// `samples.json` and `samples/*.json`, by name.

@@ -10,7 +10,8 @@ use super::arm::ArmState;
 use super::report::{ReferenceReport, VersionReport};
 use super::state::{self, StateDir};
 use super::{
-    ARMS_MAX, Freeze, FreezeError, Id, Offer, Reference, Reports, Settings, Shared, TURN, Watch,
+    ARMS_MAX, Freeze, FreezeError, Given, Id, Offer, Reference, Reports, Settings, Shared, TURN,
+    Watch,
 };
 use crate::domain::{Arm, Digest};
 use crate::drift::feature::{Role, Value};
@@ -176,13 +177,28 @@ impl Watched {
             plan: Plan::new([]),
             arms: BTreeMap::new(),
         };
-        let given = watch.reference.clone().map(|reference| (reference, "file"));
         let learnt = || {
-            let (profile, digest) = watched.dir.reference()?;
+            let (profile, digest) = watched.dir.learnt()?;
             let kind = if profile.provisional { "provisional" } else { "frozen" };
             Some(((profile, digest), kind))
         };
-        let known = given.or_else(learnt);
+        let given = std::mem::replace(&mut *watch.given.lock(), Given::AsBefore);
+        let known = match given {
+            Given::File(bytes, profile) => {
+                if let Err(error) = watched.dir.keep_given(&bytes) {
+                    let (model, version) = (&watch.id.model, watch.id.version);
+                    tracing::warn!(%error, %model, %version, "its reference is not kept");
+                }
+                Some(((profile, Profile::digest(&bytes)), "file"))
+            }
+            Given::AsBefore => {
+                watched.dir.given().map(|reference| (reference, "file")).or_else(learnt)
+            }
+            Given::Nothing => {
+                watched.dir.forget_given();
+                learnt()
+            }
+        };
         let count = known.as_ref().map_or(watch.features.len(), |((own, _), _)| own.features.len());
         if count > left {
             let max = settings.features_max;
@@ -281,7 +297,7 @@ impl Watched {
             }
         };
         let (model, version) = (&watch.id.model, watch.id.version);
-        match self.dir.keep_reference(&profile) {
+        match self.dir.keep_learnt(&profile) {
             Ok(digest) => {
                 let rows = profile.source.rows;
                 tracing::info!(%model, %version, rows, "a provisional reference was learnt");
@@ -300,7 +316,7 @@ impl Watched {
             Basis::Known { kind: "frozen", .. } => Ok(()),
             Basis::Known { profile, .. } => {
                 let profile = Profile { provisional: false, ..Profile::clone(profile) };
-                let digest = self.dir.keep_reference(&profile)?;
+                let digest = self.dir.keep_learnt(&profile)?;
                 self.basis = Basis::Known { profile: Arc::new(profile), digest, kind: "frozen" };
                 self.keep();
                 Ok(())

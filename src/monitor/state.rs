@@ -1,8 +1,9 @@
 //! What survives a restart: a version's learnt reference and its arms, below `<state>/monitor`.
 //!
 //! ```text
-//! <state>/monitor/<model>/<version>-<start of the digest>/reference.json   learnt, provisional or frozen
-//!                                                         counters.json    of which reference, and the arms
+//! <state>/monitor/<model>/<version>-<start of the digest>/learnt.json     a reference, provisional or frozen
+//!                                                         given.json      the one that came with its files
+//!                                                         counters.json   of which reference, and the arms
 //! ```
 //!
 //! Whatever does not fit is left aside, and counting begins anew: these are statistics, not records.
@@ -21,7 +22,8 @@ use super::{ARMS_MAX, Id, Reference};
 use crate::domain::Digest;
 use crate::drift::profile::{PROFILE_BYTES_MAX, Profile};
 
-const REFERENCE: &str = "reference.json";
+const LEARNT: &str = "learnt.json";
+const GIVEN: &str = "given.json";
 const COUNTERS: &str = "counters.json";
 /// Largest file of counters: those of the most features.
 const COUNTERS_BYTES_MAX: u64 = 256 << 20;
@@ -57,22 +59,40 @@ impl StateDir {
     }
 
     /// The reference that was learnt here, if one was.
-    pub(super) fn reference(&self) -> Option<Reference> {
-        let bytes = read(&self.0.join(REFERENCE), PROFILE_BYTES_MAX as u64)?;
+    pub(super) fn learnt(&self) -> Option<Reference> {
+        self.reference(LEARNT)
+    }
+
+    /// The one that came with the version's files when they were seen last.
+    pub(super) fn given(&self) -> Option<Reference> {
+        self.reference(GIVEN)
+    }
+
+    fn reference(&self, name: &str) -> Option<Reference> {
+        let path = self.0.join(name);
+        let bytes = read(&path, PROFILE_BYTES_MAX as u64)?;
         match Profile::read(&bytes) {
             Ok(profile) => Some((Arc::new(profile), Profile::digest(&bytes))),
             Err(error) => {
-                let path = self.0.join(REFERENCE);
-                tracing::warn!(%error, path = %path.display(), "a learnt reference is learnt anew");
+                tracing::warn!(%error, path = %path.display(), "a reference cannot be read");
                 None
             }
         }
     }
 
-    pub(super) fn keep_reference(&self, profile: &Profile) -> io::Result<Digest> {
+    pub(super) fn keep_learnt(&self, profile: &Profile) -> io::Result<Digest> {
         let bytes = profile.write().map_err(io::Error::other)?;
-        self.write(REFERENCE, |file| file.write_all(&bytes))?;
+        self.write(LEARNT, |file| file.write_all(&bytes))?;
         Ok(Profile::digest(&bytes))
+    }
+
+    pub(super) fn keep_given(&self, bytes: &[u8]) -> io::Result<()> {
+        self.write(GIVEN, |file| file.write_all(bytes))
+    }
+
+    pub(super) fn forget_given(&self) {
+        // Mostly there is none.
+        std::fs::remove_file(self.0.join(GIVEN)).ok();
     }
 
     /// The arms as they were, if they were compared with this reference.

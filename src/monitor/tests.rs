@@ -49,7 +49,7 @@ fn offer(watch: &Arc<Watch>, arm: &Arm, rows: std::ops::Range<u64>, shift: f32) 
 }
 
 /// A profile of 5,000 rows as [`offer`] makes them.
-fn reference() -> Reference {
+fn reference() -> Given {
     let features = features_of(&signature());
     let plan = crate::drift::rows::Plan::new(&features);
     let how = LearnSettings { keep_values: true, ..LearnSettings::default() };
@@ -67,12 +67,13 @@ fn reference() -> Reference {
     let of = ("m".parse().unwrap(), None);
     let profile = learner.finish(of, "test", jiff::Timestamp::UNIX_EPOCH).unwrap().profile;
     let bytes = profile.write().unwrap();
-    (Arc::new(Profile::read(&bytes).unwrap()), Profile::digest(&bytes))
+    let profile = Arc::new(Profile::read(&bytes).unwrap());
+    Given::File(bytes.into(), profile)
 }
 
-fn watch(monitor: &Monitor, reference: Option<Reference>) -> Arc<Watch> {
+fn watch(monitor: &Monitor, given: Given) -> Arc<Watch> {
     let digest = Digest::new([7; 32]);
-    monitor.watch(&"m".parse().unwrap(), Version::new(1).unwrap(), digest, &signature(), reference)
+    monitor.watch(&"m".parse().unwrap(), Version::new(1).unwrap(), digest, &signature(), given)
 }
 
 /// The report once it is as wanted; it may take a turn or two.
@@ -100,7 +101,7 @@ fn rows_are(report: &VersionReport, name: &str, rows: u64) -> bool {
 fn a_shift_is_seen_and_its_absence_too() {
     let dir = tempfile::tempdir().unwrap();
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
-    let watch = watch(&monitor, Some(reference()));
+    let watch = watch(&monitor, reference());
     offer(&watch, &Arm::Stable, 0..3000, 0.0);
     offer(&watch, &Arm::Canary, 3000..6000, 1.0);
     let report = report(&monitor, |report| {
@@ -139,7 +140,7 @@ fn a_shift_is_seen_and_its_absence_too() {
 fn odd_values_are_counted_by_kind() {
     let dir = tempfile::tempdir().unwrap();
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
-    let watch = watch(&monitor, Some(reference()));
+    let watch = watch(&monitor, reference());
     let x = floats(&[3, 2], &[f32::NAN, 0.0, 1000.0, 0.0, f32::INFINITY, 0.1]);
     let y = floats(&[3, 2], &[0.5, 0.5, 0.5, 0.5, 0.5, 0.5]);
     watch.offer(&Arm::Pinned, &[x], &[y]);
@@ -154,7 +155,7 @@ fn odd_values_are_counted_by_kind() {
 fn a_reference_is_learnt_kept_and_frozen() {
     let dir = tempfile::tempdir().unwrap();
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
-    let watched = watch(&monitor, None);
+    let watched = watch(&monitor, Given::Nothing);
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let freeze = |monitor: &Monitor| {
         let (model, version) = ("m".parse().unwrap(), Version::new(1).unwrap());
@@ -173,7 +174,7 @@ fn a_reference_is_learnt_kept_and_frozen() {
     drop(watched);
 
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
-    let watched = watch(&monitor, None);
+    let watched = watch(&monitor, Given::Nothing);
     // The windows go on.
     let found = report(&monitor, |report| rows_are(report, "stable", 500));
     assert_eq!((found.reference.kind, found.reference.rows), ("provisional", 2000));
@@ -182,7 +183,7 @@ fn a_reference_is_learnt_kept_and_frozen() {
     drop(monitor);
 
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
-    let watched = watch(&monitor, None);
+    let watched = watch(&monitor, Given::Nothing);
     let found = report(&monitor, |report| rows_are(report, "stable", 500));
     assert_eq!(found.reference.kind, "frozen");
     // Its bytes are others: nothing of the old ones counts.
@@ -192,7 +193,7 @@ fn a_reference_is_learnt_kept_and_frozen() {
         Version::new(1).unwrap(),
         Digest::new([8; 32]),
         &signature(),
-        None,
+        Given::Nothing,
     );
     let found = report(&monitor, |report| report.reference.kind == "learning");
     assert!(found.arms.is_empty());
@@ -212,7 +213,7 @@ fn report_gone(monitor: &Monitor) {
 fn what_does_not_fit_begins_anew() {
     let dir = tempfile::tempdir().unwrap();
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
-    let watched = watch(&monitor, Some(reference()));
+    let watched = watch(&monitor, reference());
     offer(&watched, &Arm::Stable, 0..300, 0.0);
     report(&monitor, |report| rows_are(report, "stable", 300));
     drop(monitor);
@@ -224,7 +225,8 @@ fn what_does_not_fit_begins_anew() {
     for (wrong, rows) in [(cut.as_str(), 0), ("{", 0), ("{}", 0), (&*text, 300)] {
         std::fs::write(&path, wrong).unwrap();
         let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
-        let watched = watch(&monitor, Some(reference()));
+        // Restored without its files.
+        let watched = watch(&monitor, Given::AsBefore);
         let found = report(&monitor, |report| report.reference.kind == "file");
         assert_eq!(arm(&found, "stable").map_or(0, |arm| arm.rows), rows, "{wrong:.60}");
         drop(watched);
@@ -236,7 +238,7 @@ fn the_budget_and_the_queue_hold() {
     let dir = tempfile::tempdir().unwrap();
     let few = Settings { values_per_second_max: 100, ..settings(dir.path()) };
     let monitor = Monitor::start(few).unwrap().unwrap();
-    let watched = watch(&monitor, Some(reference()));
+    let watched = watch(&monitor, reference());
     offer(&watched, &Arm::Stable, 0..1000, 0.0);
     let found = report(&monitor, |report| report.skipped_rows > 900);
     let seen = arm(&found, "stable").map_or(0, |arm| arm.rows);
@@ -244,7 +246,7 @@ fn the_budget_and_the_queue_hold() {
     drop(monitor);
     let none = Settings { features_max: 3, ..settings(&dir.path().join("other")) };
     let monitor = Monitor::start(none).unwrap().unwrap();
-    let watched = watch(&monitor, Some(reference()));
+    let watched = watch(&monitor, reference());
     offer(&watched, &Arm::Stable, 0..10, 0.0);
     let found = report(&monitor, |report| report.skipped_rows == 10);
     assert_eq!(found.reference.kind, "none");

@@ -35,10 +35,9 @@ CONTRACT = [
     *(f"POST /models/{{model}}/rollouts/{{rollout}}:{verb}" for verb in ("pause", "resume", "promote", "abort")),
     "POST /models/{model}:rollback",
     *(f"{method} /models/{{model}}/versions/{{version}}/approvals" for method in ("GET", "POST")),
-    "GET /models/{model}/shadow",
+    *("GET /models/{model}/shadow", "GET /models/{model}/drift", "GET /models/{model}/quality"),
     *("GET /journal", "GET /events", "POST /drain", "POST /reload", "GET /predictions/{id}", "GET /audit/stats"),
 ]
-LATER = ["/models/scale/drift"]
 
 
 class Answer:

@@ -132,7 +132,7 @@ def test_rows_that_move_are_seen(repository, tmp_path):
         assert scores["wasserstein"] == pytest.approx(distance, rel=1e-6)
         low, high = features["features[0]"]["scores"]["ks_low"], features["features[0]"]["scores"]["ks_high"]
         assert 0 < low <= high <= 1
-        text = tidegate("versions", "drift", "iris", "--url", f"http://{server.admin}", "--state-dir", server.state)
+        text = tidegate("versions", "drift", "iris", "--address", f"http://{server.admin}", "--state-dir", server.state)
         assert "drifted" in text and "reference file" in text, text
 
 
@@ -149,10 +149,11 @@ def test_a_reference_is_learnt_and_frozen(tmp_path):
         eventually(lambda: version(server)["reference"]["kind"] == "provisional")
         send(server, flowers(300, 3))
         stable(server, 300)
-        at = ["--url", f"http://{server.admin}", "--state-dir", server.state]
+        at = ["--address", f"http://{server.admin}", "--state-dir", server.state]
         assert "1000 rows" in tidegate("versions", "freeze", "iris", "2", "--reason", "a good week", *at)
         _, journal = admin(server, "/journal?action=reference.freeze")
-        assert [line["reason"] for line in journal["entries"]] == ["a good week"], journal
+        taken = [event for event in journal["events"] if event["outcome"] != "refused"]
+        assert [event["reason"] for event in taken] == ["a good week"], journal
     finally:
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
