@@ -73,9 +73,9 @@ pub(super) fn run(args: &Args) -> ExitCode {
 
 /// The report, and whether it is beyond a limit.
 fn drift(args: &Args) -> Result<(String, bool), Stop> {
-    let (profile, reference, mut notes) = reference(&args.reference)?;
-    let model =
-        (args.reference.extension().is_some_and(|e| e == "json")).then(|| profile.model.as_str());
+    let Against { profile, data: reference, mut notes, is_file } = reference(&args.reference)?;
+    // Of a ledger with several models that of the profile; rows of a file belong to no model.
+    let model = (!is_file).then(|| profile.model.as_str());
     let table = Table::open(&args.current, model)?;
     let features: Vec<Feature> = profile.features.iter().map(|f| f.feature.clone()).collect();
     let binding = Binding::new(&features, &table)?;
@@ -110,8 +110,16 @@ fn drift(args: &Args) -> Result<(String, bool), Stop> {
     Ok((text, !failures.is_empty()))
 }
 
-/// A profile and its features' values where they are known; and what a reader should know.
-fn reference(path: &Path) -> Result<(Profile, Vec<Option<Data>>, Vec<String>), Stop> {
+/// What rows are compared with.
+struct Against {
+    profile: Profile,
+    /// Its features' values, where they are known.
+    data: Vec<Option<Data>>,
+    notes: Vec<String>,
+    is_file: bool,
+}
+
+fn reference(path: &Path) -> Result<Against, Stop> {
     if path.extension().is_some_and(|extension| extension == "json") {
         let profile = Profile::read(&bytes(path)?)
             .map_err(|error| Stop::usage(format_args!("'{}': {error}", path.display())))?;
@@ -121,7 +129,7 @@ fn reference(path: &Path) -> Result<(Profile, Vec<Option<Data>>, Vec<String>), S
         });
         let note = "the profile keeps no values of numbers: scores that need them are left out";
         let notes = without.then(|| note.to_owned()).into_iter().collect();
-        return Ok((profile, data, notes));
+        return Ok(Against { profile, data, notes, is_file: false });
     }
     let table = Table::open(path, None)?;
     let model: ModelName = "reference".parse().map_err(Stop::failed)?;
@@ -132,7 +140,8 @@ fn reference(path: &Path) -> Result<(Profile, Vec<Option<Data>>, Vec<String>), S
         let rows = learnt.profile.source.rows;
         notes.push(format!("the reference is a sample: {sampled} of {rows} rows at least"));
     }
-    Ok((learnt.profile, learnt.data.into_iter().map(Some).collect(), notes))
+    let data = learnt.data.into_iter().map(Some).collect();
+    Ok(Against { profile: learnt.profile, data, notes, is_file: true })
 }
 
 fn bytes(path: &Path) -> Result<Vec<u8>, Stop> {

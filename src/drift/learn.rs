@@ -297,9 +297,7 @@ impl Learner {
         profile.check()?;
         for (feature, column) in profile.features.iter_mut().zip(&data) {
             feature.thresholds = match column {
-                (of, Data::Vectors) => {
-                    thresholds(feature, of.vectors.values(), |v| Value::Vector(v))
-                }
+                (of, Data::Vectors) => thresholds(feature, of.vectors.values(), Value::Vector),
                 (of, Data::Numbers(_)) => {
                     thresholds(feature, of.numbers.values(), |number| Value::Number(*number))
                 }

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use super::{Cell, Column, Table};
 use crate::cli::admin::Stop;
 use crate::domain::{DataType, Signature};
-use crate::drift::feature::{Feature, Part, Role, Value, of_rows, of_spec};
+use crate::drift::feature::{ELEMENTS_MAX, Feature, Part, Role, Value, of_rows, of_spec};
 use crate::drift::rows::{Plan, Scratch};
 
 /// Rows that are looked at to learn how long lists are.
@@ -101,13 +101,24 @@ pub(in crate::cli) fn of_table(table: &Table) -> Result<Vec<Feature>, Stop> {
             }
         } else if let Some((tensor, element)) = element(tensor) {
             let of = elements.entry((role, tensor.to_owned())).or_insert((column.datatype, 0));
-            of.1 = of.1.max(element + 1);
+            of.1 = of.1.max(element.saturating_add(1));
         } else if !table.ledger {
             features.extend(of_rows(role, tensor, column.datatype, Some(&[])));
         }
     }
     for ((role, tensor), (datatype, count)) in elements {
-        features.extend(of_rows(role, &tensor, datatype, Some(&[count])));
+        if count <= ELEMENTS_MAX {
+            features.extend(of_rows(role, &tensor, datatype, Some(&[count])));
+            continue;
+        }
+        // Too many for one row: features that have nothing to do with each other.
+        let columns = table.columns.iter().filter(|column| !column.list);
+        for column in columns {
+            let name = if table.ledger { named(&column.name).1 } else { &column.name };
+            if element(name).is_some_and(|(of, _)| of == tensor) {
+                features.extend(of_rows(role, name, column.datatype, Some(&[])));
+            }
+        }
     }
     for (at, role, tensor) in lists {
         let row = shape_of_rows(table, at)?;
@@ -401,3 +412,6 @@ fn scored(features: &[Feature], columns: &[(usize, Is)]) -> Vec<(String, Vec<usi
     };
     outputs.filter_map(|output| Some((output.tensor.clone(), places(output)?))).collect()
 }
+
+#[cfg(test)]
+mod tests;
