@@ -11,6 +11,7 @@ use crate::drift::counters::{Counters, Scores, score_sides};
 use crate::drift::feature::{Feature, Part};
 use crate::drift::learn::{Column, Data, LearnSettings};
 use crate::drift::profile::{FeatureProfile, PROFILE_BYTES_MAX, Profile, Reference};
+use crate::drift::quality::Quality;
 use crate::drift::scores::{ColumnVerdict, Counts, Sides, column_test};
 use crate::drift::verdict::{Verdict, judge};
 
@@ -55,6 +56,7 @@ struct Compared {
     current: Counters,
     /// Of the current values, how many came and how many were compared.
     kept: (u64, u64),
+    quality: Quality,
     scores: Scores,
     evidently: Option<ColumnVerdict>,
     verdict: Verdict,
@@ -212,6 +214,7 @@ fn compare(
             Reference::Mmd(_) => "mmd",
         },
         reference: feature.own(),
+        quality: feature.quality(&current),
         current,
         kept: column.kept(),
         scores,
