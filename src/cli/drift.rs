@@ -30,7 +30,7 @@ use report::Report;
     --fail-on wasserstein=0.2 --fail-on ks_p=0.001 --json\n\n\
     Exit code: 0 done, 1 a score is beyond its limit or a file cannot be used, 2 wrong usage")]
 pub(super) struct Args {
-    /// A profile, or a Parquet or CSV file
+    /// A profile (.json), or a Parquet or CSV file
     #[arg(long, value_name = "FILE")]
     reference: PathBuf,
     /// A Parquet or CSV file, or a folder of the ledger's Parquet

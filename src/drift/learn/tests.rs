@@ -1,6 +1,8 @@
-use super::super::feature::{Role, of_rows};
+use super::super::feature::{Part, Role, of_rows};
 use super::super::random::{normal, uniform};
+use super::super::wide::DIMENSIONS;
 use super::*;
+use crate::domain::DataType;
 
 pub(crate) fn learner(features: Vec<Feature>, keep_values: bool) -> Learner {
     Learner::new(features, LearnSettings { keep_values, ..LearnSettings::default() }).unwrap()

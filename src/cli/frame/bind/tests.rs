@@ -1,4 +1,7 @@
+use super::super::features::of_table;
 use super::*;
+use crate::domain::DataType;
+use crate::drift::feature::of_rows;
 
 fn table(folder: &tempfile::TempDir, text: &str) -> Table {
     let path = folder.path().join("rows.csv");
