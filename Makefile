@@ -36,8 +36,9 @@ test-clients: ort $(STAMP) ## real clients against the built binary
 	$(CARGO) build --locked --bins --tests
 	$(VENV)/bin/python -m pytest -q tests/clients
 
-# Four environments: two clients want different versions of protobuf, schemathesis and the MLflow server have much of their own.
-$(STAMP): tests/requirements.txt tests/requirements-kserve.txt tests/requirements-mlflow.txt tests/requirements-schemathesis.txt
+# Five environments: two clients want different versions of protobuf, schemathesis and the MLflow server have much of their own, and
+# Evidently wants an older pandas.
+$(STAMP): tests/requirements.txt tests/requirements-evidently.txt tests/requirements-kserve.txt tests/requirements-mlflow.txt tests/requirements-schemathesis.txt
 	@echo 'installing the Python clients into $(VENV)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements.txt
@@ -47,6 +48,8 @@ $(STAMP): tests/requirements.txt tests/requirements-kserve.txt tests/requirement
 	@$(VENV)/schemathesis/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-schemathesis.txt
 	@$(PYTHON) -m venv $(VENV)/mlflow
 	@$(VENV)/mlflow/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-mlflow.txt
+	@$(PYTHON) -m venv $(VENV)/evidently
+	@$(VENV)/evidently/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-evidently.txt
 	@touch $@
 
 bench: ort ## what each step of a request costs (a release build and a few minutes)

@@ -27,6 +27,7 @@ pub mod grid;
 pub mod learn;
 pub mod outliers;
 pub mod profile;
+pub mod quality;
 pub mod random;
 pub mod rows;
 pub mod scored;

@@ -11,6 +11,9 @@ use bytes::Bytes;
 use tidegate::domain::{
     DataType, Dim, Failure, Inputs, NamedTensor, Shape, Signature, Tensor, TensorSpec,
 };
+use tidegate::drift::feature::Value;
+use tidegate::drift::profile::Profile;
+use tidegate::drift::verdict::judge;
 use tidegate::ledger::checkpoint::{Note, Notes};
 use tidegate::ledger::frame::{self, Parsed, SegmentHead, WriterId};
 use tidegate::ledger::prove::Proof;
@@ -36,6 +39,7 @@ pub const DECODERS: &[(&str, Decoder)] = &[
     ("grpc_infer", grpc_infer),
     ("onnx", onnx),
     ("ledger", ledger),
+    ("profile", profile),
 ];
 
 pub fn infer_json(data: &[u8]) {
@@ -98,6 +102,29 @@ pub fn onnx(data: &[u8]) {
     let signature = &model.signature;
     assert!(!signature.outputs.is_empty());
     assert!(signature.inputs.iter().chain(&signature.outputs).all(|spec| !spec.name.is_empty()));
+}
+
+/// A reference profile: what is read is used as a gateway uses it, with values of every kind.
+pub fn profile(data: &[u8]) {
+    let Ok(profile) = Profile::read(data) else { return };
+    let vector = [0.5; 16];
+    let numbers = [0.0, -1.5, 1e300, f64::NAN, f64::INFINITY].map(Value::Number);
+    let others =
+        [Value::Text(b"red"), Value::Text(&[0xff; 300]), Value::Vector(&vector), Value::Missing];
+    for feature in &profile.features {
+        let mut counters = feature.counters();
+        for value in numbers.iter().chain(&others) {
+            feature.add(&mut counters, *value);
+            feature.oddity(*value);
+        }
+        counters.merge(&counters.clone());
+        assert!(feature.fits(&counters) && feature.fits(&feature.own()));
+        let scores = feature.score(&counters);
+        assert!(scores.iter().all(|(_, score)| score.is_finite()));
+        assert_eq!(judge([(feature, &counters, &scores)]).len(), 1);
+        feature.quality(&counters);
+    }
+    assert!(Profile::read(&profile.write().unwrap()).is_ok());
 }
 
 /// A file of a ledger: a segment, sealed or not, a checkpoint, a proof.

@@ -11,6 +11,7 @@ use crate::drift::counters::{Counters, Scores, score_sides};
 use crate::drift::feature::{Feature, Part};
 use crate::drift::learn::{Column, Data, LearnSettings};
 use crate::drift::profile::{FeatureProfile, PROFILE_BYTES_MAX, Profile, Reference};
+use crate::drift::quality::Quality;
 use crate::drift::scores::{ColumnVerdict, Counts, Sides, column_test};
 use crate::drift::verdict::{Verdict, judge};
 
@@ -29,7 +30,7 @@ use report::Report;
     --fail-on wasserstein=0.2 --fail-on ks_p=0.001 --json\n\n\
     Exit code: 0 done, 1 a score is beyond its limit or a file cannot be used, 2 wrong usage")]
 pub(super) struct Args {
-    /// A profile, or a Parquet or CSV file
+    /// A profile (.json), or a Parquet or CSV file
     #[arg(long, value_name = "FILE")]
     reference: PathBuf,
     /// A Parquet or CSV file, or a folder of the ledger's Parquet
@@ -55,6 +56,7 @@ struct Compared {
     current: Counters,
     /// Of the current values, how many came and how many were compared.
     kept: (u64, u64),
+    quality: Quality,
     scores: Scores,
     evidently: Option<ColumnVerdict>,
     verdict: Verdict,
@@ -73,9 +75,9 @@ pub(super) fn run(args: &Args) -> ExitCode {
 
 /// The report, and whether it is beyond a limit.
 fn drift(args: &Args) -> Result<(String, bool), Stop> {
-    let (profile, reference, mut notes) = reference(&args.reference)?;
-    let model =
-        (args.reference.extension().is_some_and(|e| e == "json")).then(|| profile.model.as_str());
+    let Against { profile, data: reference, mut notes, is_file } = reference(&args.reference)?;
+    // Of a ledger with several models that of the profile; rows of a file belong to no model.
+    let model = (!is_file).then(|| profile.model.as_str());
     let table = Table::open(&args.current, model)?;
     let features: Vec<Feature> = profile.features.iter().map(|f| f.feature.clone()).collect();
     let binding = Binding::new(&features, &table)?;
@@ -110,8 +112,16 @@ fn drift(args: &Args) -> Result<(String, bool), Stop> {
     Ok((text, !failures.is_empty()))
 }
 
-/// A profile and its features' values where they are known; and what a reader should know.
-fn reference(path: &Path) -> Result<(Profile, Vec<Option<Data>>, Vec<String>), Stop> {
+/// What rows are compared with.
+struct Against {
+    profile: Profile,
+    /// Its features' values, where they are known.
+    data: Vec<Option<Data>>,
+    notes: Vec<String>,
+    is_file: bool,
+}
+
+fn reference(path: &Path) -> Result<Against, Stop> {
     if path.extension().is_some_and(|extension| extension == "json") {
         let profile = Profile::read(&bytes(path)?)
             .map_err(|error| Stop::usage(format_args!("'{}': {error}", path.display())))?;
@@ -121,7 +131,7 @@ fn reference(path: &Path) -> Result<(Profile, Vec<Option<Data>>, Vec<String>), S
         });
         let note = "the profile keeps no values of numbers: scores that need them are left out";
         let notes = without.then(|| note.to_owned()).into_iter().collect();
-        return Ok((profile, data, notes));
+        return Ok(Against { profile, data, notes, is_file: false });
     }
     let table = Table::open(path, None)?;
     let model: ModelName = "reference".parse().map_err(Stop::failed)?;
@@ -132,7 +142,8 @@ fn reference(path: &Path) -> Result<(Profile, Vec<Option<Data>>, Vec<String>), S
         let rows = learnt.profile.source.rows;
         notes.push(format!("the reference is a sample: {sampled} of {rows} rows at least"));
     }
-    Ok((learnt.profile, learnt.data.into_iter().map(Some).collect(), notes))
+    let data = learnt.data.into_iter().map(Some).collect();
+    Ok(Against { profile: learnt.profile, data, notes, is_file: true })
 }
 
 fn bytes(path: &Path) -> Result<Vec<u8>, Stop> {
@@ -203,6 +214,7 @@ fn compare(
             Reference::Mmd(_) => "mmd",
         },
         reference: feature.own(),
+        quality: feature.quality(&current),
         current,
         kept: column.kept(),
         scores,

@@ -1,8 +1,9 @@
 //! Tables of rows out of files: Parquet, CSV, or a folder of the ledger's Parquet.
 //!
-//! A file is read as it comes, some thousand rows at a time; nothing of it is kept here. [`bind`]
-//! says which of its columns are which features.
+//! A file is read as it comes, some thousand rows at a time; nothing of it is kept here. [`features`]
+//! says which features it has, [`bind`] which of its columns are which.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::admin::Stop;
@@ -10,9 +11,11 @@ use crate::domain::DataType;
 
 mod bind;
 mod csv;
+mod features;
 mod parquet;
 
-pub(super) use bind::{Binding, of_signature, of_table};
+pub(super) use bind::Binding;
+pub(super) use features::{of_signature, of_table};
 
 /// Columns of one file.
 const COLUMNS_MAX: usize = 10_000;
@@ -74,23 +77,19 @@ impl Table {
             Some("csv") => Format::Csv,
             _ => Format::Parquet,
         };
-        let mut columns: Vec<Column> = Vec::new();
+        let (mut columns, mut names) = (Vec::<Column>::new(), HashSet::new());
         for file in &files {
             let of_file = match format {
                 Format::Parquet => parquet::columns(file)?,
                 Format::Csv => csv::columns(file)?,
             };
-            for column in of_file {
-                if !columns.iter().any(|known| known.name == column.name) {
-                    columns.push(column);
-                }
-            }
+            columns.extend(of_file.into_iter().filter(|column| names.insert(column.name.clone())));
             if columns.len() > COLUMNS_MAX {
                 let problem = format_args!("more than {COLUMNS_MAX} columns");
                 return Err(Stop::usage(format_args!("'{}': {problem}", path.display())));
             }
         }
-        let has = |name: &str| columns.iter().any(|column| column.name == name);
+        let has = |name: &str| names.contains(name);
         let ledger = has("prediction_id") && has("status") && has("kind") && has("seq");
         Ok(Self { path: path.to_owned(), files, format, columns, ledger })
     }

@@ -44,6 +44,8 @@ pub fn findings(p_values: &[f64], false_share: f64) -> Vec<bool> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::random::mix;
+    use super::super::scores::Shares;
     use super::*;
 
     #[test]
@@ -54,6 +56,31 @@ mod tests {
         let p = [0.04, 0.03, 0.049, 0.9, 0.2];
         assert_eq!(findings(&p, 0.05), [false; 5]);
         assert!(findings(&[], 0.05).is_empty());
+    }
+
+    #[test]
+    fn a_window_exceeds_the_critical_value_as_often_as_it_says() {
+        // 400 pairs of 1,000 and 500 rows in ten cells at a nominal 5 %: 0.05 + 3 standard errors.
+        let draw = |seed: u64, rows: u64| {
+            let mut cells = [0_u64; 10];
+            for row in 0..rows {
+                cells[(mix(seed, row) >> 32) as usize % 10] += 1;
+            }
+            cells
+        };
+        let critical = psi_critical(1000, 500, 10, 0.05);
+        let of_distance = jensen_shannon_critical(1000, 500, 10, 0.05);
+        let (mut psi, mut distance, mut p) = (0, 0, 0);
+        for seed in 0..400 {
+            let cells = draw(seed, 1000).into_iter().zip(draw(!seed, 500)).collect();
+            let shares = Shares::new(cells).unwrap();
+            psi += u32::from(shares.psi() > critical);
+            distance += u32::from(shares.jensen_shannon() > of_distance);
+            p += u32::from(shares.same_source_p() < 0.05);
+        }
+        for (name, count) in [("PSI", psi), ("Jensen-Shannon", distance), ("p", p)] {
+            assert!((7..=33).contains(&count), "{name}: {count} of 400");
+        }
     }
 
     #[test]

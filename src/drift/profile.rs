@@ -16,11 +16,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::counters::{Counters, Score};
-use super::feature::{FEATURES_MAX, Feature};
+use super::feature::{ELEMENTS_MAX, FEATURES_MAX, Feature, Part};
 use super::grid::{Cells, Grid};
 use super::scores::Sample;
 use super::tally::{Dictionary, Tally};
-use super::wide::{Fourier, Kernel, Waves};
+use super::wide::{DIMENSIONS, Fourier, Kernel, Waves};
 use crate::domain::{Digest, ModelName, Version};
 
 mod exact;
@@ -263,6 +263,17 @@ impl FeatureProfile {
         let Feature { name, tensor, .. } = &self.feature;
         if name.len() > TEXT_LEN_MAX || tensor.len() > TEXT_LEN_MAX {
             return Err("its name is too long");
+        }
+        let known = match self.feature.part {
+            Part::Element(at) => at < ELEMENTS_MAX,
+            Part::Projection(at) => at < DIMENSIONS,
+            _ => true,
+        };
+        let whole = self.feature.part == Part::Mmd;
+        if !known || whole != matches!(self.reference, Reference::Mmd(_)) {
+            return Err(
+                "it is no part of a row that is watched, or of another kind than that part",
+            );
         }
         let finite = |t: &Threshold| {
             [t.usual, t.learnt_mean, t.learnt_std].iter().all(|number| number.is_finite())

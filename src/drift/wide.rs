@@ -13,6 +13,7 @@ use std::f64::consts::PI;
 use serde::{Deserialize, Serialize};
 
 use super::feature::Part;
+use super::grid::{LARGEST, ROWS_MAX};
 use super::random::{mix, normal, uniform};
 
 /// Dimensions of the projection.
@@ -150,6 +151,10 @@ impl Default for Fourier {
 
 impl Fourier {
     pub fn add(&mut self, waves: &Waves, row: &[f64; DIMENSIONS]) {
+        if !row.iter().all(|value| value.abs() <= LARGEST) {
+            self.missing += 1;
+            return;
+        }
         self.rows += 1;
         let scale = (2.0 / FEATURES as f64).sqrt();
         for (sum, (frequency, phase)) in self.sums.iter_mut().zip(&waves.0) {
@@ -177,6 +182,8 @@ impl Fourier {
     }
 
     pub(super) fn fits(&self) -> bool {
-        self.sums.len() == FEATURES && self.sums.iter().all(|sum| sum.is_finite())
+        self.sums.len() == FEATURES
+            && self.sums.iter().all(|sum| sum.is_finite())
+            && self.rows.max(self.missing) <= ROWS_MAX
     }
 }

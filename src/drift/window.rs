@@ -121,7 +121,8 @@ mod tests {
             }
             assert_eq!((reservoir.values().len(), reservoir.seen()), (10, 100));
             for value in reservoir.values() {
-                kept[(value / 10.0) as usize] += 1;
+                let tenths = (0..10).filter(|tenth| f64::from(*tenth) * 10.0 <= *value);
+                kept[tenths.count() - 1] += 1;
             }
         }
         assert!(kept.iter().all(|count| (1830..2170).contains(count)), "{kept:?}");

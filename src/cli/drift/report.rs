@@ -158,6 +158,7 @@ fn feature(compared: &Compared) -> Value {
         "kind": compared.kind,
         "reference": side(&compared.reference),
         "current": side(&compared.current),
+        "quality": compared.quality,
         "state": compared.verdict.state,
         "p": compared.verdict.p,
         "beyond": compared.verdict.beyond,

@@ -110,7 +110,7 @@ proptest! {
         seed in any::<u64>(),
         sizes in (2_u64..400, 1_u64..400),
         cells in 16_usize..80,
-        cut in 0.0_f64..1.0,
+        cut in any::<usize>(),
     ) {
         let mut reference = form(forms.0, seed, sizes.0);
         reference.sort_by(f64::total_cmp);
@@ -126,7 +126,7 @@ proptest! {
         let (low, high) = a.ks_bounds(&b, &grid).unwrap();
         prop_assert!(low <= distance + 1e-12 && distance <= high + 1e-12, "{low} {distance} {high}");
 
-        let at = (cut * current.len() as f64) as usize;
+        let at = cut % (current.len() + 1);
         let mut merged = filled(&grid, &current[..at]);
         merged.merge(&filled(&grid, &current[at..]));
         prop_assert_eq!(&merged.counts, &b.counts);

@@ -1,6 +1,8 @@
-use super::super::feature::{Role, of_rows};
+use super::super::feature::{Part, Role, of_rows};
 use super::super::random::{normal, uniform};
+use super::super::wide::DIMENSIONS;
 use super::*;
+use crate::domain::DataType;
 
 pub(crate) fn learner(features: Vec<Feature>, keep_values: bool) -> Learner {
     Learner::new(features, LearnSettings { keep_values, ..LearnSettings::default() }).unwrap()
@@ -126,6 +128,30 @@ fn a_shifted_projection_is_seen_and_the_same_is_not() {
     let limit = feature.thresholds[&Score::Mmd].learnt();
     assert!(score(2, 0.0) < limit && limit < 0.01, "{} {limit}", score(2, 0.0));
     assert!(score(3, 0.3) > 3.0 * limit, "{} {limit}", score(3, 0.3));
+}
+
+#[test]
+fn wrong_rows_are_counted_by_kind() {
+    use super::super::quality::Quality;
+    let mut learner = learner(one(DataType::Fp64), false);
+    (0..1000).for_each(|row| learner.add(0, Value::Number(uniform(4, row))));
+    let numbers = finished(learner).profile.features.remove(0);
+    let count = |feature: &FeatureProfile, values: &[Value<'_>]| {
+        let mut counters = feature.counters();
+        values.iter().for_each(|value| feature.add(&mut counters, *value));
+        feature.quality(&counters)
+    };
+    let odd = [0.5, -1.0, 2.0, f64::NAN, f64::INFINITY].map(Value::Number);
+    let mut found = count(&numbers, &[&odd[..], &[Value::Missing]].concat());
+    let want = Quality { missing: 1, nan: 1, infinite: 1, out_of_range: 2, ..Quality::default() };
+    assert_eq!(found, want);
+    found = count(&numbers, &[Value::Number(0.5), Value::Number(0.5)]);
+    assert_eq!(found, Quality { constant: true, ..Quality::default() });
+    let mut learner = self::learner(one(DataType::Bytes), false);
+    [&b"a"[..], b"b"].iter().for_each(|text| learner.add(0, Value::Text(text)));
+    let texts = finished(learner).profile.features.remove(0);
+    let found = count(&texts, &[b"c", b"c"].map(|text| Value::Text(text)));
+    assert_eq!(found, Quality { unseen_category: 2, constant: true, ..Quality::default() });
 }
 
 #[test]

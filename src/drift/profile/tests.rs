@@ -6,6 +6,11 @@ use super::super::random::normal;
 use super::*;
 use crate::domain::DataType;
 
+#[expect(clippy::cast_possible_truncation, reason = "as 32-bit floats have it")]
+fn narrow(value: f64) -> f32 {
+    value as f32
+}
+
 fn profile(keep_values: bool, atoms: bool) -> Profile {
     let mut features = of_rows(Role::Input, "x", DataType::Fp32, Some(&[2]));
     features.extend(of_rows(Role::Input, "colour", DataType::Bytes, Some(&[])));
@@ -15,7 +20,7 @@ fn profile(keep_values: bool, atoms: bool) -> Profile {
     for row in 0..3000 {
         // 0.1 as a 32-bit float has 17 digits: an atom that a rounded reading would miss.
         let atom = if atoms && row % 3 == 0 { f64::from(0.1_f32) } else { normal(1, row) };
-        learner.add(0, Value::Number(f64::from(atom as f32)));
+        learner.add(0, Value::Number(f64::from(narrow(atom))));
         learner.add(1, Value::Number(normal(2, row)));
         learner.add(2, Value::Text(if row % 4 == 0 { b"red" } else { b"blue" }));
         learner.add(
@@ -79,6 +84,9 @@ fn what_does_not_fit_is_refused() {
         ("schema_version is 2", |p| p["schema_version"] = json!(2)),
         ("unknown field", |p| p["features"][0]["colour"] = json!(1)),
         ("1 to 4096 features", |p| p["features"] = json!([])),
+        ("no part of a row", |p| {
+            p["features"][0]["feature"]["part"] = json!({"element": u64::MAX});
+        }),
         ("twice", |p| p["features"][1] = p["features"][0].clone()),
         ("do not fit its edges", |p| {
             p["features"][0]["reference"]["num"]["cells"]["counts"] = json!([1])

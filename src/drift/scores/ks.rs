@@ -119,25 +119,17 @@ fn matrix(x: f64, n: f64) -> f64 {
     let k = (n * x).floor() as usize + 1;
     let size = 2 * k - 1;
     let h = k as f64 - n * x;
-    let mut base = vec![vec![0.0; size]; size];
-    for (i, row) in base.iter_mut().enumerate() {
-        for (j, cell) in row.iter_mut().enumerate().take((i + 2).min(size)) {
-            *cell = if i + 1 >= j { 1.0 } else { 0.0 };
-        }
-    }
-    for i in 0..size {
-        let power = |p: usize| h.powi(i32::try_from(p).unwrap_or(i32::MAX));
-        base[i][0] -= power(i + 1);
-        base[size - 1][i] -= power(size - i);
-    }
-    if 2.0 * h > 1.0 {
-        base[size - 1][0] += (2.0 * h - 1.0).powi(i32::try_from(size).unwrap_or(i32::MAX));
-    }
-    for i in 0..size {
-        for j in 0..=i {
-            base[i][j] /= (1..=i + 1 - j).map(|g| g as f64).product::<f64>();
-        }
-    }
+    let power = |x: f64, exponent: usize| x.powi(i32::try_from(exponent).unwrap_or(i32::MAX));
+    let corner = if 2.0 * h > 1.0 { power(2.0 * h - 1.0, size) } else { 0.0 };
+    let factorial = |to: usize| (1..=to).map(|factor| factor as f64).product::<f64>();
+    let cell = |i: usize, j: usize| {
+        let mut cell = if i + 1 >= j { 1.0 } else { 0.0 };
+        cell -= if j == 0 { power(h, i + 1) } else { 0.0 };
+        cell -= if i == size - 1 { power(h, size - j) } else { 0.0 };
+        cell += if (i, j) == (size - 1, 0) { corner } else { 0.0 };
+        cell / factorial((i + 1).saturating_sub(j))
+    };
+    let base: Vec<Vec<f64>> = (0..size).map(|i| (0..size).map(|j| cell(i, j)).collect()).collect();
     // n is small: as many products as it says, each scaled by i/n, so that nothing overflows.
     let mut row = vec![0.0; size];
     row[k - 1] = 1.0;
