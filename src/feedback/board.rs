@@ -136,10 +136,10 @@ impl Board {
             .fold((0, 0), |(events, of), more| (events + more.0, of + more.1))
     }
 
-    /// How many metrics of callers a series has, and whether this is one of them, on a day.
-    pub(super) fn has_room_for(&self, series: &Series, day: Day, metric: &str) -> bool {
+    /// Names of the metrics of callers that a series has on a day.
+    pub(super) fn metrics(&self, series: &Series, day: Day) -> BTreeSet<String> {
         let tally = self.days.get(&day).and_then(|day| day.get(series));
-        tally.is_none_or(|tally| tally.has_room_for(metric))
+        tally.map(|tally| tally.metric_names().map(str::to_owned).collect()).unwrap_or_default()
     }
 
     /// Of a model's predictions from the first day to the last.

@@ -120,16 +120,16 @@ mod tests {
 
     #[test]
     fn equals_are_seldom_accused_and_worse_ones_soon() {
-        let runs = 400;
+        let runs = 200;
         for share in [0.02, 0.1, 0.4] {
-            let alarms = (0..runs).filter(|seed| alarm(*seed, share, share, 500).is_some()).count();
-            assert!(alarms <= 20, "{alarms} of {runs} at {share}");
+            let alarms = (0..runs).filter(|seed| alarm(*seed, share, share, 300).is_some()).count();
+            assert!(alarms <= 10, "{alarms} of {runs} at {share}");
         }
-        let better = (0..runs).filter(|seed| alarm(*seed, 0.05, 0.1, 500).is_some()).count();
-        assert!(better <= 8, "{better} of {runs}");
-        let mut found: Vec<u64> = (0..runs).filter_map(|seed| alarm(seed, 0.3, 0.1, 500)).collect();
+        let better = (0..runs).filter(|seed| alarm(*seed, 0.05, 0.1, 300).is_some()).count();
+        assert!(better <= 4, "{better} of {runs}");
+        let mut found: Vec<u64> = (0..runs).filter_map(|seed| alarm(seed, 0.3, 0.1, 300)).collect();
         found.sort_unstable();
-        assert!(found.len() >= 396, "{} of {runs} were found", found.len());
+        assert!(found.len() >= 198, "{} of {runs} were found", found.len());
         let median = found[found.len() / 2];
         assert!((20..150).contains(&median), "after {median} labels");
     }
