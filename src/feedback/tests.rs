@@ -211,8 +211,11 @@ async fn labels_count_once_and_the_last_one_counts() {
     assert_eq!((arms["stable"].labelled, arms["canary"].labelled), (1, 1));
 
     // The same after a start, from the index or from the logs alone.
+    let (iris, two) = ("iris".parse().unwrap(), Version::new(2).unwrap());
+    assert_eq!(bench.feedback.mistakes(&iris, two), Some((1, 3)));
     let bench = bench.restarted(false).await;
     check(bench.figures(3).await);
+    assert_eq!(bench.feedback.mistakes(&iris, two), Some((1, 3)));
     assert_eq!(bench.say(vec![label(one, &[1])]).await, Ok(vec![Unchanged]));
     let bench = bench.restarted(true).await;
     check(bench.figures(3).await);

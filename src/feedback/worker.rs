@@ -205,6 +205,7 @@ impl<'a> Worker<'a> {
 
     fn work(&mut self, jobs: &Receiver<Job>) -> Result<(), WorkError> {
         self.catch_up()?;
+        self.parts.shared.board.lock().whole = true;
         loop {
             let more = self.count_predictions();
             let job = match more {
