@@ -256,8 +256,9 @@ impl Feedback {
     }
 
     /// Rows that a version took for another class than their label says, and all rows that labels
-    /// were held against, of the requests that the split sent to it.
-    pub fn mistakes(&self, model: &ModelName, version: Version) -> (u64, u64) {
+    /// were held against, of the requests that the split sent to it. `None` while that is not known:
+    /// at the start, and after something failed.
+    pub fn mistakes(&self, model: &ModelName, version: Version) -> Option<(u64, u64)> {
         let split = [Arm::Stable, Arm::Canary];
         let wants = |series: &Series| {
             series.model == model.as_str()

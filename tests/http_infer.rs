@@ -566,6 +566,8 @@ async fn a_document_with_real_names() {
     let api = api();
     let document = get(&api, "/v2/models/fake/openapi.json").await.json();
     assert_eq!(document["openapi"], "3.1.0");
+    let feedback = &document["paths"]["/v2/models/fake/feedback"]["post"];
+    assert_eq!(feedback["operationId"], "feedback");
     let schemas = &document["components"]["schemas"];
     let tensor = &schemas["InferRequest"]["properties"]["inputs"]["items"]["oneOf"][0];
     assert_eq!(tensor["properties"]["name"]["const"], "x");

@@ -53,6 +53,8 @@ pub struct VersionQuality {
 /// See the module.
 #[derive(Debug, Default)]
 pub(super) struct Board {
+    /// All that is in the log of feedback is counted; until then counts may be behind those of before.
+    pub(super) whole: bool,
     days: BTreeMap<Day, BTreeMap<Series, Tally>>,
     changed: BTreeSet<(Day, Series)>,
 }
@@ -130,16 +132,17 @@ impl Board {
     }
 
     /// Mistakes, and rows that labels were held against, of all days.
-    pub(super) fn mistakes(&self, wants: impl Fn(&Series) -> bool) -> (u64, u64) {
+    /// `None` as long as they are not whole.
+    pub(super) fn mistakes(&self, wants: impl Fn(&Series) -> bool) -> Option<(u64, u64)> {
         let all = self.days.values().flatten().filter(|(series, _)| wants(series));
-        all.map(|(_, tally)| tally.mistakes())
-            .fold((0, 0), |(events, of), more| (events + more.0, of + more.1))
+        let add = |(events, of), more: (u64, u64)| (events + more.0, of + more.1);
+        self.whole.then(|| all.map(|(_, tally)| tally.mistakes()).fold((0, 0), add))
     }
 
-    /// How many metrics of callers a series has, and whether this is one of them, on a day.
-    pub(super) fn has_room_for(&self, series: &Series, day: Day, metric: &str) -> bool {
+    /// Names of the metrics of callers that a series has on a day.
+    pub(super) fn metrics(&self, series: &Series, day: Day) -> BTreeSet<String> {
         let tally = self.days.get(&day).and_then(|day| day.get(series));
-        tally.is_none_or(|tally| tally.has_room_for(metric))
+        tally.map(|tally| tally.metric_names().map(str::to_owned).collect()).unwrap_or_default()
     }
 
     /// Of a model's predictions from the first day to the last.

@@ -2,7 +2,7 @@
 //! record by its number.
 //!
 //! ```text
-//! segments that were written when the id says ─▶ marks: one for each 256 KiB, with the times of
+//! segments that were written when the id says ─▶ marks: one for each 64 KiB, with the times of
 //!                                                its ids ─▶ the few KiB that can have it ─▶ record
 //! ```
 //!
@@ -28,9 +28,9 @@ use crate::ledger::reader::{self, Fault, ReadError, SegmentFile, SegmentReader};
 use crate::ledger::record::Kind;
 
 /// Bytes of a segment between two marks.
-const STRIDE: u64 = 256 << 10;
-/// Segments whose marks are kept; of 64 MiB each they are 64 GiB.
-pub const MARKED_MAX: usize = 1024;
+const STRIDE: u64 = 64 << 10;
+/// Segments whose marks are kept; of 64 MiB each they are 32 GiB.
+pub const MARKED_MAX: usize = 512;
 /// Segments that are read whole for one call.
 pub const SEGMENTS_READ_MAX: usize = 16;
 /// A clock that was set back by no more than this hides nothing.
@@ -134,29 +134,40 @@ impl Finder {
         (from, until.saturating_add(CLOCK_SLACK_MS))
     }
 
-    /// Gives `take` the record with this number, if it is there.
+    /// Gives `take` the records with these numbers that are there.
     ///
     /// # Errors
     /// When the log cannot be read.
-    pub(super) fn record<T>(
+    pub(super) fn records(
         &mut self,
-        seq: u64,
-        take: impl Fn(&View<'_>) -> T,
-    ) -> Result<Option<T>, ReadError> {
-        let segments = self.segments()?;
-        let Some(segment) = segments.iter().rfind(|segment| segment.first_seq <= seq) else {
-            return Ok(None);
+        seqs: &[u64],
+        mut take: impl FnMut(&View<'_>),
+    ) -> Result<(), ReadError> {
+        let mut wanted = seqs.to_vec();
+        wanted.sort_unstable();
+        let between = |from: u64, to: u64| {
+            let at = |seq| wanted.partition_point(|wanted| *wanted < seq);
+            &wanted[at(from)..at(to)]
         };
-        let parts = self.parts(segment, &mut Budget(1), |_| true)?.unwrap_or_default();
-        let part = parts.iter().rfind(|mark| mark.first_seq <= seq).copied();
-        let mut found = None;
-        read(segment, part.as_slice(), |view| {
-            if view.seq == seq {
-                found = Some(take(view));
-            }
-            view.seq < seq
-        })?;
-        Ok(found)
+        let segments = self.segments()?;
+        for (at, segment) in segments.iter().enumerate() {
+            let end = segments.get(at + 1).map_or(u64::MAX, |next| next.first_seq);
+            let here = between(segment.first_seq, end);
+            let Some(last) = here.last() else { continue };
+            let marks = self.parts(segment, &mut Budget(1), |_| true)?.unwrap_or_default();
+            let until = |at: usize| marks.get(at + 1).map_or(end, |next| next.first_seq);
+            let holds =
+                |(at, mark): &(usize, &Mark)| !between(mark.first_seq, until(*at)).is_empty();
+            let parts: Vec<Mark> =
+                marks.iter().enumerate().filter(holds).map(|(_, mark)| *mark).collect();
+            read(segment, &parts, |view| {
+                if here.binary_search(&view.seq).is_ok() {
+                    take(view);
+                }
+                view.seq < *last
+            })?;
+        }
+        Ok(())
     }
 
     /// The segments in order; when each was begun is known afterwards.
@@ -408,8 +419,14 @@ mod tests {
         assert_eq!(found(&mut finder, &ids), ids);
     }
 
+    fn records(finder: &mut Finder, seqs: &[u64]) -> Vec<u64> {
+        let mut found = Vec::new();
+        finder.records(seqs, |view| found.push(view.seq)).unwrap();
+        found
+    }
+
     #[test]
-    fn a_record_is_found_by_its_number() {
+    fn records_are_found_by_their_numbers() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = TestLog::new(dir.path(), PREDICTIONS);
         for at in 0..30_u64 {
@@ -420,11 +437,11 @@ mod tests {
         }
         let mut finder = finder(&log);
         for seq in [0, 1, 10, 11, 29, 17] {
-            assert_eq!(finder.record(seq, |view| view.seq).unwrap(), Some(seq));
+            assert_eq!(records(&mut finder, &[seq]), [seq]);
         }
-        assert_eq!(finder.record(30, |view| view.seq).unwrap(), None);
+        assert_eq!(records(&mut finder, &[29, 3, 30, 11, 10, 3, 99]), [3, 10, 11, 29]);
         let mut none = Finder::new(dir.path().join("none"), Duration::ZERO);
-        assert_eq!(none.record(0, |view| view.seq).unwrap(), None);
+        assert_eq!(records(&mut none, &[0]), Vec::<u64>::new());
     }
 
     #[test]
@@ -441,7 +458,8 @@ mod tests {
         let segment = reader::segments(&log.dir).unwrap().remove(0);
         crate::ledger::erase::rewrite(&segment, &[(0, 9)]).unwrap();
         assert_eq!(found(&mut finder, &ids), ids);
-        assert_eq!(finder.record(11, |view| view.erased).unwrap(), Some(false));
-        assert_eq!(finder.record(3, |view| view.erased).unwrap(), Some(true));
+        let mut erased = Vec::new();
+        finder.records(&[3, 11], |view| erased.push((view.seq, view.erased))).unwrap();
+        assert_eq!(erased, [(3, true), (11, false)]);
     }
 }

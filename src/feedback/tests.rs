@@ -74,6 +74,10 @@ impl Bench {
 
     /// Records a prediction of these rows of probabilities.
     async fn predict(&self, rows: &[[f32; 3]], arm: Arm) -> Uuid {
+        self.predict_by(2, rows, arm).await
+    }
+
+    async fn predict_by(&self, version: u64, rows: &[[f32; 3]], arm: Arm) -> Uuid {
         let id = Uuid::now_v7();
         let data: Vec<u8> = rows.iter().flatten().flat_map(|p| p.to_le_bytes()).collect();
         let shape = [rows.len(), 3].into_iter().collect();
@@ -83,7 +87,7 @@ impl Bench {
             request_id: String::new(),
             received_at: SystemTime::now(),
             model: "iris".parse().unwrap(),
-            version: Version::new(2),
+            version: Version::new(version),
             digest: None,
             arm: Some(arm),
             reason: None,
@@ -211,8 +215,11 @@ async fn labels_count_once_and_the_last_one_counts() {
     assert_eq!((arms["stable"].labelled, arms["canary"].labelled), (1, 1));
 
     // The same after a start, from the index or from the logs alone.
+    let (iris, two) = ("iris".parse().unwrap(), Version::new(2).unwrap());
+    assert_eq!(bench.feedback.mistakes(&iris, two), Some((1, 3)));
     let bench = bench.restarted(false).await;
     check(bench.figures(3).await);
+    assert_eq!(bench.feedback.mistakes(&iris, two), Some((1, 3)));
     assert_eq!(bench.say(vec![label(one, &[1])]).await, Ok(vec![Unchanged]));
     let bench = bench.restarted(true).await;
     check(bench.figures(3).await);
@@ -246,7 +253,7 @@ async fn what_cannot_be_is_refused_whole() {
         bench.say(items.to_vec()).await.unwrap();
     }
     let said = why(bench.say(vec![metric(two, "another", 1.0)]).await);
-    assert!(said.contains("metric: 32"), "{said}");
+    assert!(said.contains("metric: 32 others"), "{said}");
     assert!(bench.say(vec![metric(two, "m0", 1.0)]).await.is_ok());
     assert!(bench.recorded().iter().all(|body| body.labels.is_empty()), "nothing was half taken");
 
@@ -258,6 +265,21 @@ async fn what_cannot_be_is_refused_whole() {
     ] {
         assert!(families.contains(line), "{line} is not in\n{families}");
     }
+}
+
+#[tokio::test]
+async fn a_version_that_is_gone_has_figures_and_no_series() {
+    let bench = Bench::new();
+    for version in [1, 2] {
+        let id = bench.predict_by(version, &[SURE], Arm::Stable).await;
+        bench.say(vec![label(id, &[1])]).await.unwrap();
+    }
+    let report = bench.feedback.report(&"iris".parse().unwrap(), None);
+    assert_eq!(report.versions.len(), 2);
+    let page = crate::observe::page::text(&bench.feedback.families());
+    let series = "tidegate_quality_samples{model=\"iris\",version=\"2\",arm=\"stable\"} 1";
+    assert!(page.contains(series), "{page}");
+    assert!(!page.contains("version=\"1\""), "{page}");
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@
 //! - Whatever fails here fails the calls that wait, and the thread begins again from what was
 //!   written down; what was promised is in the log.
 
-use std::collections::{HashMap, hash_map};
+use std::collections::{BTreeSet, HashMap, hash_map};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
@@ -26,7 +26,7 @@ use crate::ledger::log::{OpenError, Unrecorded};
 use crate::ledger::reader::{ReadError, SEGMENTS};
 use crate::ledger::record::{Head, Kind, Payload, Record, Via};
 use crate::ledger::{FEEDBACK, Ledger, PREDICTIONS};
-use crate::quality::Tally;
+use crate::quality::{METRICS_MAX, Tally};
 
 /// How long the thread waits for a call before it looks at the logs.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -112,6 +112,35 @@ struct Fact {
     body: Body,
 }
 
+impl Fact {
+    fn key(&self) -> Key {
+        (self.id, self.body.key().to_owned())
+    }
+}
+
+/// Metrics of callers: as many as there is room for.
+struct Room<'a> {
+    board: &'a Board,
+    names: HashMap<(Series, Day), BTreeSet<String>>,
+}
+
+impl Room<'_> {
+    fn take(&mut self, facts: Vec<Fact>) -> Result<Vec<Fact>, String> {
+        for fact in &facts {
+            let (Some(metric), Some(place)) = (&fact.body.metric, place(&fact.head)) else {
+                continue;
+            };
+            let known = |(series, day): &(Series, Day)| self.board.metrics(series, *day);
+            let names = self.names.entry(place).or_insert_with_key(known);
+            names.insert(metric.clone());
+            if names.len() > METRICS_MAX {
+                return Err(format!("metric: {METRICS_MAX} others are known already"));
+            }
+        }
+        Ok(facts)
+    }
+}
+
 /// What is to be done for a call.
 #[derive(Default)]
 struct Decided {
@@ -120,7 +149,10 @@ struct Decided {
 }
 
 /// What was said of a prediction, by its id and metric.
-type Known = HashMap<(Uuid, String), Body>;
+type Known = HashMap<Key, Body>;
+
+/// A prediction, and the metric; the label has none.
+type Key = (Uuid, String);
 
 struct Worker<'a> {
     parts: &'a Parts,
@@ -133,6 +165,8 @@ struct Worker<'a> {
     count_from: Instant,
     made: Finder,
     said: Finder,
+    /// Bodies of records that what is being decided may correct, by their numbers.
+    earlier: HashMap<u64, Body>,
     written: Taken,
     committed: Instant,
     /// Waits for records to be on the disk.
@@ -162,6 +196,7 @@ impl<'a> Worker<'a> {
             count_from: Instant::now(),
             made: Finder::new(folder(PREDICTIONS), made_within),
             said: Finder::new(said, Duration::ZERO),
+            earlier: HashMap::new(),
             written,
             committed: Instant::now(),
             runtime: runtime.map_err(WorkError::Runtime)?,
@@ -170,6 +205,7 @@ impl<'a> Worker<'a> {
 
     fn work(&mut self, jobs: &Receiver<Job>) -> Result<(), WorkError> {
         self.catch_up()?;
+        self.parts.shared.board.lock().whole = true;
         loop {
             let more = self.count_predictions();
             let job = match more {
@@ -219,6 +255,7 @@ impl<'a> Worker<'a> {
         let recorded = self.record(&decided);
         // What is recorded is promised, whether or not it can be counted at once.
         let counted = self.catch_up();
+        self.earlier = HashMap::new();
         for (job, Decided { outcomes, .. }) in decided {
             job.answer(recorded.clone().map(|()| outcomes).map_err(FeedbackError::from));
         }
@@ -231,15 +268,17 @@ impl<'a> Worker<'a> {
         job: &Job,
         known: &mut Known,
     ) -> Result<Result<Decided, FeedbackError>, WorkError> {
-        let drafts = match self.drafts(job)? {
+        let drafts = match self.drafts(job) {
             Ok(drafts) => drafts,
             Err(refused) => return Ok(Err(refused)),
         };
+        let keys = drafts.iter().flatten().map(Fact::key).filter(|key| !known.contains_key(key));
+        self.look_up(&keys.collect::<Vec<_>>())?;
         let (mut decided, mut own) = (Decided::default(), Known::new());
         for facts in drafts {
             let mut outcome = Outcome::NotFound;
             for fact in facts {
-                let key = (fact.id, fact.body.key().to_owned());
+                let key = fact.key();
                 let before = match own.get(&key).or_else(|| known.get(&key)) {
                     Some(body) => Some(body.clone()),
                     None => self.fact(&fact.id, &key.1)?.1,
@@ -261,7 +300,7 @@ impl<'a> Worker<'a> {
     }
 
     /// The facts of each item, none for one whose prediction is not found.
-    fn drafts(&mut self, job: &Job) -> Result<Result<Vec<Vec<Fact>>, FeedbackError>, WorkError> {
+    fn drafts(&mut self, job: &Job) -> Result<Vec<Vec<Fact>>, FeedbackError> {
         let call = &job.call;
         let mut places: HashMap<Uuid, Vec<usize>> = HashMap::new();
         for (at, item) in call.items.iter().enumerate() {
@@ -271,7 +310,7 @@ impl<'a> Worker<'a> {
         let mut drafts: Vec<_> = call.items.iter().map(|_| None).collect();
         let (mut hows, origin) = (HashMap::new(), origin(job));
         let models = &self.parts.models;
-        let all = self.made.predictions(&ids, |id, view| {
+        let found = self.made.predictions(&ids, |id, view| {
             // Of another model it is none that this caller may know of.
             if view.model != call.model.as_str() {
                 return;
@@ -284,33 +323,35 @@ impl<'a> Worker<'a> {
             for at in places.get(&id).into_iter().flatten() {
                 drafts[*at] = Some(draft(view, &call.items[*at], predicted.as_ref(), how, &origin));
             }
-        })?;
-        if !all {
-            return Ok(Err(FeedbackError::Searching));
-        }
-        let mut found = Vec::with_capacity(drafts.len());
-        for (at, draft) in drafts.into_iter().enumerate() {
-            match draft.transpose().and_then(|facts| self.has_room(facts.unwrap_or_default())) {
-                Ok(facts) => found.push(facts),
-                Err(why) => return Ok(Err(FeedbackError::Item { at, why })),
+        });
+        match found {
+            Ok(true) => {}
+            Ok(false) => return Err(FeedbackError::Searching),
+            // Other calls ask for predictions of other days.
+            Err(error) => {
+                tracing::warn!(%error, "predictions that labels came for cannot be looked for");
+                return Err(FeedbackError::Broken);
             }
         }
-        Ok(Ok(found))
+        let mut room = Room { board: &self.parts.shared.board.lock(), names: HashMap::new() };
+        let drafts = drafts.into_iter().enumerate().map(|(at, draft)| {
+            let facts = draft.transpose().and_then(|facts| room.take(facts.unwrap_or_default()));
+            facts.map_err(|why| FeedbackError::Item { at, why })
+        });
+        drafts.collect()
     }
 
-    /// Callers' metrics are as many as there is room for.
-    fn has_room(&self, facts: Vec<Fact>) -> Result<Vec<Fact>, String> {
-        let board = self.parts.shared.board.lock();
-        for fact in &facts {
-            let Some((series, day)) = place(&fact.head) else { continue };
-            if let Some(metric) = &fact.body.metric
-                && !board.has_room_for(&series, day, metric)
-            {
-                let max = crate::quality::METRICS_MAX;
-                return Err(format!("metric: {max} of the model's others are known already"));
-            }
+    /// Reads what was said before of these, all at once.
+    fn look_up(&mut self, keys: &[Key]) -> Result<(), WorkError> {
+        let mut seqs = Vec::new();
+        for (id, metric) in keys {
+            seqs.extend(self.index.fact(id, metric)?);
         }
-        Ok(facts)
+        let earlier = &mut self.earlier;
+        self.said.records(&seqs, |view| {
+            earlier.extend(Body::read(view.body).map(|body| (view.seq, body)));
+        })?;
+        Ok(())
     }
 
     /// Records facts, and waits until their answers may leave.
@@ -385,8 +426,11 @@ impl<'a> Worker<'a> {
     /// Whether something of this kind was said of a prediction, and what, if that was not erased.
     fn fact(&mut self, id: &Uuid, key: &str) -> Result<(bool, Option<Body>), WorkError> {
         let Some(seq) = self.index.fact(id, key)? else { return Ok((false, None)) };
-        let body = self.said.record(seq, |view| Body::read(view.body))?;
-        Ok((true, body.flatten()))
+        let mut body = self.earlier.get(&seq).cloned();
+        if body.is_none() {
+            self.said.records(&[seq], |view| body = Body::read(view.body))?;
+        }
+        Ok((true, body))
     }
 
     /// Counts some of the predictions that came since; whether there may be more.

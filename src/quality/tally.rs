@@ -193,13 +193,9 @@ impl Tally {
         (rows - correct.min(rows), rows)
     }
 
-    /// Whether there is room for values of this metric.
-    pub fn has_room_for(&self, metric: &str) -> bool {
-        self.metrics.len() < METRICS_MAX || self.metrics.contains_key(metric)
-    }
-
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
+    /// Of callers.
+    pub fn metric_names(&self) -> impl Iterator<Item = &str> {
+        self.metrics.keys().map(String::as_str)
     }
 
     pub fn add(&mut self, more: &Self) {
@@ -216,7 +212,7 @@ impl Tally {
         self.regression.square.add(square);
         self.regression.error.add(error);
         for (name, more) in &more.metrics {
-            if self.has_room_for(name) {
+            if self.metrics.len() < METRICS_MAX || self.metrics.contains_key(name) {
                 self.metrics.entry(name.clone()).or_default().add(more);
             }
         }

@@ -18,8 +18,10 @@ const PREDICT: [u16; 5] = [403, 200, 403, 403, 200];
 const VERSIONS: [u16; 5] = [403, 403, 200, 403, 200];
 const GATEWAY: [u16; 5] = [403, 403, 403, 403, 200];
 
+const FEEDBACK: &str = r#"{"prediction_id": "019ab7a2-6c1f-7d3e-9b5a-0c2d4e6f8a1b", "label": 1}"#;
+
 /// Of one model: method, path, body, and what a key for all models gets by role.
-const OF_MODEL: [(&str, &str, &str, [u16; 5]); 17] = [
+const OF_MODEL: [(&str, &str, &str, [u16; 5]); 18] = [
     ("GET", "/v2/models/{m}", "", ALL),
     ("GET", "/v2/models/{m}/versions/1", "", ALL),
     ("GET", "/v2/models/{m}/ready", "", ALL),
@@ -33,6 +35,7 @@ const OF_MODEL: [(&str, &str, &str, [u16; 5]); 17] = [
     ("POST", "/v2/models/{m}/infer", "not json", PREDICT),
     ("POST", "/v2/models/{m}/versions/1/infer", INFER, PREDICT),
     ("POST", "/v2/models/{m}/versions/9/infer", INFER, PREDICT),
+    ("POST", "/v2/models/{m}/feedback", FEEDBACK, PREDICT),
     ("POST", "/v1/models/{m}:predict", r#"{"instances": [[1, 2]]}"#, PREDICT),
     ("POST", "/v2/repository/models/{m}/load", "", VERSIONS),
     ("POST", "/v2/repository/models/{m}/unload", "", VERSIONS),
@@ -60,6 +63,8 @@ fn right(expected: u16, path: &str, body: &str) -> u16 {
     match (expected, body) {
         (200, "not json") => 400,
         (200, _) if path.contains("/versions/9/") => 404,
+        // Nothing is recorded here that a label could be of.
+        (200, _) if path.ends_with("/feedback") => 501,
         _ => expected,
     }
 }

@@ -238,14 +238,19 @@ impl Inner {
         Ok(shadows.snapshot(model, table.models.get(model).unwrap_or(&none)))
     }
 
-    /// Mistakes by the labels of what the split sent to both.
-    fn label_totals(&self, model: &ModelName, candidate: Version, stable: Version) -> LabelTotals {
-        let Some(feedback) = self.feedback.get() else { return LabelTotals::default() };
+    /// Mistakes by the labels of what the split sent to both, once they are known.
+    fn label_totals(
+        &self,
+        model: &ModelName,
+        candidate: Version,
+        stable: Version,
+    ) -> Option<LabelTotals> {
+        let feedback = self.feedback.get()?;
         let count = |version: Version| {
-            let (events, of) = feedback.mistakes(model, version);
-            Count { events, of }
+            let (events, of) = feedback.mistakes(model, version)?;
+            Some(Count { events, of })
         };
-        LabelTotals { candidate: count(candidate), stable: count(stable) }
+        Some(LabelTotals { candidate: count(candidate)?, stable: count(stable)? })
     }
 
     fn shadow_totals(

@@ -235,8 +235,8 @@ pub struct Observation {
     pub stable: Option<ArmTotals>,
     pub candidate: Option<ArmTotals>,
     pub shadow: ShadowTotals,
-    /// What labels say of requests that the split sent.
-    pub labels: LabelTotals,
+    /// What labels say of requests that the split sent; `None` while that is not known.
+    pub labels: Option<LabelTotals>,
     /// Keeps the versions under watch until the next observation.
     pub watched: Vec<Watched>,
 }
@@ -248,7 +248,7 @@ impl Observation {
         stable: Option<&Arc<VersionStats>>,
         traffic: Option<Traffic>,
         shadow: ShadowTotals,
-        labels: LabelTotals,
+        labels: Option<LabelTotals>,
     ) -> Self {
         let shares = traffic.as_ref().map(Traffic::shares).unwrap_or_default();
         let totals = |stats: &Arc<VersionStats>| stats.split_totals();

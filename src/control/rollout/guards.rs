@@ -489,6 +489,27 @@ mod tests {
     }
 
     #[test]
+    fn labels_decide_once_there_are_enough_of_them() {
+        let feedback =
+            FeedbackGuard { metric: "accuracy".to_owned(), min_labels: 50, alpha: Some(0.05) };
+        let guards = Guards { feedback: Some(feedback), ..all() };
+        let cases = [
+            (0, 0.0, Inconclusive),
+            (49, 0.0, Inconclusive),
+            (50, 0.0, Pass),
+            (50, f64::ln(10.0), Inconclusive),
+            (50, f64::ln(20.0) + 1e-9, Fail),
+            // What is clear is clear.
+            (7, f64::ln(25.0), Fail),
+        ];
+        for (of, ln, want) in cases {
+            let mut seen = evidence(&[]);
+            (seen.labels.candidate.of, seen.labels.ln) = (of, ln);
+            assert_eq!(outcome(&sight(&guards, &seen), Guard::Feedback), want, "{of} {ln}");
+        }
+    }
+
+    #[test]
     fn sticky_or_broken_splits_are_not_held_against_the_candidate() {
         let guards = all();
         // One busy caller: 10 % came where 5 % was meant, and failures likewise.

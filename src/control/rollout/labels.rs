@@ -45,8 +45,10 @@ pub struct LabelEvidence {
 }
 
 impl LabelEvidence {
-    /// Takes what has come since the last look. Corrections that take mistakes back are no labels.
-    pub fn add(&mut self, now: LabelTotals) {
+    /// Takes what has come since the last look, if that is known now. Corrections that take mistakes
+    /// back are no labels.
+    pub fn add(&mut self, now: Option<LabelTotals>) {
+        let Some(now) = now else { return };
         let Some(before) = self.seen.replace(now) else { return };
         let candidate = since(now.candidate, before.candidate);
         let stable = since(now.stable, before.stable);
@@ -100,7 +102,7 @@ mod tests {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut totals = LabelTotals::default();
         let mut evidence = LabelEvidence::default();
-        evidence.add(totals);
+        evidence.add(Some(totals));
         for _ in 0..looks {
             for (count, share, most) in
                 [(&mut totals.candidate, candidate, 3), (&mut totals.stable, stable, 20)]
@@ -110,7 +112,7 @@ mod tests {
                     count.events += u64::from(rng.random::<f64>() < share);
                 }
             }
-            evidence.add(totals);
+            evidence.add(Some(totals));
             if evidence.ln >= f64::ln(20.0) {
                 return Some(evidence.candidate.of);
             }
@@ -120,16 +122,16 @@ mod tests {
 
     #[test]
     fn equals_are_seldom_accused_and_worse_ones_soon() {
-        let runs = 400;
+        let runs = 200;
         for share in [0.02, 0.1, 0.4] {
-            let alarms = (0..runs).filter(|seed| alarm(*seed, share, share, 500).is_some()).count();
-            assert!(alarms <= 20, "{alarms} of {runs} at {share}");
+            let alarms = (0..runs).filter(|seed| alarm(*seed, share, share, 300).is_some()).count();
+            assert!(alarms <= 10, "{alarms} of {runs} at {share}");
         }
-        let better = (0..runs).filter(|seed| alarm(*seed, 0.05, 0.1, 500).is_some()).count();
-        assert!(better <= 8, "{better} of {runs}");
-        let mut found: Vec<u64> = (0..runs).filter_map(|seed| alarm(seed, 0.3, 0.1, 500)).collect();
+        let better = (0..runs).filter(|seed| alarm(*seed, 0.05, 0.1, 300).is_some()).count();
+        assert!(better <= 4, "{better} of {runs}");
+        let mut found: Vec<u64> = (0..runs).filter_map(|seed| alarm(seed, 0.3, 0.1, 300)).collect();
         found.sort_unstable();
-        assert!(found.len() >= 396, "{} of {runs} were found", found.len());
+        assert!(found.len() >= 198, "{} of {runs} were found", found.len());
         let median = found[found.len() / 2];
         assert!((20..150).contains(&median), "after {median} labels");
     }
@@ -138,11 +140,14 @@ mod tests {
     fn what_was_there_before_and_what_is_taken_back_says_nothing() {
         let count = |events, of| Count { events, of };
         let mut evidence = LabelEvidence::default();
-        evidence.add(LabelTotals { candidate: count(90, 100), stable: count(0, 100) });
+        let totals = |candidate, stable| Some(LabelTotals { candidate, stable });
+        evidence.add(totals(count(90, 100), count(0, 100)));
         assert_eq!((evidence.ln, evidence.candidate.of), (0.0, 0));
-        evidence.add(LabelTotals { candidate: count(80, 100), stable: count(0, 90) });
+        evidence.add(totals(count(80, 100), count(0, 90)));
         assert_eq!((evidence.ln, evidence.candidate.of, evidence.stable.of), (0.0, 0, 0));
-        evidence.add(LabelTotals { candidate: count(85, 110), stable: count(0, 100) });
+        // At a start nothing is known for a moment.
+        evidence.add(None);
+        evidence.add(totals(count(85, 110), count(0, 100)));
         assert_eq!((evidence.candidate, evidence.stable), (count(5, 10), count(0, 10)));
         // As it is kept in a rollout's record.
         let text = serde_json::to_string(&evidence).unwrap();

@@ -87,6 +87,8 @@ fn label(value: Value) -> Result<Label, ItemError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const ID: &str = "019ab7a2-6c1f-7d3e-9b5a-0c2d4e6f8a1b";
@@ -112,6 +114,21 @@ mod tests {
         let metric = read("{ID, \"metric\": \"revenue\", \"value\": 3}").unwrap();
         assert_eq!(metric[0].metric, Some(("revenue".to_owned(), 3.0)));
         assert_eq!(read("[]").unwrap(), []);
+    }
+
+    proptest! {
+        /// Whatever comes, it is read or refused, and what is read says something.
+        #[test]
+        fn any_body_is_read_or_refused(
+            bytes in proptest::collection::vec(any::<u8>(), 0..64),
+            text in "[\\[{]{0,3}(\"(prediction_id|label|metric|value|at)\": ?(-?[0-9e.]{1,9}|null|true|\"[a-z0-9-]{0,9}\"|\\[|\\{),?){0,6}[\\]}]{0,3}",
+        ) {
+            for body in [&bytes[..], text.as_bytes()] {
+                for item in items(body).unwrap_or_default() {
+                    prop_assert!(!item.labels.is_empty() || item.metric.is_some());
+                }
+            }
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::domain::{DataType, ModelName, TensorSpec};
+use crate::feedback::Outcome;
 use crate::route::Served;
 
 /// Most elements that an example spells out for one tensor.
@@ -19,6 +20,7 @@ pub(super) fn document(served: &Served, versions: &[String]) -> Value {
         format!("/v2/models/{model}/versions/{{version}}/infer"),
         json!({"post": operation(model, "OfVersion", versions)}),
     );
+    paths.insert(format!("/v2/models/{model}/feedback"), json!({"post": feedback(model)}));
     json!({
         "openapi": "3.1.0",
         "info": {
@@ -33,6 +35,8 @@ pub(super) fn document(served: &Served, versions: &[String]) -> Value {
         "components": {"schemas": {
             "InferRequest": request(inputs, outputs),
             "InferResponse": response(outputs),
+            "FeedbackItem": feedback_item(),
+            "FeedbackResults": feedback_results(),
             "Parameters": {
                 "type": "object",
                 "additionalProperties": {"type": ["string", "number", "boolean"]},
@@ -43,6 +47,57 @@ pub(super) fn document(served: &Served, versions: &[String]) -> Value {
                 "properties": {"error": {"type": "string"}, "code": {"type": "string"}},
             },
         }},
+    })
+}
+
+fn feedback(model: &ModelName) -> Value {
+    let item = json!({"$ref": "#/components/schemas/FeedbackItem"});
+    let body = json!({"oneOf": [item, {"type": "array", "items": item, "minItems": 1}]});
+    let json_body = |schema: Value| json!({"application/json": {"schema": schema}});
+    let results = json!({"$ref": "#/components/schemas/FeedbackResults"});
+    let error = json!({"$ref": "#/components/schemas/Error"});
+    json!({
+        "operationId": "feedback",
+        "summary": format!("Say what became of predictions of {model}"),
+        "requestBody": {"required": true, "content": json_body(body)},
+        "responses": {
+            "202": {"description": "It is recorded.", "content": json_body(results)},
+            "default": {"description": "Nothing was taken.", "content": json_body(error)},
+        },
+    })
+}
+
+fn feedback_item() -> Value {
+    let label = json!({"type": ["boolean", "number", "string"]});
+    let row = json!({"type": ["boolean", "number", "string", "null"]});
+    json!({
+        "type": "object",
+        "required": ["prediction_id"],
+        "additionalProperties": false,
+        "properties": {
+            "prediction_id": {"type": "string", "format": "uuid"},
+            "label": {"oneOf": [label, {"type": "array", "items": row, "minItems": 1}]},
+            "metric": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+            "value": {"type": "number"},
+            "at": {"type": "string", "format": "date-time"},
+        },
+        "anyOf": [{"required": ["label"]}, {"required": ["metric", "value"]}],
+    })
+}
+
+fn feedback_results() -> Value {
+    let statuses = Outcome::ALL.map(Outcome::as_str);
+    json!({
+        "type": "object",
+        "required": ["results"],
+        "properties": {"results": {"type": "array", "items": {
+            "type": "object",
+            "required": ["prediction_id", "status"],
+            "properties": {
+                "prediction_id": {"type": "string", "format": "uuid"},
+                "status": {"enum": statuses},
+            },
+        }}},
     })
 }
 
