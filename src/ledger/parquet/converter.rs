@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use tokio::sync::oneshot;
 
 use super::{Job, Manifest, ParquetError, SegmentEntry, convert};
 use crate::ledger::export::Selection;
@@ -55,14 +56,16 @@ pub struct Progress {
 pub struct Converter {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    /// Guards the word that the thread has ended, which is waited for once.
+    ended: Mutex<Option<oneshot::Receiver<()>>>,
 }
 
 #[derive(Default)]
 struct Shared {
     /// Guards only itself: it is held for no longer than a copy takes.
     progress: Mutex<Progress>,
-    /// Guards the wish to end, which the thread sleeps on.
-    stop: Mutex<bool>,
+    /// Guards the wish to end, which the thread sleeps on: until then it may convert what there is.
+    stop: Mutex<Option<Instant>>,
     woken: Condvar,
 }
 
@@ -78,24 +81,39 @@ impl Converter {
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let its = Arc::clone(&shared);
+        let (done, ended) = oneshot::channel();
         let thread = std::thread::Builder::new().name("ledger-parquet".to_owned());
-        let thread = thread.spawn(move || work(&settings, &its, between))?;
-        Ok(Self { shared, thread: Some(thread) })
+        let thread = thread.spawn(move || {
+            work(&settings, &its, between);
+            // Nobody may be waiting.
+            done.send(()).ok();
+        })?;
+        Ok(Self { shared, thread: Some(thread), ended: Mutex::new(Some(ended)) })
     }
 
     pub fn progress(&self) -> Progress {
         self.shared.progress.lock().clone()
     }
 
-    /// Asks the thread to end, and waits for nothing.
-    pub fn ask_to_stop(&self) {
-        *self.shared.stop.lock() = true;
+    /// Converts what is sealed by now, for as long as `time_max`, and ends the thread. What is not done
+    /// by then is done after the next start.
+    pub async fn finish(&self, time_max: Duration) {
+        self.end_at(Instant::now() + time_max);
+        let ended = self.ended.lock().take();
+        if let Some(ended) = ended {
+            // An error means that the thread is gone.
+            ended.await.ok();
+        }
+    }
+
+    fn end_at(&self, at: Instant) {
+        *self.shared.stop.lock() = Some(at);
         self.shared.woken.notify_all();
     }
 
     /// Ends the thread; a file that is half written is given up.
     pub fn stop(&mut self) {
-        self.ask_to_stop();
+        self.end_at(Instant::now());
         // The thread itself may be the last that had the ledger: it ends by itself then.
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != std::thread::current().id()
@@ -119,19 +137,21 @@ fn work(settings: &ConverterSettings, shared: &Shared, mut between: impl FnMut()
     }
     let mut seen = Seen::default();
     loop {
+        let ends = shared.stop.lock().is_some();
         // A panic must not end the conversion for good; the hook has told where it was.
         if crate::panics::caught(|| look(settings, shared, &mut seen)).is_none() {
             shared.progress.lock().failures += 1;
+        }
+        if ends {
+            return;
         }
         if crate::panics::caught(&mut between).is_none() {
             shared.progress.lock().failures += 1;
         }
         let mut stop = shared.stop.lock();
-        if !*stop {
+        // Asked to end, it looks once more: the last segment was sealed just now.
+        if stop.is_none() {
             shared.woken.wait_for(&mut stop, settings.every);
-        }
-        if *stop {
-            return;
         }
     }
 }
@@ -155,7 +175,10 @@ fn look(settings: &ConverterSettings, shared: &Shared, seen: &mut Seen) {
         if seen.failed.get(&at).is_some_and(|when| when.elapsed() < AGAIN_AFTER) {
             continue;
         }
-        let stopped = || *shared.stop.lock();
+        let stopped = || shared.stop.lock().is_some_and(|at| Instant::now() >= at);
+        if stopped() {
+            return;
+        }
         let days_of = &*settings.days_of;
         let job = Job { wanted: &Selection::default(), stopped: &stopped, days_of };
         match convert(&segment, &settings.root, &job) {
