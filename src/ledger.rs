@@ -380,7 +380,6 @@ impl Ledger {
 
     /// Hands over what waits and seals the logs. Records that come later are refused.
     pub async fn close(&self) {
-        self.stop_upkeep();
         for (_, log) in self.logs() {
             log.close().await;
         }
@@ -388,6 +387,8 @@ impl Ledger {
         if let Some(notary) = notary {
             notary.close().await;
         }
+        // After the last checkpoint, which its manifest has, and before the last delivery.
+        self.finish_upkeep().await;
         if let Some(delivery) = self.delivery() {
             delivery.stop().await;
         }

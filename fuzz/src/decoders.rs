@@ -124,7 +124,7 @@ pub fn profile(data: &[u8]) {
         assert_eq!(judge([(feature, &counters, &scores)]).len(), 1);
         feature.quality(&counters);
     }
-    assert!(Profile::read(&profile.write().unwrap()).is_ok());
+    assert!(profile.write().is_ok_and(|bytes| Profile::read(&bytes).is_ok()));
 }
 
 /// A file of a ledger: a segment, sealed or not, a checkpoint, a proof.
@@ -178,6 +178,14 @@ fn frames(mut reader: SegmentReader, len: usize) {
     }
     assert!(reader.offset() <= len as u64);
     drop(reader.rest());
+    // Behind damage it goes on with a whole frame, or ends; it never goes back.
+    while let Ok(Some(seq)) = reader.skip_damage() {
+        assert!(seq >= next);
+        let Ok(Some(frame)) = reader.next_frame() else { unreachable!("no frame where one is") };
+        assert_eq!(frame.seq, seq);
+        next = seq + 1;
+    }
+    assert!(reader.offset() <= len as u64);
 }
 
 fn infer(body: &[u8], json_len: Option<usize>) {

@@ -81,6 +81,12 @@ pub(super) struct Connection {
     pub(super) json: bool,
 }
 
+impl Why {
+    pub(super) fn reason(&self) -> Option<&str> {
+        self.reason.as_deref()
+    }
+}
+
 impl Connection {
     /// Folder of the gateway's state, as far as it is known here.
     pub(super) fn state_dir(&self) -> PathBuf {

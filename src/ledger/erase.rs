@@ -35,6 +35,10 @@ use super::record::{Head, Kind, Payload, Record};
 use super::subjects::Tag;
 use super::{ADMIN, FEEDBACK, Ledger, PREDICTIONS};
 
+mod offline;
+
+pub use offline::{OfflineError, erase_offline};
+
 /// Number after the last record of the log of changes whose erasure is done.
 const DONE: &str = "erased";
 /// Where the mark stands in a segment's head.

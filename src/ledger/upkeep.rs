@@ -20,7 +20,9 @@ use crate::observe::page::{Family, Kind as Shown};
 /// How often the log's folder is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often it is asked what has been kept for long enough.
-const RETENTION_EVERY: Duration = Duration::from_secs(60);
+const RETENTION_EVERY: Duration = Duration::from_secs(if cfg!(test) { 0 } else { 60 });
+/// How long the end of the program waits for the last segment to become Parquet.
+const FINISH_MAX: Duration = Duration::from_secs(2);
 /// How long the record of a change may take to the disk, and how often that is looked at.
 const SYNC_MAX: Duration = Duration::from_secs(10);
 const SYNC_POLL: Duration = Duration::from_millis(5);
@@ -167,10 +169,10 @@ impl Ledger {
         ]
     }
 
-    /// Asks the thread to end; it is waited for when the ledger is dropped.
-    pub(super) fn stop_upkeep(&self) {
+    /// The logs are sealed: what that made is converted, if it is quick, and nothing more removed.
+    pub(super) async fn finish_upkeep(&self) {
         if let Some(upkeep) = self.upkeep.get() {
-            upkeep.converter.ask_to_stop();
+            upkeep.converter.finish(FINISH_MAX).await;
         }
     }
 
@@ -251,6 +253,54 @@ fn body(hold: &Hold, reason: &str) -> Payload {
 mod tests {
     use super::*;
     use crate::ledger::Settings;
+
+    #[tokio::test]
+    async fn payloads_that_go_early_leave_a_ledger_that_is_right() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(Settings::new(folder.path()), []).unwrap();
+        ledger.start_notary().unwrap();
+        // Of 2023, and kept for a day; the other for ever.
+        ledger.start_upkeep(Arc::new(|model| Some(u32::from(model == "iris")))).unwrap();
+        let about = crate::ledger::About {
+            signature: None,
+            engine: "",
+            recording: None,
+            config_revision: 0,
+            subject: None,
+        };
+        for (id, model) in (1_u128..).zip(["iris", "digits", "iris"]) {
+            let mut call = crate::ledger::tests::completion(id, "r");
+            call.model = model.parse().unwrap();
+            let at = ledger.append(&call, &about).unwrap().unwrap();
+            ledger.predictions().synced(at).await.unwrap();
+        }
+        ledger.predictions().seal();
+        let wanted = crate::ledger::verify::Wanted {
+            dir: ledger.settings().dir.clone(),
+            ..Default::default()
+        };
+        let until = Instant::now() + Duration::from_secs(60);
+        let log = loop {
+            let report = crate::ledger::verify::verify(&wanted).unwrap();
+            let log = report.logs.into_iter().find(|log| log.log == PREDICTIONS).unwrap();
+            let parquet = report.parquet.unwrap_or_default();
+            if log.erased == 2 && parquet.stale == 0 && parquet.removed == 1 {
+                break log;
+            }
+            assert!(Instant::now() < until, "{log:?} {parquet:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        };
+        assert_eq!(log.next_seq - log.first_seq, 3);
+        let upkeep = ledger.upkeep.get().unwrap();
+        assert_eq!(upkeep.gone.payloads.load(Ordering::Relaxed), 2);
+        // What is sealed at the end is Parquet when that is reached.
+        let call = crate::ledger::tests::completion(9, "r");
+        let at = ledger.append(&call, &about).unwrap().unwrap();
+        ledger.predictions().synced(at).await.unwrap();
+        ledger.close().await;
+        let parquet = crate::ledger::verify::verify(&wanted).unwrap().parquet.unwrap();
+        assert_eq!((parquet.segments, parquet.waiting), (2, 0), "{parquet:?}");
+    }
 
     #[test]
     fn a_hold_is_recorded_when_it_is_put_and_lifted() {

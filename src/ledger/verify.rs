@@ -6,6 +6,7 @@
 //!                                                         └─▶ root of each anchor kept elsewhere
 //! checkpoints ─▶ signature of the key whose turn it is ─▶ after the one before
 //! erased frames, records that are gone ─▶ there is a record that says so
+//! Parquet files ─▶ digest and rows as their manifests say, and those as the segments have them
 //! ```
 //!
 //! What a writer of the files could still do is cut the end off after the last checkpoint, or write
@@ -32,6 +33,10 @@ use super::reader::{self, Fault, ReadError, Rest, SEGMENTS, SegmentFile, Segment
 use super::tree::{Frontier, HASH_BYTES, Hash, LEVELS, STEP, TREE, level_len, level_path};
 use super::{ADMIN, FEEDBACK, PREDICTIONS};
 
+mod parquet;
+
+pub use parquet::ParquetReport;
+
 /// Leaves that go from one thread to the other at once, and batches that may wait.
 const BATCH: usize = 8192;
 const BATCHES_MAX: usize = 4;
@@ -53,6 +58,8 @@ pub struct Wanted {
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     pub logs: Vec<LogReport>,
+    /// Of the Parquet files beside the logs; `None` when there are none, or one log alone is checked.
+    pub parquet: Option<ParquetReport>,
     /// Whether the keys came from elsewhere: if not, everything may have been written anew.
     pub keys_given: bool,
 }
@@ -86,6 +93,8 @@ pub enum VerifyError {
     Fault(#[from] Fault),
     #[error("{}: {error}", file.display())]
     Io { file: PathBuf, error: io::Error },
+    #[error("{}: not there, although {} names it", file.display(), named_by.display())]
+    Missing { file: PathBuf, named_by: PathBuf },
     #[error("{}: neither a ledger nor one of its logs", .0.display())]
     NoLedger(PathBuf),
     #[error("no log here is '{0}', of which a checkpoint was given")]
@@ -147,13 +156,21 @@ pub fn verify(wanted: &Wanted) -> Result<Report, VerifyError> {
         true => keys::published(&ledger).map_err(io_at(&ledger.join(super::KEYS)))?,
         false => Vec::new(),
     };
-    let mut report = Report { logs: Vec::new(), keys_given: !wanted.keys.is_empty() };
+    let keys_given = !wanted.keys.is_empty();
+    let mut report = Report { logs: Vec::new(), parquet: None, keys_given };
     let mut writer = None;
     for dir in &logs {
         let check = Check { dir, ledger: &ledger, wanted, published: &published, writer };
         let found = check.patiently()?;
         writer = found.0.or(writer);
         report.logs.push(found.1);
+    }
+    let root = ledger.join(super::parquet::FOLDER);
+    if !single
+        && root.is_dir()
+        && let Some(log) = report.logs.iter().find(|log| log.log == PREDICTIONS)
+    {
+        report.parquet = Some(parquet::check(&root, &ledger.join(PREDICTIONS), log)?);
     }
     let known = |anchor: &&Note| {
         let origin = |log: &LogReport| checkpoint::origin(&log.writer, &log.log);

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import duckdb
 import pytest
 from conftest import BINARY, HOST, ROOT, running
 
@@ -144,6 +145,37 @@ def test_what_was_erased_is_gone_and_proven_still(tmp_path):
             *("audit", "erase", ids[2], "--reason", "again"),
             *("--address", f"http://{gateway.server.admin}", "--state-dir", gateway.server.state), code=1,
         )
+
+
+def test_a_ledger_that_nobody_uses_is_erased_in_place(tmp_path):
+    with gate(tmp_path) as gateway:
+        ids = gateway.predict(5)
+        arguments = ("audit", "erase", ids[1], "--ledger", gateway.ledger, "--reason", "request 17")
+        assert "a gateway uses this ledger" in tidegate(*arguments, code=1)
+        stop(gateway.server)
+        assert json.loads(tidegate(*arguments, "--json")) == {"records": 1, "key_destroyed": False, "done": True}
+        assert "no record here" in tidegate(*arguments, code=1)
+        assert "expected why" in tidegate("audit", "erase", ids[2], "--ledger", gateway.ledger, code=2)
+        assert "is no ledger" in tidegate("audit", "erase", ids[2], "--ledger", tmp_path, "--reason", "x", code=2)
+        assert gateway.verify()["predictions"]["erased"] == 1
+        # Who and why, signed; and gone from the Parquet too.
+        said = [json.loads(line) for line in tidegate(
+            "audit", "export", gateway.ledger / "admin", "--format", "jsonl", "--out", "-"
+        ).splitlines()]
+        erasure = next(record for record in said if record["kind"] == "erasure")
+        assert erasure["principal"].startswith("local:uid ") and erasure["body"]["reason"] == "request 17"
+        root = gateway.ledger / "parquet"
+        rows = duckdb.sql(f"SELECT prediction_id, erased, inputs FROM read_parquet('{root}/*/*/*.parquet')").fetchall()
+        assert [(number, inputs is None) for number, erased, inputs in rows if erased] == [(ids[1], True)]
+        assert len(rows) == 5 and ids[1] not in {number for number, erased, _ in rows if not erased}
+        report = json.loads(tidegate("audit", "verify", gateway.ledger, "--json"))["report"]
+        assert report["parquet"]["stale"] == report["parquet"]["waiting"] == 0
+        assert all(log["signed"] == log["next_seq"] for log in report["logs"])
+    # The gateway goes on with it.
+    with gate(tmp_path) as gateway:
+        gateway.predict(2)
+        eventually(lambda: gateway.signed() >= 7)
+        assert gateway.verify()["predictions"]["erased"] == 1
 
 
 def test_a_new_key_is_named_by_the_old_one(tmp_path):

@@ -4,8 +4,6 @@ import base64
 import hashlib
 import json
 import math
-import os
-import re
 import shutil
 import subprocess
 import time
@@ -438,36 +436,3 @@ def test_holds_are_put_and_lifted(again):
     assert [(change["action"], change["body"]["reason"]) for change in changes] == [
         ("hold.put", "court"), ("hold.lift", "closed"),
     ]
-
-
-def test_what_the_page_says_works(again, tmp_path, monkeypatch):
-    """Every command and query of docs/audit.md from "Query" on, as it stands there."""
-    server, books = again
-    page = (ROOT / "docs" / "audit.md").read_text().split("## Query", 1)[1]
-    (tmp_path / "tidegate-state").symlink_to(server.state)
-    number = next(number for number, entry in books.items() if entry["model"] == "iris")
-    # Where this test's gateway is; all else is as on the page.
-    shell = f"""
-tidegate() {{
-  case "$1 $2 $*" in
-    *--log*|"audit stats tidegate-state"*|"audit tail"*|"audit export"*) where="" ;;
-    *) where="--address http://{server.admin} --state-dir {server.state}" ;;
-  esac
-  case "$*" in replay*|*--reproduce*) where="$where --url http://{server.http}" ;; esac
-  "{BINARY}" "$@" $where
-}}
-"""
-    blocks = re.findall(r"```(sh|sql)\n(.*?)```", page, re.S)
-    assert {kind for kind, _ in blocks} == {"sh", "sql"} and len(blocks) >= 5
-    monkeypatch.chdir(tmp_path)
-    wait_for(lambda: list(tmp_path.glob("tidegate-state/ledger/parquet/_segments/*.json")))
-    for kind, block in blocks:
-        if kind == "sh":
-            done = subprocess.run(
-                ["bash", "-euc", shell + block], capture_output=True, text=True, timeout=120, check=False,
-                env={**os.environ, "ID": number},
-            )
-            assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
-        else:
-            for query in block.split(";"):
-                assert not query.strip() or duckdb.sql(query).fetchall(), query

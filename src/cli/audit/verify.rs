@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::cli::admin::{Stop, examples, finish};
 use crate::ledger::checkpoint::{Note, Notes};
 use crate::ledger::keys::{self, VerifierKey};
-use crate::ledger::verify::{LogReport, Report, VerifyError, Wanted, verify};
+use crate::ledger::verify::{LogReport, ParquetReport, Report, VerifyError, Wanted, verify};
 
 /// More than a file of checkpoints that somebody gives has.
 const CHECKPOINT_BYTES_MAX: u64 = 1 << 30;
@@ -58,6 +58,11 @@ fn checked(args: &Args) -> Result<String, Stop> {
                     "offset": fault.offset,
                     "what": fault.what,
                 }),
+                VerifyError::Missing { file, .. } => json!({
+                    "file": file.display().to_string(),
+                    "missing": true,
+                    "what": error.to_string(),
+                }),
                 other => json!({ "what": other.to_string() }),
             };
             let answer = format!("{:#}\n", json!({"ok": false, "fault": fault}));
@@ -96,6 +101,7 @@ fn checkpoints(file: &Path) -> Result<Vec<Note>, Stop> {
 
 fn text(report: &Report) -> String {
     let mut out: String = report.logs.iter().map(of_log).collect();
+    out += &report.parquet.as_ref().map(of_parquet).unwrap_or_default();
     out += match (report.keys_given, report.logs.iter().any(|log| log.key.is_some())) {
         (true, _) => "right, and signed by keys that were given\n",
         (false, true) => {
@@ -105,6 +111,22 @@ fn text(report: &Report) -> String {
         (false, false) => "right, but nothing is signed yet\n",
     };
     out
+}
+
+fn of_parquet(parquet: &ParquetReport) -> String {
+    let ParquetReport { segments, files, rows, bytes, .. } = parquet;
+    let mut out =
+        format!("parquet: {rows} rows in {files} files of {segments} segments, {bytes} bytes");
+    let notes = [
+        (parquet.removed, "files went as their retention says"),
+        (parquet.unreadable, "records that are damaged in the log"),
+        (parquet.waiting, "segments not converted yet"),
+        (parquet.stale, "segments to be converted anew"),
+    ];
+    for (count, what) in notes.into_iter().filter(|(count, _)| *count > 0) {
+        out += &format!(", {count} {what}");
+    }
+    out + "\n"
 }
 
 fn of_log(log: &LogReport) -> String {

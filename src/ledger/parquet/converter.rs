@@ -13,6 +13,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use super::{Job, Manifest, ParquetError, SegmentEntry, convert};
 use crate::ledger::export::Selection;
@@ -22,6 +24,8 @@ use crate::ledger::retention::DaysOf;
 
 /// A segment that could not be converted is tried again after this.
 const AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// How long the end of the program waits for the thread once its time is over.
+const LATE_MAX: Duration = Duration::from_millis(500);
 /// A segment that was sealed so long ago is no longer left to the processor's idle time.
 const LATE: Duration = Duration::from_secs(600);
 /// Of the thread that converts such a segment: a tenth of what a thread that serves gets.
@@ -59,14 +63,16 @@ pub struct Progress {
 pub struct Converter {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    /// Guards the word that the thread has ended, which is waited for once.
+    ended: Mutex<Option<oneshot::Receiver<()>>>,
 }
 
 #[derive(Default)]
 struct Shared {
     /// Guards only itself: it is held for no longer than a copy takes.
     progress: Mutex<Progress>,
-    /// Guards the wish to end, which the thread sleeps on.
-    stop: Mutex<bool>,
+    /// Guards the wish to end, which the thread sleeps on: until then it may convert what there is.
+    stop: Mutex<Option<Instant>>,
     woken: Condvar,
 }
 
@@ -82,24 +88,39 @@ impl Converter {
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let its = Arc::clone(&shared);
+        let (done, ended) = oneshot::channel();
         let thread = std::thread::Builder::new().name("ledger-parquet".to_owned());
-        let thread = thread.spawn(move || work(&settings, &its, between))?;
-        Ok(Self { shared, thread: Some(thread) })
+        let thread = thread.spawn(move || {
+            work(&settings, &its, between);
+            // Nobody may be waiting.
+            done.send(()).ok();
+        })?;
+        Ok(Self { shared, thread: Some(thread), ended: Mutex::new(Some(ended)) })
     }
 
     pub fn progress(&self) -> Progress {
         self.shared.progress.lock().clone()
     }
 
-    /// Asks the thread to end, and waits for nothing.
-    pub fn ask_to_stop(&self) {
-        *self.shared.stop.lock() = true;
+    /// Converts what is sealed by now, for as long as `time_max`, and ends the thread. What is not done
+    /// by then is done after the next start.
+    pub async fn finish(&self, time_max: Duration) {
+        self.end_at(Instant::now() + time_max);
+        let ended = self.ended.lock().take();
+        if let Some(ended) = ended {
+            // It looks now and then whether its time is over; an error means that it is gone.
+            timeout(time_max + LATE_MAX, ended).await.ok();
+        }
+    }
+
+    fn end_at(&self, at: Instant) {
+        *self.shared.stop.lock() = Some(at);
         self.shared.woken.notify_all();
     }
 
     /// Ends the thread; a file that is half written is given up.
     pub fn stop(&mut self) {
-        self.ask_to_stop();
+        self.end_at(Instant::now());
         // The thread itself may be the last that had the ledger: it ends by itself then.
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != std::thread::current().id()
@@ -119,19 +140,21 @@ impl Drop for Converter {
 fn work(settings: &ConverterSettings, shared: &Shared, mut between: impl FnMut()) {
     let mut seen = Seen::default();
     loop {
+        let ends = shared.stop.lock().is_some();
         // A panic must not end the conversion for good; the hook has told where it was.
         if crate::panics::caught(|| look(settings, shared, &mut seen)).is_none() {
             shared.progress.lock().failures += 1;
+        }
+        if ends {
+            return;
         }
         if crate::panics::caught(&mut between).is_none() {
             shared.progress.lock().failures += 1;
         }
         let mut stop = shared.stop.lock();
-        if !*stop {
+        // Asked to end, it looks once more: the last segment was sealed just now.
+        if stop.is_none() {
             shared.woken.wait_for(&mut stop, settings.every);
-        }
-        if *stop {
-            return;
         }
     }
 }
@@ -154,6 +177,9 @@ fn look(settings: &ConverterSettings, shared: &Shared, seen: &mut Seen) {
         let at = segment.first_seq;
         if seen.failed.get(&at).is_some_and(|when| when.elapsed() < AGAIN_AFTER) {
             continue;
+        }
+        if shared.is_over() {
+            return;
         }
         match aside(settings, shared, &segment) {
             Ok(manifest) => {
@@ -186,9 +212,11 @@ fn aside(
 ) -> Result<Manifest, ParquetError> {
     let changed = std::fs::metadata(&segment.path).and_then(|about| about.modified()).ok();
     let late = changed.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LATE);
+    // At the end somebody waits for it.
+    let urgent = late || shared.stop.lock().is_some();
     let work = || {
-        give_way(late);
-        let stopped = || *shared.stop.lock();
+        give_way(urgent);
+        let stopped = || shared.is_over();
         let wanted = &Selection::default();
         let job = Job { wanted, stopped: &stopped, days_of: &*settings.days_of };
         convert(segment, &settings.root, &job)
@@ -204,8 +232,8 @@ fn aside(
 
 /// Puts this thread behind those that serve. Where that cannot be, it works all the same.
 #[expect(unsafe_code, reason = "the C library's function for it takes a pointer")]
-fn give_way(late: bool) {
-    let given = if late {
+fn give_way(urgent: bool) {
+    let given = if urgent {
         // On Linux of this thread alone.
         rustix::process::nice(NICE).map(drop).map_err(io::Error::from)
     } else {
@@ -255,6 +283,11 @@ fn writer(segment: &SegmentFile) -> Option<WriterId> {
 }
 
 impl Shared {
+    /// Whether it is to end, and its time for that is over.
+    fn is_over(&self) -> bool {
+        self.stop.lock().is_some_and(|at| Instant::now() >= at)
+    }
+
     fn failed(&self, settings: &ConverterSettings, segment: Option<u64>, error: &ParquetError) {
         let text = error.to_string();
         let mut progress = self.progress.lock();

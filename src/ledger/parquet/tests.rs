@@ -239,6 +239,28 @@ fn the_converter_finds_what_is_sealed_and_what_changed() {
     assert_eq!(converter.progress().segments, 2);
 }
 
+#[tokio::test]
+async fn what_is_sealed_last_is_converted_at_the_end_if_there_is_time() {
+    for (time_max, want) in [(Duration::from_secs(60), 1), (Duration::ZERO, 0)] {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = ConverterSettings {
+            log: folder.path().join("log"),
+            root: folder.path().join("parquet"),
+            days_of: std::sync::Arc::new(|_| None),
+            every: Duration::from_secs(3600),
+        };
+        let (looked, looks) = std::sync::mpsc::sync_channel(8);
+        let converter =
+            Converter::start(settings.clone(), move || looked.send(()).unwrap()).unwrap();
+        looks.recv().unwrap();
+        sealed(&settings.log, [(head(0), payload())]);
+        converter.finish(time_max).await;
+        assert_eq!(Manifest::all(&settings.root).len(), want);
+        // Nothing is removed once the log is closed.
+        assert!(looks.try_recv().is_err());
+    }
+}
+
 /// Not a test of right or wrong: how fast it is, for `cargo test --release -- --ignored`.
 #[test]
 #[ignore = "takes a while, and tells a figure"]

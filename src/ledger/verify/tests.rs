@@ -485,6 +485,120 @@ fn a_cut_or_rewritten_history_contradicts_what_was_kept_elsewhere() {
     eprintln!("histories: {tampers} of {tampers} tampers detected");
 }
 
+/// A ledger with Parquet of its three segments, and what is wrong with it once `change` has been there.
+fn parquet_after(change: impl FnOnce(&Path)) -> Result<ParquetReport, VerifyError> {
+    use crate::ledger::export::Selection;
+    use crate::ledger::parquet::{FOLDER, Job, convert};
+    let world = World::new();
+    let root = world.path().join(FOLDER);
+    for segment in reader::segments(&world.predictions.dir).unwrap() {
+        convert(&segment, &root, &Job::of(&Selection::default())).unwrap();
+    }
+    change(&root);
+    verify(&world.wanted()).map(|report| report.parquet.unwrap())
+}
+
+fn first_with(folder: &Path, extension: &str) -> PathBuf {
+    let mut found: Vec<PathBuf> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|of| of == extension))
+        .collect();
+    found.sort();
+    found.remove(0)
+}
+
+const DAY: &str = "model=iris/date=1970-01-01";
+
+fn edit(root: &Path, from: &str, to: &str) {
+    let path = first_with(&root.join("_segments"), "json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains(from), "{from} in {text}");
+    std::fs::write(path, text.replace(from, to)).unwrap();
+}
+
+#[test]
+fn parquet_is_held_against_its_manifests_and_those_against_the_log() {
+    let right = parquet_after(|_| {}).unwrap();
+    assert_eq!((right.segments, right.files, right.rows), (3, 3, 9));
+    assert_eq!((right.waiting, right.stale, right.removed, right.unreadable), (0, 0, 0, 0));
+    // Not converted yet, with or without a file of the attempt.
+    let waiting = parquet_after(|root| {
+        std::fs::remove_file(first_with(&root.join("_segments"), "json")).unwrap();
+    });
+    assert_eq!(waiting.unwrap().waiting, 1);
+    type Change = fn(&Path);
+    let cases: [(&str, Change, &str); 8] = [
+        (
+            "missing",
+            |root| std::fs::remove_file(first_with(&root.join(DAY), "parquet")).unwrap(),
+            "not there, although",
+        ),
+        (
+            "a flipped bit",
+            |root| {
+                let path = first_with(&root.join(DAY), "parquet");
+                let mut bytes = std::fs::read(&path).unwrap();
+                bytes[100] ^= 1;
+                std::fs::write(&path, bytes).unwrap();
+            },
+            "with SHA-256",
+        ),
+        (
+            "a file too many",
+            |root| {
+                let path = first_with(&root.join(DAY), "parquet");
+                std::fs::copy(&path, path.with_file_name("other.parquet")).unwrap();
+            },
+            "a file that no manifest names",
+        ),
+        (
+            "a folder too many",
+            |root| {
+                let path = first_with(&root.join(DAY), "parquet");
+                std::fs::create_dir_all(root.join("model=other/date=x")).unwrap();
+                std::fs::copy(path, root.join("model=other/date=x/a.parquet")).unwrap();
+            },
+            "a file that no manifest names",
+        ),
+        (
+            "other rows",
+            |root| edit(root, "\"rows\": 3", "\"rows\": 4"),
+            "3 records, and files with 4 rows",
+        ),
+        (
+            "other records",
+            |root| {
+                edit(root, "\"rows\": 3", "\"rows\": 4");
+                edit(root, "\"records\": 3", "\"records\": 4");
+            },
+            "the segment has 3 records, not 4",
+        ),
+        ("elsewhere", |root| edit(root, DAY, "../predictions"), "is no file of this folder"),
+        ("no JSON", |root| edit(root, "{", "["), "no manifest of a segment"),
+    ];
+    for (name, change, want) in cases {
+        let error = parquet_after(change).unwrap_err();
+        assert!(error.to_string().contains(want), "{name}: {error}");
+        assert_eq!(matches!(error, VerifyError::Missing { .. }), name == "missing");
+    }
+    // A file that is right by its digest, and has other rows: somebody wrote the manifest as well.
+    let forged = parquet_after(|root| {
+        let path = first_with(&root.join(DAY), "parquet");
+        let log = root.parent().unwrap().join(PREDICTIONS);
+        crate::ledger::parquet::single(&log, &Default::default(), &path).unwrap();
+        let text = std::fs::read_to_string(first_with(&root.join("_segments"), "json")).unwrap();
+        let manifest: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let sha256: [u8; 32] = <sha2::Sha256 as sha2::Digest>::digest(&bytes).into();
+        let file = &manifest["files"][0];
+        edit(root, file["sha256"].as_str().unwrap(), &crate::ledger::erase::hex(&sha256));
+        let says = |bytes: u64| format!("\"bytes\": {bytes},\n      \"rows\"");
+        edit(root, &says(file["bytes"].as_u64().unwrap()), &says(bytes.len() as u64));
+    });
+    assert!(forged.unwrap_err().to_string().contains("9 rows, its manifest says 3"));
+}
+
 #[test]
 fn a_log_that_is_written_meanwhile_is_right() {
     let folder = tempfile::tempdir().unwrap();
