@@ -124,7 +124,7 @@ pub fn profile(data: &[u8]) {
         assert_eq!(judge([(feature, &counters, &scores)]).len(), 1);
         feature.quality(&counters);
     }
-    assert!(Profile::read(&profile.write().unwrap()).is_ok());
+    assert!(profile.write().is_ok_and(|bytes| Profile::read(&bytes).is_ok()));
 }
 
 /// A file of a ledger: a segment, sealed or not, a checkpoint, a proof.
