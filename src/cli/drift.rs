@@ -37,7 +37,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE|DIR")]
     current: PathBuf,
     /// Exit with 1 when a feature's score is above this (a p-value: below); also drifted=COUNT,
-    /// share=SHARE
+    /// insufficient=COUNT, share=SHARE
     #[arg(long, value_name = "SCORE=LIMIT", value_parser = check::limit)]
     fail_on: Vec<Limit>,
     /// Write a report that CI servers read

@@ -124,6 +124,11 @@ def test_a_gate_fails_with_a_report(tmp_path):
     failed = [case.attrib["name"] for case in suite if case.find("failure") is not None]
     assert "in income" in failed and "data set" in failed and "in age" not in failed
     assert int(suite.attrib["failures"]) == len(failed) and int(suite.attrib["tests"]) == len(suite) == 11
+    # Too few rows are neither good nor bad, unless somebody minds.
+    pyarrow.parquet.write_table(table(50, 3, 2), current)
+    tidegate("drift", *files, "--fail-on", "drifted=0", "--fail-on", "psi=0.01", "--junit", report)
+    assert xml.etree.ElementTree.parse(report).getroot().attrib["skipped"] == "10"
+    tidegate("drift", *files, "--fail-on", "insufficient=0", code=1)
     tidegate("drift", *files, "--fail-on", "colour=1", code=2)
     tidegate("drift", "--reference", tmp_path / "none.parquet", "--current", current, code=2)
     (tmp_path / "bad.json").write_text("{}")

@@ -11,6 +11,8 @@ pub(super) enum Measure {
     Score(Score),
     /// Features that are called drifted.
     Drifted,
+    /// Features that have too few rows to be called anything, or none at all.
+    Insufficient,
     /// Share of columns that Evidently would call drifted.
     Share,
 }
@@ -26,6 +28,7 @@ impl Measure {
         match self {
             Self::Score(score) => score.name(),
             Self::Drifted => "drifted",
+            Self::Insufficient => "insufficient",
             Self::Share => "share",
         }
     }
@@ -36,8 +39,11 @@ pub(super) fn limit(text: &str) -> Result<Limit, String> {
     let (name, number) = text.split_once('=').ok_or("expected SCORE=LIMIT")?;
     let measure = match name {
         "drifted" => Measure::Drifted,
+        "insufficient" => Measure::Insufficient,
         "share" => Measure::Share,
-        name => Measure::Score(name.parse().map_err(|error| format!("{error}, drifted, share"))?),
+        name => Measure::Score(
+            name.parse().map_err(|error| format!("{error}, drifted, insufficient, share"))?,
+        ),
     };
     match number.parse::<f64>().ok().filter(|limit| limit.is_finite() && *limit >= 0.0) {
         Some(limit) => Ok(Limit { measure, limit }),
@@ -60,11 +66,14 @@ pub(super) fn failures(limits: &[Limit], report: &Report) -> Vec<Failure> {
     for Limit { measure, limit } in limits.iter().copied() {
         let whole = |value: f64| Failure { feature: None, measure, value, limit };
         match measure {
-            Measure::Drifted => found.push(whole(report.drifted() as f64)),
+            Measure::Drifted => found.push(whole(report.count(State::Drifted) as f64)),
+            Measure::Insufficient => {
+                found.push(whole(report.count(State::InsufficientData) as f64));
+            }
             Measure::Share => found.push(whole(report.evidently().share)),
             Measure::Score(score) => {
                 for (number, compared) in report.features.iter().enumerate() {
-                    // Too few rows are no reason to fail, and none to pass: the state says so.
+                    // Too few rows say nothing; `insufficient` is for those.
                     if compared.verdict.state == State::InsufficientData {
                         continue;
                     }

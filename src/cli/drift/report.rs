@@ -25,9 +25,9 @@ pub(super) struct Evidently {
 }
 
 impl Report {
-    /// Features that a gateway would alert on.
-    pub(super) fn drifted(&self) -> usize {
-        self.features.iter().filter(|f| f.verdict.state == State::Drifted).count()
+    /// Features in this state; drifted are those that a gateway would alert on.
+    pub(super) fn count(&self, state: State) -> usize {
+        self.features.iter().filter(|compared| compared.verdict.state == state).count()
     }
 
     pub(super) fn evidently(&self) -> Evidently {
@@ -55,7 +55,8 @@ impl Report {
             "reference": {"path": self.reference, "rows": self.rows.0},
             "current": {"path": self.current, "rows": self.rows.1},
             "features": self.features.iter().map(feature).collect::<Vec<_>>(),
-            "drifted": self.drifted(),
+            "drifted": self.count(State::Drifted),
+            "insufficient": self.count(State::InsufficientData),
             "evidently": {
                 "drifted": drifted, "columns": columns, "share": share,
                 "dataset_drift": dataset_drifts(drifted, columns),
@@ -129,9 +130,10 @@ impl Report {
         let Evidently { drifted, columns, share } = self.evidently();
         let mut text = table.text();
         text += &format!(
-            "{} of {} features drifted; Evidently: {drifted} of {columns} columns, {:.0} %\n",
-            self.drifted(),
+            "{} of {} features drifted, {} have too few rows; Evidently: {drifted} of {columns} columns, {:.0} %\n",
+            self.count(State::Drifted),
             self.features.len(),
+            self.count(State::InsufficientData),
             share * 100.0
         );
         for note in self.notes.iter().chain(&self.sampled()) {
