@@ -1,6 +1,7 @@
 """The monitor as its users meet it: a profile beside a version, traffic that moves, a restart, and a real Prometheus."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from conftest import BINARY, HOST, MODELS, Server, free_ports, running
+from conftest import BINARY, HOST, MODELS, ROOT, Server, free_ports, running
 
 WITHIN_S = 60
 SEED = 11
@@ -84,6 +85,12 @@ def window(arm, name):
     return found, {each["feature"]: each for each in found["features"]}
 
 
+def blocks(language):
+    """Of the part of docs/monitor.md that needs a gateway."""
+    page = (ROOT / "docs" / "monitor.md").read_text().split("## Online")[1]
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
 @pytest.fixture
 def repository(tmp_path):
     """The repository's iris, version 2 with a profile of its own rows."""
@@ -149,11 +156,23 @@ def test_a_reference_is_learnt_and_frozen(tmp_path):
         eventually(lambda: version(server)["reference"]["kind"] == "provisional")
         send(server, flowers(300, 3))
         stable(server, 300)
-        at = ["--address", f"http://{server.admin}", "--state-dir", server.state]
-        assert "1000 rows" in tidegate("versions", "freeze", "iris", "2", "--reason", "a good week", *at)
+        # The page's commands, at this gateway.
+        (tmp_path / "bin").mkdir()
+        command = tmp_path / "bin" / "tidegate"
+        command.write_text(f'#!/bin/sh\nexec {BINARY} "$@" --address http://{server.admin} --state-dir {server.state}\n')
+        command.chmod(0o755)
+        said = ""
+        for block in blocks("sh"):
+            run = subprocess.run(
+                ["bash", "-euc", block], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False,
+                env={"PATH": f"{command.parent}:/usr/bin:/bin"},
+            )
+            assert run.returncode == 0, block + run.stdout + run.stderr
+            said += run.stdout
+        assert "version 2: 1000 rows are the reference" in said and "reference provisional" in said, said
         _, journal = admin(server, "/journal?action=reference.freeze")
         taken = [event for event in journal["events"] if event["outcome"] != "refused"]
-        assert [event["reason"] for event in taken] == ["a good week"], journal
+        assert [event["reason"] for event in taken] == ["a week without complaints"], journal
     finally:
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
@@ -182,11 +201,7 @@ def test_prometheus_fires_on_a_stream_that_drifts(repository, tmp_path):
     with running(repository, tmp_path / "gate", environment=FAST) as server:
         folder = tmp_path / "prometheus"
         folder.mkdir()
-        (folder / "rules.yml").write_text(
-            "groups:\n- name: tidegate\n  rules:\n  - alert: Drift\n"
-            '    expr: tidegate_drift_features{state="drifted"} > 0\n'
-            "    labels: {severity: page}\n"
-        )
+        (folder / "rules.yml").write_text(blocks("yaml")[0])
         (folder / "prometheus.yml").write_text(
             "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
             f"rule_files: [rules.yml]\nscrape_configs:\n- job_name: gate\n  static_configs:\n  - targets: ['{server.metrics}']\n"
@@ -215,9 +230,9 @@ def test_prometheus_fires_on_a_stream_that_drifts(repository, tmp_path):
             eventually(lambda: value(samples) == [ROWS])
             assert ask("alerts")["alerts"] == []
             send(server, flowers(3 * ROWS, SEED + 3, shift=1.0))
-            alerts = eventually(lambda: ask("alerts")["alerts"])
-            labels = alerts[0]["labels"]
-            assert (labels["alertname"], labels["model"], labels["version"]) == ("Drift", "iris", "2")
+            named = lambda: [each for each in ask("alerts")["alerts"] if each["labels"]["alertname"] == "TidegateDrift"]  # noqa: E731
+            labels = eventually(named)[0]["labels"]
+            assert (labels["alertname"], labels["model"], labels["version"]) == ("TidegateDrift", "iris", "2")
             psi = 'tidegate_drift_score{feature="features[0]",statistic="cell_psi"}'
             assert eventually(lambda: value(psi))[0] > 0.1
         finally:
