@@ -339,38 +339,77 @@ def test_the_page(gateway, tmp_path):
     assert pathlib.Path(tmp_path / "train.jsonl").read_text().count("\n") == 1
 
 
-def test_a_candidate_that_is_mistaken_more_often_goes_back(tmp_path):
-    """A rollout with the guard `feedback`: nothing is wrong with the candidate but what it says, by the labels."""
-    with running(MODELS, tmp_path / "gate") as server:
-        where = ("--address", f"http://{server.admin}", "--state-dir", server.state)
-        tidegate("traffic", "set", "iris", "1=100", *where)
+class Canary:
+    """A rollout of version 2 at half of the traffic, held to its labels."""
+
+    def __init__(self, server, folder):
+        self.server, self.plan = server, folder / "plan.json"
+        self.where = ("--address", f"http://{server.admin}", "--state-dir", server.state)
         plan = {
             "candidate": "2", "steps": [{"weight": 50, "bake_s": 3600, "min_samples": 1}], "interval_s": 1,
             "guards": {"feedback": {"min_labels": 10}, "sample_ratio": None},
         }
-        (tmp_path / "plan.json").write_text(json.dumps(plan))
-        tidegate("rollout", "start", "iris", "--file", tmp_path / "plan.json", *where)
-        tidegate("rollout", "start", "iris", "--file", tmp_path / "plan.json", *where, code=1)
-        state = lambda: json.loads(tidegate("rollout", "status", "iris", "--json", *where))
-        names = {name["guard"]: name for name in eventually(lambda: state().get("guards"))}
-        assert names["feedback"]["outcome"] == "inconclusive" and "labels" in names["feedback"]["why"]
+        self.plan.write_text(json.dumps(plan))
+
+    def run(self, *arguments):
+        return tidegate(*arguments, *self.where)
+
+    def label(self, mistaken):
+        """Twenty predictions with their labels, of which those of version 2 say `mistaken`."""
+        items = []
+        for at in range(20):
+            row = FLOWERS[at % 5]
+            tensor = {"name": "features", "datatype": "FP32", "shape": [1, 4], "data": row.tolist()}
+            status, headers, body = self.server.post("/v2/models/iris/infer", {"inputs": [tensor]})
+            assert status == 200, body
+            right = int(np.argmax(json.loads(body)["outputs"][0]["data"]))
+            wrong = headers["tidegate-model-version"] == "2" and mistaken(at)
+            items.append({"prediction_id": headers["tidegate-prediction-id"], "label": (right + wrong) % 3})
+        assert say(self.server, items) == ["recorded"] * 20
+
+    def state(self):
+        return json.loads(self.run("rollout", "status", "iris", "--json"))
+
+    def guard(self):
+        return next((each for each in self.state().get("guards", []) if each["guard"] == "feedback"), None)
+
+
+def test_a_candidate_that_is_mistaken_more_often_goes_back(tmp_path):
+    """Nothing is wrong with the candidate but what it says, by the labels."""
+    with running(MODELS, tmp_path / "gate") as server:
+        canary = Canary(server, tmp_path)
+        canary.run("traffic", "set", "iris", "1=100")
+        canary.run("rollout", "start", "iris", "--file", canary.plan)
+        guard = eventually(canary.guard)
+        assert guard["outcome"] == "inconclusive" and "labels" in guard["why"]
         until = time.monotonic() + WITHIN_S
-        while "rolled_back" not in json.dumps(state()["state"]):
-            assert time.monotonic() < until, state()
-            items = []
-            for at in range(20):
-                row = FLOWERS[at % 5][None]
-                tensor = {"name": "features", "datatype": "FP32", "shape": [1, 4], "data": row.ravel().tolist()}
-                status, headers, body = server.post("/v2/models/iris/infer", {"inputs": [tensor]})
-                assert status == 200
-                right = int(np.argmax(json.loads(body)["outputs"][0]["data"]))
-                wrong = headers["tidegate-model-version"] == "2" and at % 4 != 0
-                items.append({"prediction_id": headers["tidegate-prediction-id"], "label": (right + wrong) % 3})
-            assert say(server, items) == ["recorded"] * 20
-        ended = state()
-        guard = next(each for each in ended["guards"] if each["guard"] == "feedback")
+        while "rolled_back" not in json.dumps(canary.state()["state"]):
+            assert time.monotonic() < until, canary.state()
+            canary.label(lambda at: at % 4 != 0)
+        guard = canary.guard()
         assert guard["outcome"] == "fail" and guard["evidence"] >= guard["limit"]
         assert guard["candidate"]["events"] > guard["stable"]["events"] == 0
+
+
+def test_a_restart_makes_no_new_labels_of_old_ones(tmp_path):
+    """What labels said before a rollout began is not its own, also for a process that counts them anew."""
+    with running(MODELS, tmp_path / "gate") as server:
+        canary = Canary(server, tmp_path)
+        canary.run("traffic", "set", "iris", "1=50", "2=50")
+        for _ in range(3):
+            canary.label(lambda at: True)
+        canary.run("traffic", "set", "iris", "1=100")
+        canary.run("rollout", "start", "iris", "--file", canary.plan)
+        guard = eventually(canary.guard)
+        assert guard["candidate"]["of"] == guard["stable"]["of"] == 0
+    with running(MODELS, tmp_path / "gate") as server:
+        canary = Canary(server, tmp_path)
+        eventually(canary.guard)
+        for _ in range(3):
+            canary.label(lambda at: False)
+        guard = eventually(lambda: (found := canary.guard()) and found["candidate"]["of"] >= 10 and found)
+        assert guard["candidate"]["events"] == guard["stable"]["events"] == 0
+        assert guard["candidate"]["of"] + guard["stable"]["of"] <= 60 and guard["outcome"] == "pass"
 
 
 def test_the_ledger_still_verifies(tmp_path):
