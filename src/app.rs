@@ -72,11 +72,11 @@ pub async fn serve(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let control: Arc<dyn ModelControl> = Arc::clone(&release.registry) as Arc<dyn ModelControl>;
     let intake = Intake::new(&config.transport);
     let feedback = feedback::start(&config, &ledger, &table, &observer)?;
-    let monitor = watching::start(&config, &release.registry, &observer)?;
     let mut settings = config.gateway.clone();
     // Copies for shadows hold the bytes of requests: they must never be what keeps others out.
     let copies = intake.budget().max() / SHADOW_BYTES_SHARE;
     settings.shadow.queue_bytes_max = settings.shadow.queue_bytes_max.min(copies);
+    let monitor = watching::start(&config, copies, &release.registry, &observer)?;
     let gateway = Gateway::new(Arc::clone(&table), Arc::clone(&observer), control, settings)
         .with_ledger(Arc::clone(&ledger))
         .with_feedback(Arc::clone(&feedback));

@@ -20,7 +20,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -29,7 +29,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
 
 use crate::domain::{Arm, Digest, ModelName, Signature, Tensor, TensorSpec, Version};
-use crate::drift::feature::{self, FEATURES_MAX, Feature, Role};
+use crate::drift::feature::{self, ELEMENTS_MAX, FEATURES_MAX, Feature, Role};
 use crate::drift::profile::Profile;
 use crate::observe::page::Family;
 
@@ -44,11 +44,18 @@ mod state;
 mod tests;
 
 pub use report::{
-    ArmReport, FeatureReport, Oddities, ReferenceReport, VersionReport, WindowReport,
+    ArmReport, Counted, FeatureReport, Oddities, ReferenceReport, VersionReport, WindowReport,
 };
 
 use budget::Budget;
 use desk::Desk;
+
+/// What an element of a tensor that is summed up costs of the budget: it is projected.
+const ELEMENT_COST: usize = 4;
+/// What of a version's rows is looked at; see [`Watch::wants`].
+const NOTHING: u8 = 0;
+const STABLE: u8 = 1;
+const ALL: u8 = 2;
 
 /// How often the thread takes what was offered.
 const TURN: Duration = Duration::from_millis(100);
@@ -126,6 +133,10 @@ pub struct Watch {
     features: Vec<Feature>,
     /// Guards what its files say, until the thread has taken it.
     given: Mutex<Given>,
+    /// Set by the thread.
+    wanted: AtomicU8,
+    /// Later watches have larger numbers.
+    number: u64,
     /// Rows that nobody looked at.
     skipped: AtomicU64,
 }
@@ -188,9 +199,13 @@ impl Intake {
     }
 
     fn all(&self) -> Vec<Offer> {
+        std::mem::take(&mut self.queue.lock().offers)
+    }
+
+    /// So many bytes are held no more.
+    fn done(&self, bytes: usize) {
         let mut queue = self.queue.lock();
-        queue.bytes = 0;
-        std::mem::take(&mut queue.offers)
+        queue.bytes = queue.bytes.saturating_sub(bytes);
     }
 }
 
@@ -200,6 +215,8 @@ type Reports = BTreeMap<(ModelName, Version), Arc<VersionReport>>;
 struct Shared {
     settings: Settings,
     intake: Arc<Intake>,
+    /// Versions so far.
+    watched: AtomicU64,
     /// Guard lists, for as long as something is put there or read.
     watches: Mutex<Vec<Weak<Watch>>>,
     reports: Mutex<Reports>,
@@ -256,6 +273,7 @@ impl Monitor {
         let shared = Arc::new(Shared {
             intake: Arc::new(Intake::new(&settings)),
             settings,
+            watched: AtomicU64::new(0),
             watches: Mutex::default(),
             reports: Mutex::default(),
             asked: Mutex::default(),
@@ -286,6 +304,8 @@ impl Monitor {
             batched: signature.batched,
             features,
             given: Mutex::new(given),
+            wanted: AtomicU8::new(ALL),
+            number: self.shared.watched.fetch_add(1, Ordering::Relaxed),
             skipped: AtomicU64::new(0),
         });
         self.shared.watches.lock().push(Arc::downgrade(&watch));
@@ -309,7 +329,13 @@ impl Monitor {
         version: Version,
     ) -> Result<Arc<VersionReport>, FreezeError> {
         let (answer, frozen) = oneshot::channel();
-        self.shared.asked.lock().freeze.push(Freeze { model: model.clone(), version, answer });
+        {
+            let mut asked = self.shared.asked.lock();
+            if asked.stop {
+                return Err(FreezeError::Stopped);
+            }
+            asked.freeze.push(Freeze { model: model.clone(), version, answer });
+        }
         self.shared.woken.notify_all();
         frozen.await.unwrap_or(Err(FreezeError::Stopped))
     }
@@ -352,15 +378,40 @@ fn features_of(signature: &Signature) -> Vec<Feature> {
 }
 
 impl Watch {
+    /// Its files were read again.
+    pub fn given(&self, given: Given) {
+        *self.given.lock() = given;
+    }
+
+    /// Whether rows of this arm would be looked at.
+    fn wants(&self, arm: &Arm) -> bool {
+        match self.wanted.load(Ordering::Relaxed) {
+            NOTHING => false,
+            STABLE => *arm == Arm::Stable,
+            _ => true,
+        }
+    }
+
+    /// What a call costs of the budget: its features, and of what is summed up every element.
+    fn cost(&self, rows: usize, inputs: &[Tensor], outputs: &[Tensor]) -> u64 {
+        let wide = |tensor: &Tensor| {
+            let elements = tensor.elements();
+            let summed_up = elements.checked_div(rows).is_some_and(|row| row > ELEMENTS_MAX);
+            if summed_up { elements * ELEMENT_COST } else { 0 }
+        };
+        let summed_up: usize = inputs.iter().chain(outputs).map(wide).sum();
+        (rows as u64).saturating_mul(self.features.len() as u64).saturating_add(summed_up as u64)
+    }
+
     /// Leaves a call's tensors to be looked at, if there is room for them. Never waits.
     pub fn offer(self: &Arc<Self>, arm: &Arm, inputs: &[Tensor], outputs: &[Tensor]) {
         let rows = match inputs.first().or(outputs.first()) {
             Some(tensor) if self.batched => tensor.shape().first().copied().unwrap_or(1),
             _ => 1,
         };
-        let values = (rows as u64).saturating_mul(self.features.len() as u64);
+        let values = self.cost(rows, inputs, outputs);
         let bytes = inputs.iter().chain(outputs).map(|tensor| tensor.data().len()).sum();
-        if self.features.is_empty() || !self.intake.take(values, bytes) {
+        if !self.wants(arm) || !self.intake.take(values, bytes) {
             self.skipped.fetch_add(rows as u64, Ordering::Relaxed);
             return;
         }

@@ -9,13 +9,17 @@ use crate::control::Registry;
 use crate::monitor::Monitor;
 use crate::observe::Observer;
 
-/// Starts it before anything is loaded, and puts what it finds on the metrics page.
+/// Starts it before anything is loaded, and puts what it finds on the metrics page. What waits for it
+/// holds at most `bytes_max`.
 pub(super) fn start(
     config: &Config,
+    bytes_max: usize,
     registry: &Registry,
     observer: &Observer,
 ) -> anyhow::Result<Option<Arc<Monitor>>> {
-    let monitor = Monitor::start(config.monitor.clone()).context("start the monitor")?;
+    let mut settings = config.monitor.clone();
+    settings.queue_bytes_max = settings.queue_bytes_max.min(bytes_max);
+    let monitor = Monitor::start(settings).context("start the monitor")?;
     if let Some(monitor) = &monitor {
         registry.set_monitor(Arc::clone(monitor));
         let shown = Arc::clone(monitor);

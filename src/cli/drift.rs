@@ -9,7 +9,7 @@ use super::profile::{learn, sample_max};
 use crate::domain::ModelName;
 use crate::drift::counters::{Counters, Scores, score_sides};
 use crate::drift::feature::{Feature, Part};
-use crate::drift::learn::{Column, Data, LearnSettings};
+use crate::drift::learn::{Column, Data, LearnSettings, TEXTS_MAX};
 use crate::drift::profile::{FeatureProfile, PROFILE_BYTES_MAX, Profile, Reference};
 use crate::drift::quality::Quality;
 use crate::drift::scores::{ColumnVerdict, Counts, Sides, column_test};
@@ -84,7 +84,7 @@ fn drift(args: &Args) -> Result<(String, bool), Stop> {
     notes.extend(binding.notes.iter().cloned());
     let size = sample_max(features.len());
     let mut columns: Vec<Column> =
-        (0..features.len() as u64).map(|seed| Column::new(size, seed)).collect();
+        (0..features.len() as u64).map(|seed| Column::new(size, TEXTS_MAX, seed)).collect();
     let mut counters: Vec<Counters> =
         profile.features.iter().map(FeatureProfile::counters).collect();
     binding.read(&table, |number, value| {

@@ -77,8 +77,11 @@ fn profile(args: &Args) -> Result<String, Stop> {
             (frame::of_signature(&signature), Some(version))
         }
     };
-    let settings =
-        LearnSettings { cells: args.cells, keep_values: args.keep_values, sample_max: 0 };
+    let settings = LearnSettings {
+        cells: args.cells,
+        keep_values: args.keep_values,
+        ..LearnSettings::default()
+    };
     let mut learnt = learn(&table, features, settings, (args.model.clone(), version))?;
     learnt.profile.source.sha256 = match args.reference.is_file() {
         true => Some(sha256(&args.reference).map_err(Stop::failed)?),

@@ -46,13 +46,15 @@ pub struct LearnSettings {
     pub cells: usize,
     /// Keep the values, for scores that need them.
     pub keep_values: bool,
+    /// Different texts of one feature that are told apart.
+    pub texts_max: usize,
     /// Values of one feature that are looked at; of more, a uniform sample of as many.
     pub sample_max: usize,
 }
 
 impl Default for LearnSettings {
     fn default() -> Self {
-        Self { cells: CELLS, keep_values: false, sample_max: 1_000_000 }
+        Self { cells: CELLS, keep_values: false, texts_max: TEXTS_MAX, sample_max: 1_000_000 }
     }
 }
 
@@ -89,7 +91,8 @@ impl Learner {
         if features.len() > FEATURES_MAX {
             return Err(LearnError::Features(features.len()));
         }
-        let columns = (0..features.len() as u64).map(|seed| Column::new(settings.sample_max, seed));
+        let columns = (0..features.len() as u64)
+            .map(|seed| Column::new(settings.sample_max, settings.texts_max, seed));
         Ok(Self { columns: columns.collect(), features, settings })
     }
 

@@ -117,15 +117,25 @@ struct Made {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Quantiles {
+    #[serde(with = "exact::number")]
     pub p0_1: f64,
+    #[serde(with = "exact::number")]
     pub p1: f64,
+    #[serde(with = "exact::number")]
     pub p5: f64,
+    #[serde(with = "exact::number")]
     pub p25: f64,
+    #[serde(with = "exact::number")]
     pub p50: f64,
+    #[serde(with = "exact::number")]
     pub p75: f64,
+    #[serde(with = "exact::number")]
     pub p95: f64,
+    #[serde(with = "exact::number")]
     pub p99: f64,
+    #[serde(with = "exact::number")]
     pub p99_9: f64,
+    #[serde(with = "exact::number")]
     pub mad: f64,
 }
 

@@ -187,3 +187,6 @@ impl Fourier {
             && self.rows.max(self.missing) <= ROWS_MAX
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -304,8 +304,10 @@ async fn wait(
     durability: Durability,
     deadline: Deadline,
 ) -> Result<Result<(), Unrecorded>, Failure> {
-    // Whoever else is ready on this thread appends first, and one write takes all of it.
-    tokio::task::yield_now().await;
+    if durability == Durability::Buffered {
+        // Whoever else is ready on this thread appends first, and one write takes all of it.
+        tokio::task::yield_now().await;
+    }
     let mut settled = pin!(ledger.settled(at, durability));
     let first = poll_fn(|context| Poll::Ready(settled.as_mut().poll(context))).await;
     if let Poll::Ready(done) = first {

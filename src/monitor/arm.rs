@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::report::{ArmReport, FeatureReport, Oddities, WindowReport};
+use super::report::{ArmReport, Counted, FeatureReport, Oddities, WindowReport};
 use super::slots::{Slots, Turned, Window};
 use crate::drift::counters::{Counters, Score, Scores};
 use crate::drift::feature::{Role, Value};
+use crate::drift::grid::LARGEST;
 use crate::drift::outliers::Oddity;
 use crate::drift::profile::{Profile, Reference};
 use crate::drift::scores::Sample;
@@ -29,9 +30,10 @@ pub(super) struct ArmState {
     evidence: Vec<Option<sequential::Monitor>>,
     /// Rows in the cells of the open slot that the evidence has already.
     fed: Vec<Vec<u64>>,
-    rows: u64,
-    outlier_rows: u64,
-    quality: Oddities,
+    total: Counted,
+    /// The same since this process has it: what a counter of the metrics page must not lose.
+    #[serde(skip)]
+    own: Counted,
     /// The latest values; begins anew with a restart.
     #[serde(skip)]
     latest: Vec<Option<Ring>>,
@@ -55,9 +57,8 @@ impl ArmState {
             slots: Slots::new(now, empty(profile)),
             evidence: evidence.collect(),
             fed: vec![Vec::new(); profile.features.len()],
-            rows: 0,
-            outlier_rows: 0,
-            quality: Oddities::default(),
+            total: Counted::default(),
+            own: Counted::default(),
             latest: Vec::new(),
         };
         state.begin_latest(profile, window_values);
@@ -104,6 +105,11 @@ impl ArmState {
 
     /// Ends slots that have ended; whether any has.
     pub(super) fn turn(&mut self, profile: &Profile, now: i64) -> bool {
+        if !self.slots.is_due(now) {
+            // Nothing but a clock that went back.
+            self.slots.turn(now, || empty(profile));
+            return false;
+        }
         // The evidence must have had all of a slot before it goes.
         self.feed(profile);
         let turned = self.slots.turn(now, || empty(profile));
@@ -138,6 +144,11 @@ impl ArmState {
         }
     }
 
+    /// Whether no row came for a day.
+    pub(super) fn is_idle(&self) -> bool {
+        self.slots.is_empty()
+    }
+
     pub(super) fn report(&mut self, arm: &str, profile: &Profile) -> ArmReport {
         self.feed(profile);
         let mut windows = vec![
@@ -145,13 +156,7 @@ impl ArmState {
             self.window("day", Window::Day, profile),
         ];
         windows.extend(self.latest(profile));
-        ArmReport {
-            arm: arm.to_owned(),
-            rows: self.rows,
-            outlier_rows: self.outlier_rows,
-            quality: self.quality,
-            windows,
-        }
+        ArmReport { arm: arm.to_owned(), total: self.total, own: self.own, windows }
     }
 
     fn window(&self, name: &'static str, window: Window, profile: &Profile) -> WindowReport {
@@ -209,38 +214,54 @@ impl Counting<'_> {
         }
         if let (Some(Some(ring)), Value::Number(number)) =
             (self.state.latest.get_mut(feature), value)
-            && number.is_finite()
+            && number.abs() <= LARGEST
         {
             ring.push(number);
         }
-        let quality = &mut self.state.quality;
+        let own = self.count(row, of.oddity(value), value);
+        self.state.own.quality.add(&own);
+        self.state.total.quality.add(&own);
+    }
+
+    /// What is wrong with one value, as counts.
+    fn count(&mut self, row: usize, odd: Option<Oddity>, value: Value<'_>) -> Oddities {
+        let mut counts = Oddities::default();
         if let Value::Number(number) = value {
-            quality.nan += u64::from(number.is_nan());
-            quality.infinite += u64::from(number.is_infinite());
+            counts.nan = u64::from(number.is_nan());
+            counts.infinite = u64::from(number.abs() > LARGEST);
         }
-        let odd = match of.oddity(value) {
-            None => return,
+        let far = match odd {
+            None => false,
             Some(Oddity::NoValue) => {
-                quality.missing += u64::from(!matches!(value, Value::Number(_)));
-                return;
+                counts.missing = u64::from(!matches!(value, Value::Number(_)));
+                false
             }
             Some(Oddity::OutOfRange) => {
-                quality.out_of_range += 1;
-                return;
+                counts.out_of_range = 1;
+                false
             }
-            Some(Oddity::FarOut) => &mut quality.far_out,
-            Some(Oddity::UnseenCategory) => &mut quality.unseen_category,
+            Some(Oddity::FarOut) => {
+                counts.far_out = 1;
+                true
+            }
+            Some(Oddity::UnseenCategory) => {
+                counts.unseen_category = 1;
+                true
+            }
         };
-        *odd += 1;
-        if let Some(row) = self.odd.get_mut(row) {
+        if far && let Some(row) = self.odd.get_mut(row) {
             *row = true;
         }
+        counts
     }
 
     /// All features of the call have been added.
     pub(super) fn end(self) {
-        self.state.rows += self.odd.len() as u64;
-        self.state.outlier_rows += self.odd.iter().filter(|odd| **odd).count() as u64;
+        let outliers = self.odd.iter().filter(|odd| **odd).count() as u64;
+        for counted in [&mut self.state.own, &mut self.state.total] {
+            counted.rows += self.odd.len() as u64;
+            counted.outlier_rows += outliers;
+        }
     }
 }
 

@@ -10,20 +10,36 @@ use super::arm::ArmState;
 use super::report::{ReferenceReport, VersionReport};
 use super::state::{self, StateDir};
 use super::{
-    ARMS_MAX, Freeze, FreezeError, Given, Id, Offer, Reference, Reports, Settings, Shared, TURN,
-    Watch,
+    ALL, ARMS_MAX, Freeze, FreezeError, Given, Id, NOTHING, Offer, Reference, Reports, STABLE,
+    Settings, Shared, TURN, Watch,
 };
-use crate::domain::{Arm, Digest};
-use crate::drift::feature::{Role, Value};
+use crate::domain::{Arm, DataType, Digest};
+use crate::drift;
+use crate::drift::feature::{Feature, Part, Role, Value};
 use crate::drift::learn::{LearnSettings, Learner};
-use crate::drift::profile::Profile;
+use crate::drift::profile::{FeatureProfile, Profile};
 use crate::drift::rows::{Plan, Scratch};
+use crate::drift::tally::CATEGORY_LEN_MAX;
+use crate::drift::wide::DIMENSIONS;
 use crate::panics::caught;
+
+/// Judging windows takes one part in so many of the thread's time.
+const JUDGE_SHARE: u32 = 50;
+/// Different texts of one feature that are told apart while a reference is learnt.
+const TEXTS_MAX: usize = 1000;
+/// Why nothing is watched of a version.
+const FULL: &str = "as many features as monitor.features_max are watched already";
+/// Names of arms that always have a place.
+const OWN_ARMS: [&str; 3] = ["stable", "canary", "pinned"];
+/// Bytes of a feature's counters that the limit of features is made of.
+const FEATURE_BYTES: usize = 50 << 10;
+/// Slots that a feature's counters are kept of, about.
+const SLOTS: usize = 40;
 
 pub(super) struct Desk {
     shared: Arc<Shared>,
     watched: HashMap<Id, Watched>,
-    judged: Option<Instant>,
+    judge_at: Option<Instant>,
     memory: Memory,
 }
 
@@ -37,22 +53,35 @@ struct Memory {
 /// A version and what is known of it.
 struct Watched {
     watch: Weak<Watch>,
+    number: u64,
     dir: StateDir,
     basis: Basis,
     plan: Plan,
     arms: BTreeMap<String, ArmState>,
+    /// What is odd about the reference.
+    note: Option<String>,
+    /// Features that learning takes the memory of.
+    learning: usize,
 }
 
 /// What rows are compared with.
 enum Basis {
-    Known { profile: Arc<Profile>, digest: Digest, kind: &'static str },
+    Known {
+        profile: Arc<Profile>,
+        digest: Digest,
+        kind: &'static str,
+    },
     Learning(Box<Learner>),
+    /// There is room for fewer features than it has.
+    Full {
+        features: usize,
+    },
     Nothing(String),
 }
 
 impl Desk {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, watched: HashMap::new(), judged: None, memory: Memory::default() }
+        Self { shared, watched: HashMap::new(), judge_at: None, memory: Memory::default() }
     }
 
     pub(super) fn run(mut self) {
@@ -80,9 +109,12 @@ impl Desk {
     }
 
     fn round(&mut self, freeze: Vec<Freeze>, stop: bool) {
+        // Before the list of versions is read: whoever made an offer is on it then.
+        let offers = self.shared.intake.all();
         self.follow_versions();
-        for offer in self.shared.intake.all() {
+        for offer in offers {
             self.take(&offer);
+            self.shared.intake.done(offer.bytes);
         }
         let now = jiff::Timestamp::now().as_second();
         for watched in self.watched.values_mut() {
@@ -95,38 +127,40 @@ impl Desk {
             // Whoever asked may have gone.
             wish.answer.send(done).ok();
         }
-        let interval = self.shared.settings.interval;
-        if self.judged.is_none_or(|at| at.elapsed() >= interval) {
-            self.judged = Some(Instant::now());
+        let began = Instant::now();
+        if self.judge_at.is_none_or(|at| began >= at) {
             self.publish();
+            // However much there is to judge, it is a small part of the time.
+            let apart = self.shared.settings.interval.max(began.elapsed() * JUDGE_SHARE);
+            self.judge_at = Some(began + apart);
         }
     }
 
     /// Begins to watch versions that came, and forgets those that went.
     fn follow_versions(&mut self) {
-        let mut features: usize = self.watched.values().map(Watched::features).sum();
-        let mut gone = Vec::new();
-        for (id, watched) in &mut self.watched {
+        for watched in self.watched.values_mut() {
             if watched.watch.strong_count() == 0 {
                 watched.keep();
-                gone.push(id.clone());
             }
         }
-        for id in gone {
-            self.watched.remove(&id);
-        }
-        let mut watches = self.shared.watches.lock();
-        watches.retain(|watch| watch.strong_count() > 0);
-        let watches: Vec<_> = watches.iter().filter_map(Weak::upgrade).collect();
+        self.watched.retain(|_, watched| watched.watch.strong_count() > 0);
+        let watches: Vec<Arc<Watch>> = {
+            let mut watches = self.shared.watches.lock();
+            watches.retain(|watch| watch.strong_count() > 0);
+            watches.iter().filter_map(Weak::upgrade).collect()
+        };
         for watch in watches {
-            let known = self.watched.get(&watch.id);
-            if known.is_some_and(|watched| watched.watch.strong_count() > 0) {
-                continue;
-            }
+            let others = self.watched.iter().filter(|(id, _)| **id != watch.id);
+            let features: usize = others.map(|(_, watched)| watched.features()).sum();
             let settings = &self.shared.settings;
             let left = settings.features_max.saturating_sub(features);
+            if let Some(known) = self.watched.get_mut(&watch.id) {
+                if known.is_as_given(&watch) && !known.finds_room(left) {
+                    continue;
+                }
+                known.keep();
+            }
             let watched = Watched::new(&watch, settings, left);
-            features += watched.features();
             self.watched.insert(watch.id.clone(), watched);
         }
     }
@@ -143,10 +177,10 @@ impl Desk {
     }
 
     fn freeze(&mut self, wish: &Freeze) -> Result<Arc<VersionReport>, FreezeError> {
-        let is =
-            |(id, _): &(&Id, &mut Watched)| id.model == wish.model && id.version == wish.version;
-        let found = self.watched.iter_mut().find(is);
-        let Some((id, watched)) = found else { return Err(FreezeError::Unknown(wish.version)) };
+        let is = |id: &Id| id.model == wish.model && id.version == wish.version;
+        let found = self.watched.iter_mut().filter(|(id, _)| is(id));
+        let newest = found.max_by_key(|(_, watched)| watched.number);
+        let Some((id, watched)) = newest else { return Err(FreezeError::Unknown(wish.version)) };
         watched.freeze(self.shared.settings.provisional_rows)?;
         let report = Arc::new(watched.report(id));
         let key = (id.model.clone(), id.version);
@@ -155,13 +189,13 @@ impl Desk {
     }
 
     fn publish(&mut self) {
-        let mut reports = Reports::new();
-        for (id, watched) in &mut self.watched {
-            if watched.watch.strong_count() > 0 {
-                let report = Arc::new(watched.report(id));
-                reports.insert((id.model.clone(), id.version), report);
-            }
-        }
+        let mut found: Vec<_> = self.watched.iter_mut().collect();
+        // Of two that are one version, since its bytes are being replaced, the newer one is told of.
+        found.sort_by_key(|(_, watched)| watched.number);
+        let reports = found
+            .into_iter()
+            .map(|(id, watched)| ((id.model.clone(), id.version), Arc::new(watched.report(id))));
+        let reports: Reports = reports.collect();
         *self.shared.reports.lock() = reports;
     }
 }
@@ -172,10 +206,13 @@ impl Watched {
         let dir = StateDir::new(&settings.dir, &watch.id);
         let mut watched = Self {
             watch: Arc::downgrade(watch),
+            number: watch.number,
             dir,
             basis: Basis::Nothing("none of its inputs and outputs can be watched".to_owned()),
             plan: Plan::new([]),
             arms: BTreeMap::new(),
+            note: None,
+            learning: 0,
         };
         let learnt = || {
             let (profile, digest) = watched.dir.learnt()?;
@@ -199,26 +236,65 @@ impl Watched {
                 learnt()
             }
         };
-        let count = known.as_ref().map_or(watch.features.len(), |((own, _), _)| own.features.len());
-        if count > left {
-            let max = settings.features_max;
-            watched.basis = Basis::Nothing(format!("monitor.features_max = {max} are watched"));
+        let features = match &known {
+            Some(((profile, _), _)) => weight_of(profile),
+            None => watch.features.iter().map(|feature| learner_weight(feature, settings)).sum(),
+        };
+        if features > left {
+            watched.basis = Basis::Full { features };
         } else if let Some((reference, kind)) = known {
+            let now = jiff::Timestamp::now().as_second();
             watched.arms = watched.dir.arms(&reference);
+            while watched.arms.len().saturating_mul(features) > left && watched.arms.len() > 1 {
+                watched.arms.pop_last();
+            }
             for arm in watched.arms.values_mut() {
                 arm.begin_latest(&reference.0, settings.window_values);
+                arm.turn(&reference.0, now);
             }
+            watched.note = strangers(&reference.0, watch);
             watched.compare_with(reference, kind);
         } else if !watch.features.is_empty() {
             watched.learn(watch, settings);
         }
+        watched.tell(watch);
         watched
+    }
+
+    /// Says whose rows are looked at.
+    fn tell(&self, watch: &Watch) {
+        let wanted = match self.basis {
+            Basis::Known { .. } => ALL,
+            Basis::Learning(_) => STABLE,
+            Basis::Full { .. } | Basis::Nothing(_) => NOTHING,
+        };
+        watch.wanted.store(wanted, Ordering::Relaxed);
+    }
+
+    /// Whether it is compared with what the version's files said last.
+    fn is_as_given(&self, watch: &Watch) -> bool {
+        let given = watch.given.lock();
+        match (&*given, &self.basis) {
+            (Given::AsBefore, _) => true,
+            (Given::File(bytes, _), Basis::Known { digest, kind: "file", .. }) => {
+                Profile::digest(bytes) == *digest
+            }
+            (Given::File(..), _) | (Given::Nothing, Basis::Known { kind: "file", .. }) => false,
+            (Given::Nothing, _) => true,
+        }
+    }
+
+    /// Whether there is room now, and was none.
+    fn finds_room(&self, left: usize) -> bool {
+        matches!(self.basis, Basis::Full { features } if features <= left)
     }
 
     fn learn(&mut self, watch: &Watch, settings: &Settings) {
         let sample_max = usize::try_from(settings.provisional_rows).unwrap_or(usize::MAX);
-        let how = LearnSettings { sample_max, ..LearnSettings::default() };
+        let how = LearnSettings { sample_max, texts_max: TEXTS_MAX, ..LearnSettings::default() };
         self.plan = Plan::new(&watch.features);
+        let weights = watch.features.iter().map(|feature| learner_weight(feature, settings));
+        self.learning = weights.sum();
         self.basis = match Learner::new(watch.features.clone(), how) {
             Ok(learner) => Basis::Learning(Box::new(learner)),
             Err(error) => Basis::Nothing(error.to_string()),
@@ -233,9 +309,9 @@ impl Watched {
     /// Features that are held in memory, of all arms.
     fn features(&self) -> usize {
         match &self.basis {
-            Basis::Known { profile, .. } => profile.features.len() * self.arms.len().max(1),
-            Basis::Learning(learner) => learner.features().len(),
-            Basis::Nothing(_) => 0,
+            Basis::Known { profile, .. } => weight_of(profile) * self.arms.len().max(1),
+            Basis::Learning(_) => self.learning,
+            Basis::Full { .. } | Basis::Nothing(_) => 0,
         }
     }
 
@@ -251,7 +327,7 @@ impl Watched {
         let rows = rows_of(watch, offer);
         let Memory { scratch, odd } = memory;
         match &mut self.basis {
-            Basis::Nothing(_) => return false,
+            Basis::Full { .. } | Basis::Nothing(_) => return false,
             Basis::Learning(_) if offer.arm != Arm::Stable => return false,
             Basis::Learning(learner) => {
                 read(&self.plan, watch, offer, scratch, |_, feature, value| {
@@ -265,8 +341,11 @@ impl Watched {
                 let name = offer.arm.as_str();
                 if !self.arms.contains_key(name) {
                     // The first arm's features are counted already.
-                    let more = if self.arms.is_empty() { 0 } else { profile.features.len() };
-                    if self.arms.len() >= ARMS_MAX || more > left {
+                    let more = if self.arms.is_empty() { 0 } else { weight_of(profile) };
+                    let own = |name: &str| OWN_ARMS.contains(&name);
+                    let rules = self.arms.keys().filter(|name| !own(name)).count();
+                    let full = !own(name) && rules >= ARMS_MAX - OWN_ARMS.len();
+                    if full || more > left {
                         return false;
                     }
                     let now = jiff::Timestamp::now().as_second();
@@ -293,6 +372,7 @@ impl Watched {
             Ok(learnt) => Profile { provisional: true, ..learnt.profile },
             Err(error) => {
                 self.basis = Basis::Nothing(error.to_string());
+                self.tell(watch);
                 return;
             }
         };
@@ -305,9 +385,12 @@ impl Watched {
             }
             Err(error) => {
                 tracing::warn!(%error, %model, %version, "a learnt reference cannot be kept");
-                self.basis = Basis::Nothing(format!("it could not be kept: {error}"));
+                self.note = Some(format!("it could not be kept: {error}"));
+                let nowhere = Digest::new([0; 32]);
+                self.compare_with((Arc::new(profile), nowhere), "provisional");
             }
         }
+        self.tell(watch);
     }
 
     fn freeze(&mut self, wanted: u64) -> Result<(), FreezeError> {
@@ -316,12 +399,13 @@ impl Watched {
             Basis::Known { kind: "frozen", .. } => Ok(()),
             Basis::Known { profile, .. } => {
                 let profile = Profile { provisional: false, ..Profile::clone(profile) };
-                let digest = self.dir.keep_learnt(&profile)?;
+                let digest = self.dir.keep_frozen(&profile)?;
                 self.basis = Basis::Known { profile: Arc::new(profile), digest, kind: "frozen" };
                 self.keep();
                 Ok(())
             }
             Basis::Learning(learner) => Err(FreezeError::Learning { have: learner.rows(), wanted }),
+            Basis::Full { .. } => Err(FreezeError::Nothing(FULL.to_owned())),
             Basis::Nothing(why) => Err(FreezeError::Nothing(why.clone())),
         }
     }
@@ -332,6 +416,10 @@ impl Watched {
         let mut turned = false;
         for arm in self.arms.values_mut() {
             turned |= arm.turn(profile, now);
+        }
+        if turned {
+            // One that nobody asks any more makes room for another.
+            self.arms.retain(|_, arm| !arm.is_idle());
         }
         turned
     }
@@ -354,10 +442,14 @@ impl Watched {
                 rows: profile.source.rows,
                 digest: Some(digest.to_string()),
                 source: Some(profile.source.uri.clone()),
-                problem: None,
+                problem: self.note.clone(),
             },
             Basis::Learning(learner) => {
                 ReferenceReport { kind: "learning", rows: learner.rows(), ..Default::default() }
+            }
+            Basis::Full { .. } => {
+                let problem = Some(FULL.to_owned());
+                ReferenceReport { kind: "none", problem, ..Default::default() }
             }
             Basis::Nothing(why) => {
                 ReferenceReport { kind: "none", problem: Some(why.clone()), ..Default::default() }
@@ -377,6 +469,40 @@ impl Watched {
             arms,
         }
     }
+}
+
+/// As many features as its counters have the memory of.
+fn weight_of(profile: &Profile) -> usize {
+    let bytes = |feature: &FeatureProfile| match &feature.reference {
+        drift::profile::Reference::Num(numeric) => 16 * SLOTS * (numeric.edges.edges().len() + 1),
+        drift::profile::Reference::Cat(cat) => {
+            cat.categories.names().len() * (8 * SLOTS + 2 * CATEGORY_LEN_MAX)
+        }
+        drift::profile::Reference::Mmd(_) => 2048 * SLOTS,
+    };
+    profile.features.iter().map(|feature| bytes(feature).div_ceil(FEATURE_BYTES).max(1)).sum()
+}
+
+/// The same while it is learnt.
+fn learner_weight(feature: &Feature, settings: &Settings) -> usize {
+    let rows = usize::try_from(settings.provisional_rows).unwrap_or(usize::MAX);
+    let bytes = match (feature.part, feature.datatype) {
+        (Part::Mmd, _) => rows.min(4096) * 8 * DIMENSIONS,
+        (_, DataType::Bytes) => rows * 4 + TEXTS_MAX * 2 * CATEGORY_LEN_MAX,
+        _ => rows * 8,
+    };
+    bytes.div_ceil(FEATURE_BYTES).max(1)
+}
+
+/// What to say of a profile that is another model's, as a whole or in part.
+fn strangers(profile: &Profile, watch: &Watch) -> Option<String> {
+    let known = |feature: &Feature| {
+        let names = if feature.role == Role::Input { &watch.inputs } else { &watch.outputs };
+        names.contains(&feature.tensor)
+    };
+    let strange = profile.features.iter().filter(|of| !known(&of.feature)).count();
+    let all = profile.features.len();
+    (strange > 0).then(|| format!("{strange} of its {all} features are of tensors that it has not"))
 }
 
 fn rows_of(watch: &Watch, offer: &Offer) -> usize {

@@ -64,9 +64,9 @@ pub(super) fn of(reports: &[Arc<VersionReport>]) -> Vec<Family> {
         reference.push(version.iter().cloned().chain([kind]).collect(), 1.0);
         for arm in &report.arms {
             let labels = with(&version, "arm", &arm.arm);
-            rows.push(labels.clone(), arm.rows as f64);
-            outliers.push(labels.clone(), arm.outlier_rows as f64);
-            for (kind, count) in Oddities::KINDS.into_iter().zip(arm.quality.counts()) {
+            rows.push(labels.clone(), arm.own.rows as f64);
+            outliers.push(labels.clone(), arm.own.outlier_rows as f64);
+            for (kind, count) in Oddities::KINDS.into_iter().zip(arm.own.quality.counts()) {
                 quality.push(with(&labels, "kind", kind), count as f64);
             }
             let Some(hour) = arm.windows.iter().find(|window| window.window == "hour") else {

@@ -42,14 +42,24 @@ pub struct ReferenceReport {
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct ArmReport {
     pub arm: String,
-    /// Rows that were looked at since the version was loaded, or since the state was begun.
+    #[serde(flatten)]
+    pub total: Counted,
+    /// The same since this process has the version, for the metrics page.
+    #[serde(skip)]
+    pub own: Counted,
+    pub windows: Vec<WindowReport>,
+}
+
+/// Since the version was watched first, restarts included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize, ToSchema)]
+pub struct Counted {
+    /// Rows that were looked at.
     #[schema(minimum = 0)]
     pub rows: u64,
     /// Rows with at least one value that is far out, or was never seen.
     #[schema(minimum = 0)]
     pub outlier_rows: u64,
     pub quality: Oddities,
-    pub windows: Vec<WindowReport>,
 }
 
 /// Values that should not be so, by kind.
@@ -75,6 +85,15 @@ pub struct Oddities {
 impl Oddities {
     pub const KINDS: [&str; 6] =
         ["missing", "nan", "infinite", "out_of_range", "far_out", "unseen_category"];
+
+    pub(super) fn add(&mut self, more: &Self) {
+        self.missing += more.missing;
+        self.nan += more.nan;
+        self.infinite += more.infinite;
+        self.out_of_range += more.out_of_range;
+        self.far_out += more.far_out;
+        self.unseen_category += more.unseen_category;
+    }
 
     /// In the order of [`Oddities::KINDS`].
     pub fn counts(&self) -> [u64; 6] {

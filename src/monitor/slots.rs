@@ -59,9 +59,21 @@ impl Slots {
         }
     }
 
-    /// Ends what has ended by now. A clock that went back ends nothing.
+    /// Whether the open slot has ended by now.
+    pub(super) fn is_due(&self, now: i64) -> bool {
+        now >= self.open.from + SLOT_S
+    }
+
+    /// Ends what has ended by now. When the clock went back, what lies before it now is kept, and the
+    /// open slot goes on from there.
     pub(super) fn turn(&mut self, now: i64, empty: impl Fn() -> Vec<Counters>) -> Turned {
-        if now < self.open.from + SLOT_S {
+        if now < self.open.from {
+            self.open.from = start(now, SLOT_S);
+            self.hour.from = self.hour.from.min(start(now, HOUR_S));
+            self.short.retain(|slot| slot.from <= now);
+            self.hours.retain(|slot| slot.from <= now);
+        }
+        if !self.is_due(now) {
             return Turned::Nothing;
         }
         let next = Slot { from: start(now, SLOT_S), counters: empty() };
@@ -98,6 +110,12 @@ impl Slots {
         sum
     }
 
+    /// Whether no row came for a day.
+    pub(super) fn is_empty(&self) -> bool {
+        let all = self.short.iter().chain(&self.hours).chain([&self.open, &self.hour]);
+        all.into_iter().all(|slot| slot.counters.iter().all(|counters| counters.rows() == 0))
+    }
+
     /// Whether all of it was counted by somebody with these features. For what comes from a file.
     pub(super) fn fits(&self, fits: impl Fn(&[Counters]) -> bool) -> bool {
         let few = self.short.len() <= SHORT_MAX && self.hours.len() <= HOURS_MAX;
@@ -113,5 +131,65 @@ fn start(now: i64, len: i64) -> i64 {
 fn add(into: &mut [Counters], more: &[Counters]) {
     for (have, more) in into.iter_mut().zip(more) {
         have.merge(more);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::drift::tally::Tally;
+
+    fn empty() -> Vec<Counters> {
+        vec![Counters::Cat(Tally::default())]
+    }
+
+    /// Rows of a window, each a minute apart from 0 on, after those of `minutes`.
+    fn rows(minutes: i64, window: Window) -> u64 {
+        let mut slots = Slots::new(0, empty());
+        for minute in 0..minutes {
+            slots.turn(minute * 60, empty);
+            count(&mut slots);
+        }
+        slots.turn(minutes * 60, empty);
+        slots.sum(window).counters[0].rows()
+    }
+
+    fn count(slots: &mut Slots) {
+        let Counters::Cat(tally) = &mut slots.open.counters[0] else { unreachable!() };
+        tally.outside += 1;
+    }
+
+    #[test]
+    fn windows_are_sums_of_their_slots() {
+        assert_eq!((rows(3, Window::Hour), rows(3, Window::Day)), (3, 3));
+        assert_eq!((rows(59, Window::Hour), rows(59, Window::Day)), (59, 59));
+        // Whole slots go.
+        assert_eq!((rows(600, Window::Hour), rows(600, Window::Day)), (60, 600));
+        assert_eq!((rows(603, Window::Hour), rows(603, Window::Day)), (63, 603));
+        assert_eq!(rows(3 * 24 * 60, Window::Day), 24 * 60);
+        assert_eq!(rows(3 * 24 * 60 + 30, Window::Day), 24 * 60 + 30);
+    }
+
+    #[test]
+    fn hours_and_days_are_told() {
+        let mut slots = Slots::new(0, empty());
+        assert_eq!(slots.turn(299, empty), Turned::Nothing);
+        assert_eq!(slots.turn(300, empty), Turned::Slot);
+        assert_eq!(slots.turn(3600, empty), Turned::Hour);
+        assert_eq!(slots.turn(DAY_S + 5, empty), Turned::Day);
+        assert!(slots.is_empty());
+    }
+
+    #[test]
+    fn a_clock_that_goes_back_stops_nothing() {
+        let mut slots = Slots::new(10 * DAY_S, empty());
+        count(&mut slots);
+        slots.turn(10 * DAY_S + SLOT_S, empty);
+        count(&mut slots);
+        assert_eq!(slots.turn(DAY_S, empty), Turned::Nothing);
+        assert_eq!(slots.open.from, DAY_S);
+        count(&mut slots);
+        assert_eq!(slots.turn(DAY_S + SLOT_S, empty), Turned::Slot);
+        assert_eq!(slots.sum(Window::Hour).counters[0].rows(), 2);
     }
 }

@@ -1,7 +1,8 @@
 //! What survives a restart: a version's learnt reference and its arms, below `<state>/monitor`.
 //!
 //! ```text
-//! <state>/monitor/<model>/<version>-<start of the digest>/learnt.json     a reference, provisional or frozen
+//! <state>/monitor/<model>/<version>-<start of the digest>/learnt.json     a provisional reference
+//!                                                         frozen.json     one that somebody took for good: it stays
 //!                                                         given.json      the one that came with its files
 //!                                                         counters.json   of which reference, and the arms
 //! ```
@@ -23,6 +24,7 @@ use crate::domain::Digest;
 use crate::drift::profile::{PROFILE_BYTES_MAX, Profile};
 
 const LEARNT: &str = "learnt.json";
+const FROZEN: &str = "frozen.json";
 const GIVEN: &str = "given.json";
 const COUNTERS: &str = "counters.json";
 /// Largest file of counters: those of the most features.
@@ -60,7 +62,7 @@ impl StateDir {
 
     /// The reference that was learnt here, if one was.
     pub(super) fn learnt(&self) -> Option<Reference> {
-        self.reference(LEARNT)
+        self.reference(FROZEN).or_else(|| self.reference(LEARNT))
     }
 
     /// The one that came with the version's files when they were seen last.
@@ -83,6 +85,12 @@ impl StateDir {
     pub(super) fn keep_learnt(&self, profile: &Profile) -> io::Result<Digest> {
         let bytes = profile.write().map_err(io::Error::other)?;
         self.write(LEARNT, |file| file.write_all(&bytes))?;
+        Ok(Profile::digest(&bytes))
+    }
+
+    pub(super) fn keep_frozen(&self, profile: &Profile) -> io::Result<Digest> {
+        let bytes = profile.write().map_err(io::Error::other)?;
+        self.write(FROZEN, |file| file.write_all(&bytes))?;
         Ok(Profile::digest(&bytes))
     }
 
@@ -137,6 +145,15 @@ impl StateDir {
         let mut file = BufWriter::new(File::create(&part)?);
         content(&mut file)?;
         file.flush()?;
+        let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+        if file.metadata()?.len() > COUNTERS_BYTES_MAX {
+            std::fs::remove_file(&part)?;
+            return Err(io::Error::other("more than would be read again"));
+        }
+        // A reference may be somebody's decision.
+        if name != COUNTERS {
+            file.sync_all()?;
+        }
         std::fs::rename(part, self.0.join(name))
     }
 }
@@ -156,8 +173,12 @@ pub(super) fn sweep(root: &Path) {
     let changed = |about: Metadata| about.modified().unwrap_or(SystemTime::UNIX_EPOCH);
     for version in of(root).iter().flat_map(|model| of(model)) {
         let latest = of(&version).iter().filter_map(|file| file.metadata().ok()).map(changed).max();
+        let frozen = version.join(FROZEN).exists();
         let old = latest.is_none_or(|at| at.elapsed().is_ok_and(|age| age > KEPT));
-        if old && let Err(error) = std::fs::remove_dir_all(&version) {
+        if old
+            && !frozen
+            && let Err(error) = std::fs::remove_dir_all(&version)
+        {
             tracing::debug!(%error, path = %version.display(), "old statistics stay");
         }
     }

@@ -94,7 +94,7 @@ fn arm<'a>(report: &'a VersionReport, name: &str) -> Option<&'a ArmReport> {
 }
 
 fn rows_are(report: &VersionReport, name: &str, rows: u64) -> bool {
-    arm(report, name).is_some_and(|arm| arm.rows == rows)
+    arm(report, name).is_some_and(|arm| arm.total.rows == rows)
 }
 
 #[test]
@@ -146,8 +146,8 @@ fn odd_values_are_counted_by_kind() {
     watch.offer(&Arm::Pinned, &[x], &[y]);
     let report = report(&monitor, |report| rows_are(report, "pinned", 3));
     let pinned = arm(&report, "pinned").unwrap();
-    let Oddities { nan, infinite, far_out, .. } = pinned.quality;
-    assert_eq!((nan, infinite, far_out, pinned.outlier_rows), (1, 1, 1, 1));
+    let Oddities { nan, infinite, far_out, .. } = pinned.total.quality;
+    assert_eq!((nan, infinite, far_out, pinned.total.outlier_rows), (1, 1, 1, 1));
     assert_eq!(pinned.windows[0].state, State::InsufficientData);
 }
 
@@ -228,7 +228,7 @@ fn what_does_not_fit_begins_anew() {
         // Restored without its files.
         let watched = watch(&monitor, Given::AsBefore);
         let found = report(&monitor, |report| report.reference.kind == "file");
-        assert_eq!(arm(&found, "stable").map_or(0, |arm| arm.rows), rows, "{wrong:.60}");
+        assert_eq!(arm(&found, "stable").map_or(0, |arm| arm.total.rows), rows, "{wrong:.60}");
         drop(watched);
     }
 }
@@ -241,7 +241,7 @@ fn the_budget_and_the_queue_hold() {
     let watched = watch(&monitor, reference());
     offer(&watched, &Arm::Stable, 0..1000, 0.0);
     let found = report(&monitor, |report| report.skipped_rows > 900);
-    let seen = arm(&found, "stable").map_or(0, |arm| arm.rows);
+    let seen = arm(&found, "stable").map_or(0, |arm| arm.total.rows);
     assert!(seen + found.skipped_rows <= 1000 && seen < 100, "{seen}");
     drop(monitor);
     let none = Settings { features_max: 3, ..settings(&dir.path().join("other")) };
@@ -251,4 +251,50 @@ fn the_budget_and_the_queue_hold() {
     let found = report(&monitor, |report| report.skipped_rows == 10);
     assert_eq!(found.reference.kind, "none");
     assert!(found.reference.problem.as_ref().is_some_and(|why| why.contains("features_max")));
+}
+
+#[test]
+fn a_reference_that_comes_later_counts_from_then_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, Given::Nothing);
+    offer(&watched, &Arm::Canary, 0..10, 0.0);
+    report(&monitor, |report| report.reference.kind == "learning" && report.skipped_rows == 10);
+    watched.given(reference());
+    report(&monitor, |report| report.reference.kind == "file");
+    offer(&watched, &Arm::Canary, 0..10, 0.0);
+    report(&monitor, |report| rows_are(report, "canary", 10));
+    // The same again changes nothing.
+    watched.given(reference());
+    offer(&watched, &Arm::Canary, 0..10, 0.0);
+    report(&monitor, |report| rows_are(report, "canary", 20));
+    watched.given(Given::Nothing);
+    report(&monitor, |report| report.reference.kind == "learning");
+}
+
+#[test]
+fn rules_leave_room_for_the_arms_that_are_always_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, reference());
+    for rule in 0..10 {
+        let arm = Arm::Rule(format!("rule-{rule}").parse().unwrap());
+        offer(&watched, &arm, 0..1, 0.0);
+    }
+    for arm in [Arm::Stable, Arm::Canary, Arm::Pinned] {
+        offer(&watched, &arm, 0..1, 0.0);
+    }
+    let found = report(&monitor, |report| rows_are(report, "pinned", 1));
+    assert_eq!((found.arms.len(), found.skipped_rows), (ARMS_MAX, 5));
+}
+
+#[test]
+fn what_is_summed_up_costs_what_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, reference());
+    let (narrow, wide) = (floats(&[2, 2], &[0.0; 4]), floats(&[1, 1000], &[0.0; 1000]));
+    let features = watched.features.len() as u64;
+    assert_eq!(watched.cost(2, &[narrow], &[]), 2 * features);
+    assert_eq!(watched.cost(1, &[wide], &[]), features + 4000);
 }

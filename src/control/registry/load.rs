@@ -443,6 +443,10 @@ impl Shared {
             && before.digest == checked.digest
             && before.settings == *settings
         {
+            // Its profile is not one of the bytes that the digest is of.
+            if let Some(watch) = &before.watch {
+                watch.given(checked.reference.clone());
+            }
             return Ok(Prepared::Same);
         }
         let mut checks = checks_of(&checked);

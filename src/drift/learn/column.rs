@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{INTEGER_CATEGORIES_MAX, TEXTS_MAX, VECTORS_MAX};
+use super::{INTEGER_CATEGORIES_MAX, VECTORS_MAX};
 use crate::domain::DataType;
 use crate::drift::counters::number_name;
 use crate::drift::feature::{Feature, Part, Value};
@@ -19,6 +19,7 @@ pub struct Column {
     /// Categories by number, in the order of rows.
     pub(super) texts: Reservoir<u32>,
     pub(super) numbered: HashMap<Box<str>, u32>,
+    texts_max: usize,
     pub(super) vectors: Reservoir<[f64; DIMENSIONS]>,
     pub missing: u64,
     pub nan: u64,
@@ -34,12 +35,13 @@ pub enum Data {
 }
 
 impl Column {
-    /// Keeps `size` values at most, in a sample that depends on `seed`.
-    pub fn new(size: usize, seed: u64) -> Self {
+    /// Keeps `size` values and tells `texts_max` texts apart at most, in a sample that depends on `seed`.
+    pub fn new(size: usize, texts_max: usize, seed: u64) -> Self {
         Self {
             numbers: Reservoir::new(size, seed),
             texts: Reservoir::new(size, seed),
             numbered: HashMap::new(),
+            texts_max,
             vectors: Reservoir::new(size.min(VECTORS_MAX), seed),
             missing: 0,
             nan: 0,
@@ -58,12 +60,12 @@ impl Column {
         }
     }
 
-    /// Of more than [`TEXTS_MAX`] different texts the later ones are one.
+    /// Of more than `texts_max` different texts the later ones are one.
     fn add_text(&mut self, text: &str) {
         let number = match self.numbered.get(text) {
             Some(number) => *number,
             None => {
-                let text = if self.numbered.len() < TEXTS_MAX { text } else { OTHERS };
+                let text = if self.numbered.len() < self.texts_max { text } else { OTHERS };
                 let next = u32::try_from(self.numbered.len()).unwrap_or(u32::MAX);
                 *self.numbered.entry(text.into()).or_insert(next)
             }

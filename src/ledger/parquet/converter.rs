@@ -204,19 +204,34 @@ fn look(settings: &ConverterSettings, shared: &Shared, seen: &mut Seen) {
     }
 }
 
-/// Converts a segment on a thread of its own, behind all that serves.
+/// Converts a segment behind all that serves; from the beginning and with a share of the processor
+/// when that has taken too long, or somebody waits for the end.
 fn aside(
     settings: &ConverterSettings,
     shared: &Shared,
     segment: &SegmentFile,
 ) -> Result<Manifest, ParquetError> {
-    let changed = std::fs::metadata(&segment.path).and_then(|about| about.modified()).ok();
-    let late = changed.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LATE);
-    // At the end somebody waits for it.
-    let urgent = late || shared.stop.lock().is_some();
+    let sealed = std::fs::metadata(&segment.path).and_then(|about| about.modified()).ok();
+    let late = || sealed.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LATE);
+    let is_urgent = || late() || shared.stop.lock().is_some();
+    if !is_urgent() {
+        let given_up = || is_urgent() || shared.is_over();
+        match on_thread(settings, segment, false, &given_up) {
+            Err(ParquetError::Stopped) => {}
+            done => return done,
+        }
+    }
+    on_thread(settings, segment, true, &|| shared.is_over())
+}
+
+fn on_thread(
+    settings: &ConverterSettings,
+    segment: &SegmentFile,
+    urgent: bool,
+    stopped: &(dyn Fn() -> bool + Sync),
+) -> Result<Manifest, ParquetError> {
     let work = || {
         give_way(urgent);
-        let stopped = || shared.is_over();
         let wanted = &Selection::default();
         let job = Job { wanted, stopped: &stopped, days_of: &*settings.days_of };
         convert(segment, &settings.root, &job)
