@@ -85,7 +85,7 @@ mod ledger {
         let (mut draft, mut bytes) = (Draft::default(), Vec::new());
         draft.start();
         draft.buffer().extend_from_slice(head);
-        draft.body(form, &[u8::try_from(seq).unwrap() + 1; 32]);
+        draft.body(form, &[u8::try_from(seq).expect("few frames") + 1; 32]);
         draft.buffer().extend_from_slice(payload);
         draft.finish();
         draft.put(seq, &mut bytes);
@@ -100,7 +100,7 @@ mod ledger {
     }
 
     fn proof(first: &[u8]) -> String {
-        let Parsed::Frame(frame) = frame::parse(first) else { panic!("no frame") };
+        let Parsed::Frame(frame) = frame::parse(first) else { unreachable!("just made") };
         let text = |bytes: &[u8]| STANDARD.encode(bytes);
         let proof = serde_json::json!({
             "format": "tidegate-proof/1", "origin": ORIGIN, "seq": 0, "head": text(frame.head),

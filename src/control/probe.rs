@@ -184,7 +184,7 @@ pub(super) fn run<R: DeserializeOwned>(
     match said(REPLY_MARK) {
         Some(reply) => {
             let reply: Result<R, String> = serde_json::from_str(reply).map_err(io::Error::from)?;
-            reply.map_err(ProbeError::Refused)
+            reply.map_err(|why| ended(ProbeError::Refused(why)))
         }
         None => Err(ended(death(status, limits, &stderr))),
     }

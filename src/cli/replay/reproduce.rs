@@ -114,7 +114,7 @@ fn at_gateway(gateway: &Gateway, subject: &Subject<'_>) -> Result<Result<Rerun, 
         let url = &gateway.url;
         return Ok(Err(format!("{url}: {model}/{version} has {ran_on} there, not {digest}")));
     }
-    Ok(Ok(Rerun { outputs, place: gateway.url.to_string(), id: Some(id), engine: None }))
+    Ok(Ok(Rerun { outputs, place: format!("at {}", gateway.url), id: Some(id), engine: None }))
 }
 
 fn here(again: &Again, subject: &Subject<'_>, state_dirs: Vec<PathBuf>) -> Result<Rerun, String> {

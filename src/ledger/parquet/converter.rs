@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use super::{Job, Manifest, ParquetError, SegmentEntry, convert};
 use crate::ledger::export::Selection;
@@ -21,6 +22,8 @@ use crate::ledger::retention::DaysOf;
 
 /// A segment that could not be converted is tried again after this.
 const AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// How long the end of the program waits for the thread once its time is over.
+const LATE_MAX: Duration = Duration::from_millis(500);
 /// Below what serves: the processor's idle time, for the most part.
 const NICE: i32 = 10;
 
@@ -101,8 +104,8 @@ impl Converter {
         self.end_at(Instant::now() + time_max);
         let ended = self.ended.lock().take();
         if let Some(ended) = ended {
-            // An error means that the thread is gone.
-            ended.await.ok();
+            // It looks now and then whether its time is over; an error means that it is gone.
+            timeout(time_max + LATE_MAX, ended).await.ok();
         }
     }
 

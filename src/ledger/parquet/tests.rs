@@ -249,7 +249,7 @@ async fn what_is_sealed_last_is_converted_at_the_end_if_there_is_time() {
             days_of: std::sync::Arc::new(|_| None),
             every: Duration::from_secs(3600),
         };
-        let (looked, looks) = std::sync::mpsc::channel();
+        let (looked, looks) = std::sync::mpsc::sync_channel(8);
         let converter =
             Converter::start(settings.clone(), move || looked.send(()).unwrap()).unwrap();
         looks.recv().unwrap();
