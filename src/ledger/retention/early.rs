@@ -34,7 +34,7 @@ impl Retention {
     /// Orders the erasure of payloads whose time has come; how many records.
     ///
     /// # Errors
-    /// When a segment cannot be read, or a manifest not be written; it is tried again at the next call.
+    /// When a manifest cannot be written; it is tried again at the next call.
     pub(super) fn erase_early(
         &mut self,
         segments: &[SegmentFile],
@@ -62,7 +62,14 @@ impl Retention {
                 break;
             }
             read += 1;
-            ranges.extend(payloads(segment, manifest, &due).map_err(io::Error::other)?);
+            match payloads(segment, manifest, &due) {
+                Ok(found) => ranges.extend(found),
+                // Nor could it be written anew: the others are not to wait for it.
+                Err(error) => {
+                    tracing::warn!(%error, "payloads stay beyond their time");
+                    continue;
+                }
+            }
             places.extend(due.into_iter().map(|file| (at, file)));
         }
         let count = ranges.iter().map(|(from, to)| to - from).sum();

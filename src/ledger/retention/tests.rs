@@ -175,6 +175,21 @@ fn a_hold_keeps_payloads_and_what_is_not_recorded_stays() {
 }
 
 #[test]
+fn a_segment_that_cannot_be_read_keeps_no_other_waiting() {
+    let mut bench = bench(|model| (model == "iris").then_some(100));
+    let segment = reader::segments(&bench.retention.log).unwrap().remove(0);
+    let modified = std::fs::metadata(&segment.path).unwrap().modified().unwrap();
+    let mut bytes = std::fs::read(&segment.path).unwrap();
+    let at = bytes.len() - 20;
+    bytes[at] ^= 1;
+    std::fs::write(&segment.path, bytes).unwrap();
+    // A disk that forgets changes no time.
+    File::options().write(true).open(&segment.path).unwrap().set_modified(modified).unwrap();
+    assert_eq!(bench.step(50), Removed { files: 2, erased: 1, ..Removed::default() });
+    assert_eq!(ordered(&bench)[0]["records"], json!([[3, 4]]));
+}
+
+#[test]
 fn nothing_goes_that_cannot_be_recorded() {
     let mut bench = bench(|_| None);
     bench.retention.announce = Box::new(|_, _| false);
