@@ -1,12 +1,12 @@
 //! Online statistics: what the rows of each version and arm look like now, against its reference.
 //!
 //! ```text
-//! gateway ──answered──▶ Watch::offer ──no lock held, nobody woken──▶ queue (≤ items, ≤ bytes)
-//!                            │ over the budget, or no room             │ the thread `monitor`, ten times a second
-//!                            ▼                                         ▼
-//!                     counted as skipped            rows ─▶ counters of slots ─▶ scores, verdicts ─▶ Report
-//!                                                                │ each slot        admin, metrics ◀───┘
-//!                                                                └▶ <state>/monitor
+//! gateway ──answered──▶ Watch::offer ──nobody is woken──▶ queue (≤ items, ≤ bytes)
+//!                            │ over the budget, or no room    │ the thread `monitor`, ten times a second
+//!                            ▼                                ▼
+//!                     counted as skipped   rows ─▶ counters of slots ─▶ scores, verdicts ─▶ Report
+//!                                                       │ each slot        admin, metrics ◀───┘
+//!                                                       └▶ <state>/monitor
 //! ```
 //!
 //! Invariants:
@@ -181,21 +181,16 @@ impl Intake {
         }
     }
 
-    /// Whether there is room, and the budget for it; takes the budget.
-    fn take(&self, values: u64, bytes: usize) -> bool {
-        {
-            let queue = self.queue.lock();
-            if queue.offers.len() >= self.queue_max || queue.bytes + bytes > self.queue_bytes_max {
-                return false;
-            }
-        }
-        self.budget.take(values, Instant::now())
-    }
-
-    fn put(&self, offer: Offer) {
+    /// Whether there was room for it.
+    fn put(&self, offer: Offer) -> bool {
         let mut queue = self.queue.lock();
-        queue.bytes += offer.bytes;
+        let bytes = queue.bytes + offer.bytes;
+        if queue.offers.len() >= self.queue_max || bytes > self.queue_bytes_max {
+            return false;
+        }
+        queue.bytes = bytes;
         queue.offers.push(offer);
+        true
     }
 
     fn all(&self) -> Vec<Offer> {
@@ -409,14 +404,15 @@ impl Watch {
             Some(tensor) if self.batched => tensor.shape().first().copied().unwrap_or(1),
             _ => 1,
         };
+        let leave = || {
+            let bytes = inputs.iter().chain(outputs).map(|tensor| tensor.data().len()).sum();
+            let (watch, arm) = (Arc::downgrade(self), arm.clone());
+            let (inputs, outputs) = (inputs.to_vec(), outputs.to_vec());
+            self.intake.put(Offer { watch, arm, inputs, outputs, bytes })
+        };
         let values = self.cost(rows, inputs, outputs);
-        let bytes = inputs.iter().chain(outputs).map(|tensor| tensor.data().len()).sum();
-        if !self.wants(arm) || !self.intake.take(values, bytes) {
+        if !self.wants(arm) || !self.intake.budget.take(values, Instant::now()) || !leave() {
             self.skipped.fetch_add(rows as u64, Ordering::Relaxed);
-            return;
         }
-        let (inputs, outputs) = (inputs.to_vec(), outputs.to_vec());
-        let watch = Arc::downgrade(self);
-        self.intake.put(Offer { watch, arm: arm.clone(), inputs, outputs, bytes });
     }
 }

@@ -60,8 +60,8 @@ struct Watched {
     arms: BTreeMap<String, ArmState>,
     /// What is odd about the reference.
     note: Option<String>,
-    /// Features that learning takes the memory of.
-    learning: usize,
+    /// Features that an arm, or learning, takes the memory of.
+    weight: usize,
 }
 
 /// What rows are compared with.
@@ -167,10 +167,18 @@ impl Desk {
 
     fn take(&mut self, offer: &Offer) {
         let Some(watch) = offer.watch.upgrade() else { return };
-        let features: usize = self.watched.values().map(Watched::features).sum();
-        let left = self.shared.settings.features_max.saturating_sub(features);
+        let settings = &self.shared.settings;
         let Some(watched) = self.watched.get_mut(&watch.id) else { return };
-        if !watched.take(&watch, offer, &self.shared.settings, left, &mut self.memory) {
+        let more = watched.features_of_arm(offer);
+        if more > 0 {
+            let features: usize = self.watched.values().map(Watched::features).sum();
+            if features + more > settings.features_max {
+                watch.skipped.fetch_add(rows_of(&watch, offer) as u64, Ordering::Relaxed);
+                return;
+            }
+        }
+        let Some(watched) = self.watched.get_mut(&watch.id) else { return };
+        if !watched.take(&watch, offer, settings, &mut self.memory) {
             let rows = rows_of(&watch, offer) as u64;
             watch.skipped.fetch_add(rows, Ordering::Relaxed);
         }
@@ -212,7 +220,7 @@ impl Watched {
             plan: Plan::new([]),
             arms: BTreeMap::new(),
             note: None,
-            learning: 0,
+            weight: 0,
         };
         let learnt = || {
             let (profile, digest) = watched.dir.learnt()?;
@@ -271,17 +279,22 @@ impl Watched {
         watch.wanted.store(wanted, Ordering::Relaxed);
     }
 
-    /// Whether it is compared with what the version's files said last.
+    /// Whether it is compared with what the version's files said last. If so, that is not looked at again.
     fn is_as_given(&self, watch: &Watch) -> bool {
-        let given = watch.given.lock();
-        match (&*given, &self.basis) {
+        let mut given = watch.given.lock();
+        let same = match (&*given, &self.basis) {
             (Given::AsBefore, _) => true,
             (Given::File(bytes, _), Basis::Known { digest, kind: "file", .. }) => {
                 Profile::digest(bytes) == *digest
             }
-            (Given::File(..), _) | (Given::Nothing, Basis::Known { kind: "file", .. }) => false,
+            (Given::File(..), _)
+            | (Given::Nothing, Basis::Known { kind: "file", .. } | Basis::Full { .. }) => false,
             (Given::Nothing, _) => true,
+        };
+        if same {
+            *given = Given::AsBefore;
         }
+        same
     }
 
     /// Whether there is room now, and was none.
@@ -294,7 +307,7 @@ impl Watched {
         let how = LearnSettings { sample_max, texts_max: TEXTS_MAX, ..LearnSettings::default() };
         self.plan = Plan::new(&watch.features);
         let weights = watch.features.iter().map(|feature| learner_weight(feature, settings));
-        self.learning = weights.sum();
+        self.weight = weights.sum();
         self.basis = match Learner::new(watch.features.clone(), how) {
             Ok(learner) => Basis::Learning(Box::new(learner)),
             Err(error) => Basis::Nothing(error.to_string()),
@@ -303,16 +316,24 @@ impl Watched {
 
     fn compare_with(&mut self, (profile, digest): Reference, kind: &'static str) {
         self.plan = Plan::new(profile.features.iter().map(|feature| &feature.feature));
+        self.weight = weight_of(&profile);
         self.basis = Basis::Known { profile, digest, kind };
     }
 
     /// Features that are held in memory, of all arms.
     fn features(&self) -> usize {
         match &self.basis {
-            Basis::Known { profile, .. } => weight_of(profile) * self.arms.len().max(1),
-            Basis::Learning(_) => self.learning,
+            Basis::Known { .. } => self.weight * self.arms.len().max(1),
+            Basis::Learning(_) => self.weight,
             Basis::Full { .. } | Basis::Nothing(_) => 0,
         }
+    }
+
+    /// How many more that would be with the arm of this call.
+    fn features_of_arm(&self, offer: &Offer) -> usize {
+        // The first arm's are counted already.
+        let is_new = !self.arms.is_empty() && !self.arms.contains_key(offer.arm.as_str());
+        if is_new { self.weight } else { 0 }
     }
 
     /// Counts a call's rows; whether they were.
@@ -321,7 +342,6 @@ impl Watched {
         watch: &Watch,
         offer: &Offer,
         settings: &Settings,
-        left: usize,
         memory: &mut Memory,
     ) -> bool {
         let rows = rows_of(watch, offer);
@@ -340,12 +360,9 @@ impl Watched {
             Basis::Known { profile, .. } => {
                 let name = offer.arm.as_str();
                 if !self.arms.contains_key(name) {
-                    // The first arm's features are counted already.
-                    let more = if self.arms.is_empty() { 0 } else { weight_of(profile) };
                     let own = |name: &str| OWN_ARMS.contains(&name);
                     let rules = self.arms.keys().filter(|name| !own(name)).count();
-                    let full = !own(name) && rules >= ARMS_MAX - OWN_ARMS.len();
-                    if full || more > left {
+                    if !own(name) && rules >= ARMS_MAX - OWN_ARMS.len() {
                         return false;
                     }
                     let now = jiff::Timestamp::now().as_second();
