@@ -29,13 +29,13 @@ enum Command {
     Load(Load),
     /// Unload a version that takes no traffic; returns when its last request has ended
     #[command(after_help = examples!("versions unload iris 1"))]
-    Unload(Unload),
+    Unload(Changed),
     /// Show how far a model's rows have moved from their reference, by version and arm
     #[command(after_help = examples!("versions drift iris", "versions drift iris --json"))]
     Drift(Drift),
     /// Take the reference that was learnt from a version's first rows for good
     #[command(after_help = examples!("versions freeze iris 2 --reason 'a good week'"))]
-    Freeze(Freeze),
+    Freeze(Changed),
 }
 
 #[derive(clap::Args)]
@@ -72,7 +72,7 @@ struct Load {
 }
 
 #[derive(clap::Args)]
-struct Unload {
+struct Changed {
     /// Name of the model
     model: ModelName,
     /// Number of the version
@@ -90,18 +90,6 @@ struct Drift {
     /// The stretch of time: hour, day, or latest (values, where the reference has some)
     #[arg(long, default_value = "hour", value_parser = ["hour", "day", "latest"])]
     window: String,
-    #[command(flatten)]
-    connection: Connection,
-}
-
-#[derive(clap::Args)]
-struct Freeze {
-    /// Name of the model
-    model: ModelName,
-    /// Number of the version
-    version: Version,
-    #[command(flatten)]
-    why: Why,
     #[command(flatten)]
     connection: Connection,
 }
@@ -227,7 +215,7 @@ fn load(args: &Load) -> Result<String, Stop> {
     Ok(shown(&args.connection, &answer, |body| moved(&args.model, body)))
 }
 
-fn unload(args: &Unload) -> Result<String, Stop> {
+fn unload(args: &Changed) -> Result<String, Stop> {
     let path = format!("/models/{}/versions/{}:unload", args.model, args.version);
     let client = Client::open(&args.connection)?;
     let answer = client.change(Method::POST, &path, Some(json!({})), &args.why, LOAD_ANSWER_MAX)?;
@@ -285,7 +273,7 @@ fn scores(of: &Value) -> String {
     each.join(", ")
 }
 
-fn freeze(args: &Freeze) -> Result<String, Stop> {
+fn freeze(args: &Changed) -> Result<String, Stop> {
     let path = format!("/models/{}/versions/{}:freeze", args.model, args.version);
     let client = Client::open(&args.connection)?;
     let answer = client.post(&path, json!({}), &args.why)?;

@@ -34,6 +34,22 @@ def free_ports(count):
         return [each.getsockname()[1] for each in sockets]
 
 
+def tidegate(*arguments, code=0):
+    """Runs a command that must end with `code`; what it printed, and of one that fails what it complained of."""
+    done = subprocess.run([str(BINARY), *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr or done.stdout
+    return done.stdout if code == 0 else done.stderr
+
+
+def eventually(what, within=60):
+    """What `what` gives, once it is something."""
+    until = time.monotonic() + within
+    while not (found := what()):
+        assert time.monotonic() < until, what
+        time.sleep(0.05)
+    return found
+
+
 class Server:
     """A running gateway: `http`, `grpc`, `metrics` and `admin` are `host:port`; `state` is its state folder."""
 

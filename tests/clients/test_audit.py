@@ -6,34 +6,17 @@ import json
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 
 import duckdb
 import pytest
-from conftest import BINARY, HOST, ROOT, running
+from conftest import HOST, ROOT, eventually, running, tidegate
 
 sys.path.insert(0, str(ROOT / "tests" / "verifier"))
 import verify_ledger  # noqa: E402
 
-WITHIN_S = 30
 INFER = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [5.1, 3.5, 1.4, 0.2]}]}
-
-
-def tidegate(*arguments, code=0):
-    done = subprocess.run([str(BINARY), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code, done.stderr or done.stdout
-    return done.stdout if code == 0 else done.stderr
-
-
-def eventually(what):
-    until = time.monotonic() + WITHIN_S
-    while not (found := what()):
-        assert time.monotonic() < until, what
-        time.sleep(0.05)
-    return found
 
 
 class Gate:

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pandas
 import pytest
-from conftest import BINARY, MODELS, ROOT, Server, running
+from conftest import BINARY, MODELS, ROOT, Server, eventually, running, tidegate
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -26,20 +26,6 @@ FLOWERS = np.array(
     [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3], [5.9, 2.8, 4.3, 1.3], [6.1, 2.9, 4.7, 1.4], [4.9, 3.1, 1.5, 0.1]],
     np.float32,
 )
-
-
-def tidegate(*arguments, code=0):
-    done = subprocess.run([str(BINARY), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code, done.stderr or done.stdout
-    return done.stdout if code == 0 else done.stderr
-
-
-def eventually(what):
-    until = time.monotonic() + WITHIN_S
-    while not (found := what()):
-        assert time.monotonic() < until, what
-        time.sleep(0.05)
-    return found
 
 
 def infer(server, rows, path="/v2/models/iris/infer"):

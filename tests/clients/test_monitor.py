@@ -5,32 +5,16 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 import urllib.parse
 import urllib.request
 
 import numpy as np
 import pytest
-from conftest import BINARY, HOST, MODELS, ROOT, Server, free_ports, running
+from conftest import BINARY, HOST, MODELS, ROOT, Server, eventually, free_ports, running, tidegate
 
-WITHIN_S = 60
 SEED = 11
 ROWS = 600
 FAST = {"TIDEGATE_MONITOR_INTERVAL_S": "1"}
-
-
-def eventually(what, within=WITHIN_S):
-    until = time.monotonic() + within
-    while not (found := what()):
-        assert time.monotonic() < until, what
-        time.sleep(0.1)
-    return found
-
-
-def tidegate(*arguments, code=0):
-    done = subprocess.run([str(BINARY), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code, done.stderr or done.stdout
-    return done.stdout
 
 
 def flowers(rows, seed, shift=0.0):
