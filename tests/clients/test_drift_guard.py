@@ -79,7 +79,7 @@ def test_outputs_are_compared_between_the_arms(tmp_path, rotated):
         assert ended["state"] == "rolled_back" and ended["reason"]["message"].startswith("drift: "), ended
         assert drift["outcome"] == "fail" and drift["evidence"] >= drift["limit"] and drift["low"] >= 0.1, drift
         _, table = admin(server, "/models/iris/traffic")
-        assert table["weights"] == {"2": 100}, table
+        assert list(table["traffic"]["weights"]) == ["2"], table
         # What the evidence is made of, to be computed again.
         outputs = {each["feature"]: each for each in ended["evidence"]["outputs"]["features"]}
         assert sum(outputs["class(probabilities)"]["candidate"]) == drift["candidate"]["of"], outputs

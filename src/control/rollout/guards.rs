@@ -616,7 +616,7 @@ mod tests {
         let drift = DriftGuard { score_max: 0.1, min_rows: 500, alpha: Some(0.05) };
         let guards = Guards { drift: Some(drift), ..all() };
         let equal = [500, 500];
-        let cases: &[(&str, [u64; 2], [u64; 2], f64, GuardOutcome)] = &[
+        let cases = [
             ("nothing yet", [0, 0], [0, 0], 0.0, Inconclusive),
             ("too few", equal, [200, 200], 0.0, Inconclusive),
             ("the same", equal, [300, 300], 0.0, Pass),
@@ -632,14 +632,14 @@ mod tests {
                 feature: "class(y)".to_owned(),
                 stable: stable.to_vec(),
                 candidate: candidate.to_vec(),
-                ln: *ln,
+                ln,
             };
             let half = own.candidate.iter().sum::<u64>() / 2;
             let (feature, candidate) = ("z".to_owned(), vec![half; 2]);
             let other = OutputFeature { feature, candidate, ln: 1.0, ..own.clone() };
             seen.outputs.features = vec![own, other];
             let sight = sight(&guards, &seen);
-            assert_eq!(outcome(&sight, Guard::Drift), *want, "{name}: {:#?}", evaluate(&sight));
+            assert_eq!(outcome(&sight, Guard::Drift), want, "{name}: {:#?}", evaluate(&sight));
         }
         // While only copies are sent to it, there is nothing to wait for.
         let seen = evidence(&[]);
