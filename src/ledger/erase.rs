@@ -248,7 +248,7 @@ pub(super) fn each(
 ) -> Result<u64, ReadError> {
     let failed = |error| ReadError::Io { file: segment.path.clone(), error };
     let lost = |from: u64| end.map_or(1, |end| end.saturating_sub(from));
-    let mut reader = match SegmentReader::open_whatever_its_length(segment) {
+    let mut reader = match SegmentReader::open_cut(segment) {
         Ok((reader, _)) => reader,
         Err(ReadError::Fault(_)) if segment.sealed => {
             take(Piece::Damaged(0, None)).map_err(failed)?;

@@ -103,28 +103,17 @@ impl SegmentReader {
     /// When the file cannot be read, does not begin as a segment does, or is not as long as it was when
     /// it was sealed.
     pub fn open(segment: &SegmentFile) -> Result<Self, ReadError> {
-        let (reader, mark) = Self::open_whatever_its_length(segment)?;
-        if reader.segment.sealed
-            && let Some(mark) = mark
-        {
-            let path = &reader.segment.path;
-            let failed = |error| ReadError::Io { file: path.clone(), error };
-            let len = reader.file.metadata().map_err(failed)?.len();
-            if len != mark {
-                let what = format!("{len} bytes, sealed with {mark}");
-                return Err(fault(path, frame::MARK.start as u64, what).into());
-            }
+        match Self::open_cut(segment)? {
+            (reader, None) => Ok(reader),
+            (_, Some(fault)) => Err(fault.into()),
         }
-        Ok(reader)
     }
 
-    /// The same for a segment that may have been cut; and the length that it was sealed with.
+    /// The same for a segment that may not be as long as it was, which is told then.
     ///
     /// # Errors
     /// When the file cannot be read, or does not begin as a segment does.
-    pub fn open_whatever_its_length(
-        segment: &SegmentFile,
-    ) -> Result<(Self, Option<u64>), ReadError> {
+    pub fn open_cut(segment: &SegmentFile) -> Result<(Self, Option<Fault>), ReadError> {
         let mut segment = segment.clone();
         let file = match File::open(&segment.path) {
             // Sealed since it was listed.
@@ -147,9 +136,17 @@ impl SegmentReader {
             let what = format!("the head says that it begins with {}", head.first_seq);
             return Err(fault(&path, 0, what).into());
         }
+        let mut cut = None;
+        if segment.sealed
+            && let Some(mark) = mark
+        {
+            let len = file.metadata().map_err(failed)?.len();
+            let what = || format!("{len} bytes, sealed with {mark}");
+            cut = (len != mark).then(|| fault(&path, frame::MARK.start as u64, what()));
+        }
         let next_seq = head.first_seq;
         let (buffer, at, offset) = (Vec::new(), 0, limit);
-        Ok((Self { file, segment, head, buffer, at, offset, next_seq }, mark))
+        Ok((Self { file, segment, head, buffer, at, offset, next_seq }, cut))
     }
 
     pub fn head(&self) -> &SegmentHead {
