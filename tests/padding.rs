@@ -107,8 +107,20 @@ impl Serving {
         answers.map(|answer| answer.unwrap_or_else(|f| panic!("{}", f.message))).collect()
     }
 
-    /// All at once, again until they ran as one batch: a window may close early on a busy machine.
-    /// Gives the answers, and how many elements and how much padding ran.
+    /// Two requests, apart: a lane waits for as long as requests are apart, so that what is sent at once
+    /// afterwards finds it waiting, however busy the machine is. (With a preferred size it does not ask
+    /// whether a batch is worth it.)
+    async fn apart(self: &Arc<Self>, request: &[NamedTensor]) {
+        let later = async {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            self.infer(request.to_vec()).await
+        };
+        let (first, second) = futures_util::future::join(self.infer(request.to_vec()), later).await;
+        assert!(first.is_ok() && second.is_ok());
+    }
+
+    /// All at once, again until they ran as one batch. Gives the answers, and how many elements and how
+    /// much padding ran.
     async fn infer_as_one(
         self: &Arc<Self>,
         requests: &[Vec<NamedTensor>],
@@ -117,7 +129,8 @@ impl Serving {
             let of = |kind| self.elements(kind).unwrap_or(0);
             (self.stats().execution_count, of("real"), of("padding"))
         };
-        for _ in 0..200 {
+        for _ in 0..20 {
+            self.apart(&requests[0]).await;
             let before = counted();
             let answers = self.infer_all(requests.to_vec()).await;
             let after = counted();
@@ -188,7 +201,7 @@ async fn all_lengths_of_a_bucket_run_as_one_batch() {
     let cases = cases();
     let rows: usize = cases.iter().map(|case| case.ids.len()).sum();
     let toml = format!(
-        "[batch]\nsize_max = {rows}\nwait_max_us = 20_000_000\n{}\n",
+        "[batch]\nsize_max = {rows}\npreferred = [{rows}]\nwait_max_us = 20_000_000\n{}\n",
         PADDED.replace("[batch.padding]", "[batch.padding]\nbuckets = [40]")
     );
     for engine in [EngineChoice::Ort, EngineChoice::Tract] {
@@ -221,7 +234,8 @@ async fn powers_of_two_are_the_buckets_when_none_are_listed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_length_is_never_padded_and_keeps_its_bits() {
     let case = cases().into_iter().find(|case| case.ids[0].len() == 9).unwrap();
-    let toml = format!("[batch]\nsize_max = 4\nwait_max_us = 20_000_000\n{PADDED}");
+    let toml =
+        format!("[batch]\nsize_max = 4\npreferred = [4]\nwait_max_us = 20_000_000\n{PADDED}");
     let serving = Arc::new(Serving::new(EngineChoice::Ort, "masked", &toml).await);
     let rows = |count| Case { ids: vec![case.ids[0].clone(); count], ..case.clone() };
     let (answers, _, padding) = serving.infer_as_one(&vec![inputs(&rows(1), false); 4]).await;
