@@ -14,7 +14,7 @@ use crate::observe::{AccessLog, Otlp, log};
 use crate::transport::auth::Auth;
 use crate::transport::intake::memory_limit;
 use crate::transport::tls::{Files, Tls};
-use crate::{cache, control, gateway, observe, shadow, transport};
+use crate::{cache, control, gateway, observe, outbound, shadow, transport};
 
 /// Address space that a trial may have however small the container is.
 const PROBE_MEMORY_FLOOR: u64 = 1 << 30;
@@ -183,13 +183,16 @@ fn control_settings(from: &mut Layers) -> control::Settings {
 
 fn hook_settings(from: &mut Layers) -> Option<control::hooks::Settings> {
     let (url, secret) = (from.text("hooks.url"), from.text("hooks.secret"));
-    let timeout = from.millis("hooks.timeout_ms");
-    let attempts_max = u32::try_from(from.number("hooks.attempts_max")).unwrap_or(u32::MAX);
+    let outbound = outbound::Settings {
+        timeout: from.millis("hooks.timeout_ms"),
+        attempts_max: u32::try_from(from.number("hooks.attempts_max")).unwrap_or(u32::MAX),
+        backoff: Duration::from_secs(1),
+    };
     let queue_max = from.size("hooks.queue_max");
     if url.is_none() && secret.is_some() {
         from.notes.push("hooks.secret has no effect without hooks.url".to_owned());
     }
-    let url = control::hooks::parse_url(&url?);
+    let url = outbound::parse_url(&url?);
     let url = url.map_err(|problem| from.problems.add("hooks.url", problem)).ok();
     let secret: Option<control::secret::SecretRef> = match secret {
         Some(text) => {
@@ -204,8 +207,7 @@ fn hook_settings(from: &mut Layers) -> Option<control::hooks::Settings> {
         }
     };
     let (url, secret) = (url?, secret?);
-    let backoff = Duration::from_secs(1);
-    Some(control::hooks::Settings { url, secret, timeout, attempts_max, backoff, queue_max })
+    Some(control::hooks::Settings { url, secret, outbound, queue_max })
 }
 
 fn release_policy(from: &mut Layers) -> control::director::Policy {

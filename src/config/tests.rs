@@ -221,7 +221,9 @@ fn hooks_need_an_address_that_is_safe_and_a_key_that_is_elsewhere() {
     let good = "[hooks]\nurl = 'https://ci.example/hooks'\nsecret = 'env:KEY'\ntimeout_ms = 700\n";
     let hooks = read(good).unwrap().hooks.unwrap();
     assert_eq!(hooks.url.as_str(), "https://ci.example/hooks");
-    assert_eq!((hooks.timeout.as_millis(), hooks.attempts_max, hooks.queue_max), (700, 8, 256));
+    let outbound = &hooks.outbound;
+    assert_eq!((outbound.timeout.as_millis(), outbound.attempts_max), (700, 8));
+    assert_eq!(hooks.queue_max, 256);
     assert_eq!(paths(read("[hooks]\nurl = 'https://ci.example/'\n")), ["hooks.secret"]);
     let plain = "[hooks]\nurl = 'http://ci.example/'\nsecret = 'hunter2hunter2hunter2'\n";
     let problems = read(plain).unwrap_err();
