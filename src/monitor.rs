@@ -44,7 +44,7 @@ mod state;
 mod tests;
 
 pub use report::{
-    ArmReport, Counted, FeatureReport, Oddities, ReferenceReport, VersionReport, WindowReport,
+    ArmReport, Counted, FeatureReport, Odd, Oddities, ReferenceReport, VersionReport, WindowReport,
 };
 
 use budget::Budget;

@@ -140,6 +140,24 @@ impl Sender {
         id: &str,
         request: impl Fn(&Client) -> Result<(RequestBuilder, Secret), RequestError>,
     ) -> Answer {
+        self.tried(id, self.settings.attempts_max, request).await
+    }
+
+    /// The same, tried once.
+    pub async fn deliver_once(
+        &self,
+        id: &str,
+        request: impl Fn(&Client) -> Result<(RequestBuilder, Secret), RequestError>,
+    ) -> Answer {
+        self.tried(id, 1, request).await
+    }
+
+    async fn tried(
+        &self,
+        id: &str,
+        attempts_max: u32,
+        request: impl Fn(&Client) -> Result<(RequestBuilder, Secret), RequestError>,
+    ) -> Answer {
         let mut wait = self.settings.backoff;
         let mut attempt = 1;
         loop {
@@ -155,7 +173,7 @@ impl Sender {
                 }
                 Attempt::Again(why, asked) => (why, asked),
             };
-            if attempt >= self.settings.attempts_max {
+            if attempt >= attempts_max {
                 tracing::warn!(id, attempt, why, "delivery given up");
                 return Answer::None(format!("no answer after {attempt} tries: {why}"));
             }

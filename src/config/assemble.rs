@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::layers::{Layers, Problems};
-use super::{Config, records, sinks, sources};
+use super::{Config, alerts, records, sinks, sources};
 use crate::admit::Clients;
 use crate::control::source::Location;
 use crate::domain::{EngineChoice, ModelName};
@@ -45,6 +45,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         },
         release: release_policy(from),
         hooks: hook_settings(from),
+        alerts: alerts::settings(from),
         system_shared_memory: from.flag("server.system_shared_memory"),
         observe: observe_settings(from),
         log_format: log_format(from),
