@@ -29,7 +29,7 @@ pub const ALERTS_MAX: usize = 32;
 const SAID_BYTES_MAX: usize = 256;
 /// How long a resolved alert is shown.
 pub const RESOLVED_KEPT: Duration = Duration::from_secs(7 * 86_400);
-/// After a start, time for versions to load before one that is not there counts as gone.
+/// After a start, time for a version to load before it counts as gone.
 pub const START_MAX: Duration = Duration::from_secs(600);
 
 /// Why an alert is over.
@@ -184,6 +184,8 @@ pub struct Board {
     /// Since when firing ones do not hold, or are not judged by anybody.
     clear: BTreeMap<Subject, Timestamp>,
     gone: BTreeMap<Subject, Timestamp>,
+    /// Firing ones that were judged since the start.
+    judged: BTreeSet<Subject>,
 }
 
 /// What all looks share.
@@ -287,34 +289,34 @@ impl Board {
         let mut changes = Vec::new();
         for alert in self.books.alerts.iter_mut().filter(|alert| alert.state == State::Firing) {
             let subject = alert.subject();
-            let (timer, why) = match found.get(&subject) {
+            let now = found.get(&subject);
+            if now.is_some() {
+                self.gone.remove(&subject);
+                self.judged.insert(subject.clone());
+            }
+            if !matches!(now, Some(Found::Clear)) {
+                self.clear.remove(&subject);
+            }
+            let (timer, why) = match now {
                 Some(Found::Holds(detail)) => {
                     alert.detail = Detail::clone(detail);
-                    self.clear.remove(&subject);
-                    self.gone.remove(&subject);
                     continue;
                 }
                 // Neither good nor bad: it stays as it is.
-                Some(Found::Unknown) => {
-                    self.clear.remove(&subject);
-                    self.gone.remove(&subject);
+                Some(Found::Unknown) => continue,
+                Some(Found::Clear) => (&mut self.clear, CLEAR),
+                // Its version may still be loaded.
+                None if !self.judged.contains(&subject)
+                    && since(look.started, look.now) < START_MAX =>
+                {
                     continue;
                 }
-                Some(Found::Clear) => {
-                    self.gone.remove(&subject);
-                    (&mut self.clear, CLEAR)
-                }
-                None => {
-                    self.clear.remove(&subject);
-                    if since(look.started, look.now) < START_MAX {
-                        continue;
-                    }
-                    (&mut self.gone, GONE)
-                }
+                None => (&mut self.gone, GONE),
             };
             let from = *timer.entry(subject.clone()).or_insert(look.now);
             if since(from, look.now) >= look.times.keep_firing_for {
                 timer.remove(&subject);
+                self.judged.remove(&subject);
                 alert.end(why.to_owned(), receivers, look.now);
                 changes.push(Change::Resolved(alert.clone()));
             }
@@ -365,6 +367,7 @@ impl Board {
                 detail: Detail::clone(detail),
                 deliveries: BTreeMap::new(),
             };
+            self.judged.insert(subject.clone());
             self.books.alerts.push(alert.clone());
             fired.push(alert);
         }

@@ -429,7 +429,8 @@ pub fn summary(model: &ModelName, subject: &Subject, detail: &Detail) -> String 
             format!("{features} of {of} changed for certain, by however much: {names}")
         }
         (Kind::DataQuality, _) => {
-            format!("too many rows of {of} are {about}, in {count} features: {names}")
+            let features = if count == 1 { "1 feature" } else { &format!("{count} features") };
+            format!("too many rows of {features} of {of} are {about}: {names}")
         }
         (Kind::Quality, Some(metric)) => format!(
             "{} of {of} is {:.4} ({:.4} to {:.4}), beyond the {} of {}",

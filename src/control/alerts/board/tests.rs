@@ -220,6 +220,37 @@ fn a_restart_tells_nobody_twice_and_forgets_nobody() {
 }
 
 #[test]
+fn what_was_there_since_the_start_may_go_at_once() {
+    let mut sim = Sim::new(vec![ops()]);
+    sim.fired(&drift());
+    sim.restart();
+    sim.look(&[(drift(), held())]);
+    sim.look(&[]);
+    sim.wait(900);
+    // A start is no excuse for one that has been seen.
+    sim.started = sim.now;
+    let changes = sim.look(&[]);
+    assert!(matches!(&changes[..], [Change::Resolved(_)]), "{changes:?}");
+    // Not even for one that went when it had just fired.
+    sim.fired(&drift());
+    sim.started = sim.now;
+    sim.look(&[]);
+    sim.wait(900);
+    sim.started = sim.now;
+    assert_eq!(sim.look(&[]).len(), 1);
+    // For one that has not been seen it is, for a while.
+    sim.fired(&drift());
+    sim.restart();
+    for _ in 0..10 {
+        assert_eq!(sim.look(&[]), []);
+        sim.wait(60);
+    }
+    assert_eq!(sim.look(&[]), []);
+    sim.wait(900);
+    assert_eq!(sim.look(&[]).len(), 1);
+}
+
+#[test]
 fn it_is_told_again_after_a_while_and_sooner_when_nobody_heard() {
     let mut sim = Sim::new(vec![ops()]);
     let alert = sim.fired(&drift());
