@@ -210,6 +210,11 @@ impl Alerts {
         AlertsView { alerts, silences, receivers }
     }
 
+    /// Whether there is such a receiver.
+    pub fn knows(&self, receiver: &str) -> bool {
+        self.shared.receivers.iter().any(|known| known.name == receiver)
+    }
+
     /// Sends a receiver an event that says that it is a test, once.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 use super::{json, read_view};
 use crate::admin::Admin;
 use crate::admin::asked::{Asked, Change, Reason};
-use crate::admin::problem::{LATER, NEEDS_REASON, Problem};
+use crate::admin::problem::{LATER, NEEDS_REASON, NOT_FOUND, Problem};
 use crate::admit::Action;
 use crate::control::alerts::board::Silence;
 use crate::control::alerts::{Alerts, AlertsView, SILENCE_MAX, TestView};
@@ -66,6 +66,9 @@ pub(super) async fn test(
 ) -> Result<Response, Problem> {
     let alerts = alerts(&admin)?;
     let receiver = asked.names.prediction.clone().unwrap_or_default();
+    if !alerts.knows(&receiver) {
+        return Err(NOT_FOUND.because(format!("receiver '{receiver}' is not configured")));
+    }
     let call = asked.plain_call(change.reason);
     admin.desk.noted("alert.test", None, &receiver, &call).await?;
     Ok(json(StatusCode::OK, &alerts.test(&receiver).await?))

@@ -32,6 +32,9 @@ pub const RESOLVED_KEPT: Duration = Duration::from_secs(7 * 86_400);
 /// After a start, time for a version to load before it counts as gone.
 pub const START_MAX: Duration = Duration::from_secs(600);
 
+/// After which a telling that nobody heard is tried again.
+pub const FAILED_AGAIN: Duration = Duration::from_secs(3600);
+
 /// Why an alert is over.
 const CLEAR: &str = "the condition does not hold any more";
 const GONE: &str =
@@ -92,8 +95,8 @@ pub enum State {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[schema(as = AlertTold)]
 pub struct Told {
-    /// How often it was told that it fires, this time included.
-    #[schema(minimum = 0)]
+    /// Of the telling that it fires: 2 is the first time that this is said again.
+    #[schema(minimum = 1)]
     pub number: u32,
     pub firing: Delivery,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -222,8 +225,8 @@ impl Alert {
                     Delivery::new(Progress::Skipped, now, "it was over before it was told");
             }
             let wants = receivers.iter().any(|one| one.name == *name && one.resolved);
-            let heard = [Progress::Pending, Progress::Delivered, Progress::Failed];
-            if wants && heard.contains(&told.firing.state) {
+            let may_have = [Progress::Pending, Progress::Delivered, Progress::Failed];
+            if wants && (told.number > 1 || may_have.contains(&told.firing.state)) {
                 told.resolved = Some(Delivery { state: Progress::Pending, at: now, detail: None });
             }
         }
@@ -391,10 +394,21 @@ impl Board {
         before != (alerts.len(), told_at.len(), silence.is_some())
     }
 
-    /// Decides who is to be told of what fires; whether anything changed.
+    /// Decides who is to be told of what; whether anything changed.
     pub fn plan(&mut self, receivers: &[Receiver], now: Timestamp) -> bool {
         let Books { alerts, told_at, silence } = &mut self.books;
         let mut changed = false;
+        let known = |name: &String| receivers.iter().any(|receiver| receiver.name == *name);
+        let all = alerts.iter_mut().flat_map(|alert| &mut alert.deliveries);
+        for (_, told) in all.filter(|(name, _)| known(name)) {
+            let failed = |one: &&mut Delivery| {
+                one.state == Progress::Failed && since(one.at, now) >= FAILED_AGAIN
+            };
+            if let Some(resolved) = told.resolved.as_mut().filter(failed) {
+                *resolved = Delivery { state: Progress::Pending, at: now, detail: None };
+                changed = true;
+            }
+        }
         for alert in alerts.iter_mut().filter(|alert| alert.state == State::Firing) {
             for receiver in receivers {
                 let told = alert.deliveries.get(&receiver.name);
@@ -402,7 +416,12 @@ impl Board {
                 if !due || !receiver.wants(alert) {
                     continue;
                 }
-                let number = told.map_or(0, |told| told.number);
+                // What was not heard is the same event, by the same id.
+                let number = match told {
+                    None => 1,
+                    Some(told) if told.firing.state == Progress::Delivered => told.number + 1,
+                    Some(told) => told.number,
+                };
                 let cool = told_at.get(&receiver.name).map(|at| after(*at, receiver.cooldown));
                 let wait = match (&silence, cool) {
                     (Some(silence), _) => Some(format!("silenced until {}", silence.until)),
@@ -411,10 +430,7 @@ impl Board {
                     }
                     _ => None,
                 };
-                let (state, number) = match wait {
-                    Some(_) => (Progress::Waiting, number),
-                    None => (Progress::Pending, number + 1),
-                };
+                let state = if wait.is_some() { Progress::Waiting } else { Progress::Pending };
                 let same = |told: &Told| told.firing.state == state && told.firing.detail == wait;
                 if state == Progress::Waiting && told.is_some_and(same) {
                     continue;
@@ -507,8 +523,9 @@ fn is_due(told: &Told, receiver: &Receiver, now: Timestamp) -> bool {
         Progress::Pending => false,
         Progress::Waiting | Progress::Skipped => true,
         Progress::Delivered => passed(receiver.repeat),
-        // What nobody heard is said again, if not soon.
-        Progress::Failed | Progress::Refused => passed(receiver.repeat.max(receiver.cooldown)),
+        // A pipeline may have begun all the same.
+        Progress::Failed => passed(receiver.cooldown.max(FAILED_AGAIN)),
+        Progress::Refused => passed(receiver.repeat.max(receiver.cooldown)),
     }
 }
 

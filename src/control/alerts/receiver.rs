@@ -104,7 +104,7 @@ pub struct Event {
     /// `firing`, `resolved` or `test`.
     pub word: &'static str,
     pub at: Timestamp,
-    /// How often it was told that it fires, this time included.
+    /// Of the telling that it fires; 0 of a test.
     pub number: u32,
     pub alert: Alert,
 }

@@ -254,23 +254,63 @@ fn what_was_there_since_the_start_may_go_at_once() {
 fn it_is_told_again_after_a_while_and_sooner_when_nobody_heard() {
     let mut sim = Sim::new(vec![ops()]);
     let alert = sim.fired(&drift());
-    sim.told("ops", Progress::Delivered).unwrap();
+    let after_a_while = |sim: &mut Sim, seconds| {
+        sim.wait(seconds - 1);
+        sim.look(&[(drift(), held())]);
+        assert_eq!(sim.board.next("ops"), None);
+        sim.wait(1);
+        sim.look(&[(drift(), held())]);
+    };
+    let id = |number| Some(format!("{}-firing-{number}", alert.id));
+    assert_eq!(sim.told("ops", Progress::Failed), id(1));
+    after_a_while(&mut sim, HOUR);
+    assert_eq!(sim.told("ops", Progress::Refused), id(1), "the same event: nobody heard it");
+    after_a_while(&mut sim, DAY);
+    assert_eq!(sim.told("ops", Progress::Delivered), id(1));
+    after_a_while(&mut sim, DAY);
+    assert_eq!(sim.told("ops", Progress::Delivered), id(2));
+    // Its end is said until it is heard, and a pipeline is let cool down.
+    sim.look(&[(drift(), Found::Clear)]);
+    sim.wait(900);
+    sim.look(&[(drift(), Found::Clear)]);
+    assert_eq!(sim.told("ops", Progress::Failed), Some(format!("{}-resolved", alert.id)));
+    sim.wait(HOUR);
+    sim.look(&[(drift(), Found::Clear)]);
+    assert_eq!(sim.told("ops", Progress::Delivered), Some(format!("{}-resolved", alert.id)));
+    let mut sim = Sim::new(vec![pipeline()]);
+    sim.fired(&drift());
+    sim.told("train", Progress::Failed).unwrap();
     sim.wait(DAY - 1);
     sim.look(&[(drift(), held())]);
-    assert_eq!(sim.board.next("ops"), None);
+    assert_eq!(sim.board.next("train"), None);
     sim.wait(1);
     sim.look(&[(drift(), held())]);
-    assert_eq!(sim.told("ops", Progress::Failed), Some(format!("{}-firing-2", alert.id)));
-    sim.wait(DAY);
-    sim.look(&[(drift(), held())]);
-    assert_eq!(sim.told("ops", Progress::Refused), Some(format!("{}-firing-3", alert.id)));
-    let never = Receiver { repeat: Duration::ZERO, ..ops() };
-    let mut sim = Sim::new(vec![never]);
-    sim.fired(&drift());
-    sim.told("ops", Progress::Delivered).unwrap();
+    sim.told("train", Progress::Delivered).unwrap();
     sim.wait(30 * DAY);
     sim.look(&[(drift(), held())]);
-    assert_eq!(sim.board.next("ops"), None);
+    assert_eq!(sim.board.next("train"), None, "never again");
+}
+
+#[test]
+fn a_repetition_that_a_silence_holds_back_is_another_event() {
+    let mut sim = Sim::new(vec![ops()]);
+    let alert = sim.fired(&drift());
+    sim.told("ops", Progress::Delivered).unwrap();
+    sim.wait(DAY - 60);
+    let until = after(sim.now, Duration::from_secs(HOUR));
+    sim.board.books.silence = Some(Silence { until, reason: "we know".into(), by: "ci".into() });
+    sim.wait(120);
+    sim.look(&[(drift(), held())]);
+    assert_eq!(sim.progress(0, "ops"), Progress::Waiting);
+    let mut over = Board::of(sim.board.books.clone());
+    sim.wait(HOUR);
+    sim.look(&[(drift(), held())]);
+    assert_eq!(sim.told("ops", Progress::Delivered), Some(format!("{}-firing-2", alert.id)));
+    // Who heard the first time hears of the end, too.
+    std::mem::swap(&mut sim.board, &mut over);
+    sim.board.books.silence = None;
+    sim.board.books.alerts[0].end("over".to_owned(), &[ops()], sim.now);
+    assert_eq!(sim.told("ops", Progress::Delivered), Some(format!("{}-resolved", alert.id)));
 }
 
 #[test]
