@@ -20,7 +20,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -35,6 +35,7 @@ use crate::observe::page::Family;
 
 mod arm;
 mod budget;
+mod compare;
 mod desk;
 mod families;
 mod report;
@@ -43,6 +44,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub use compare::{CELLS_MAX, Compared, ComparedFeature, LEARN_ROWS, Pair};
 pub use report::{
     ArmReport, Counted, FeatureReport, Odd, Oddities, ReferenceReport, VersionReport, WindowReport,
 };
@@ -135,6 +137,8 @@ pub struct Watch {
     given: Mutex<Given>,
     /// Set by the thread.
     wanted: AtomicU8,
+    /// Set by the thread while the version is one of two that are compared.
+    compared: AtomicBool,
     /// Later watches have larger numbers.
     number: u64,
     /// Rows that nobody looked at.
@@ -215,6 +219,7 @@ struct Shared {
     /// Guard lists, for as long as something is put there or read.
     watches: Mutex<Vec<Weak<Watch>>>,
     reports: Mutex<Reports>,
+    compared: Mutex<compare::Asked>,
     /// Guards what the thread was asked to do, which it sleeps on.
     asked: Mutex<Asked>,
     woken: Condvar,
@@ -271,6 +276,7 @@ impl Monitor {
             watched: AtomicU64::new(0),
             watches: Mutex::default(),
             reports: Mutex::default(),
+            compared: Mutex::default(),
             asked: Mutex::default(),
             woken: Condvar::new(),
         });
@@ -300,6 +306,7 @@ impl Monitor {
             features,
             given: Mutex::new(given),
             wanted: AtomicU8::new(ALL),
+            compared: AtomicBool::new(false),
             number: self.shared.watched.fetch_add(1, Ordering::Relaxed),
             skipped: AtomicU64::new(0),
         });
@@ -312,6 +319,12 @@ impl Monitor {
         let reports = self.shared.reports.lock();
         let of_model = reports.iter().filter(|((name, _), _)| name == model);
         of_model.map(|(_, report)| Arc::clone(report)).collect()
+    }
+
+    /// What two versions of a model answered since somebody with this name, a rollout's, asked first; to
+    /// be asked again every few seconds, or it begins anew.
+    pub fn compare(&self, of: &str, pair: &Pair) -> Arc<Compared> {
+        compare::ask(&mut self.shared.compared.lock(), of, pair)
     }
 
     /// Makes a learnt reference one that alerts are made of.
@@ -381,9 +394,9 @@ impl Watch {
     /// Whether rows of this arm would be looked at.
     fn wants(&self, arm: &Arm) -> bool {
         match self.wanted.load(Ordering::Relaxed) {
-            NOTHING => false,
-            STABLE => *arm == Arm::Stable,
-            _ => true,
+            ALL => true,
+            STABLE if *arm == Arm::Stable => true,
+            _ => self.compared.load(Ordering::Relaxed),
         }
     }
 

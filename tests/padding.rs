@@ -100,20 +100,11 @@ impl Serving {
         answer.map(|(answer, _)| answer).map_err(|refused| refused.failure)
     }
 
-    /// All at once.
+    /// All at once: every request has been sent before any of them can be answered.
     async fn infer_all(self: &Arc<Self>, requests: Vec<Vec<NamedTensor>>) -> Vec<Answer> {
-        let calls: Vec<_> = requests
-            .into_iter()
-            .map(|inputs| {
-                let serving = Arc::clone(self);
-                tokio::spawn(async move { serving.infer(inputs).await })
-            })
-            .collect();
-        let mut answers = Vec::new();
-        for call in calls {
-            answers.push(call.await.unwrap().unwrap_or_else(|f| panic!("{}", f.message)));
-        }
-        answers
+        let calls = requests.into_iter().map(|inputs| self.infer(inputs));
+        let answers = futures_util::future::join_all(calls).await.into_iter();
+        answers.map(|answer| answer.unwrap_or_else(|f| panic!("{}", f.message))).collect()
     }
 
     /// All at once, again until they ran as one batch: a window may close early on a busy machine.

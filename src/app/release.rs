@@ -122,6 +122,9 @@ impl Release {
     ) -> anyhow::Result<()> {
         self.director.set_shadows(shadows);
         self.director.set_feedback(Arc::clone(&feedback));
+        if let Some(monitor) = &monitor {
+            self.director.set_monitor(Arc::clone(monitor));
+        }
         let copied = AdminLog::start(Arc::clone(&self.store), Arc::clone(&ledger));
         *self.admin_log.lock() = Some(copied.context("start the copy of the journal")?);
         let watched = keys::watch_keys(Arc::clone(&self.store), Arc::clone(&self.gatekeeper));

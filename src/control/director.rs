@@ -30,6 +30,7 @@ use super::store::{Document, Event, EventOutcome, Kind, NewEvent, Put, Store};
 use super::switchboard::{InForce, Switchboard};
 use crate::domain::{Label, ModelName, Version};
 use crate::feedback::Feedback;
+use crate::monitor::Monitor;
 use crate::observe::Observer;
 use crate::shadow::Shadows;
 
@@ -97,6 +98,8 @@ struct Inner {
     shadows: OnceLock<Arc<Shadows>>,
     /// None as long as nobody counts labels.
     feedback: OnceLock<Arc<Feedback>>,
+    /// None as long as nobody watches rows.
+    monitor: OnceLock<Arc<Monitor>>,
 }
 
 /// A change that was decided and not yet made.
@@ -144,6 +147,7 @@ impl Director {
             rollouts: OnceLock::new(),
             shadows: OnceLock::new(),
             feedback: OnceLock::new(),
+            monitor: OnceLock::new(),
         });
         let overseer: Arc<Inner> = Arc::clone(&inner);
         registry.set_overseer(overseer);
@@ -158,6 +162,11 @@ impl Director {
     /// Says where labels of predictions are counted. Later calls have no effect.
     pub fn set_feedback(&self, feedback: Arc<Feedback>) {
         drop(self.inner.feedback.set(feedback));
+    }
+
+    /// Says who watches rows. Later calls have no effect.
+    pub fn set_monitor(&self, monitor: Arc<Monitor>) {
+        drop(self.inner.monitor.set(monitor));
     }
 
     /// Journals a call that something else carries out.

@@ -36,6 +36,7 @@ pub mod invariants;
 mod labels;
 mod machine;
 mod metrics;
+mod outputs;
 pub mod plan;
 mod tables;
 
@@ -45,10 +46,11 @@ pub(super) use machine::tests as machine_tests;
 mod simulation;
 
 pub use controller::{Change, Controller, Desk, Handle};
-pub use evidence::{Count, Evidence, Observation, ShadowTally, ShadowTotals};
+pub use evidence::{Count, Evidence, Observation, OwnDrift, ShadowTally, ShadowTotals};
 pub use guards::{Guard, GuardOutcome, GuardReport};
 pub use labels::{LabelEvidence, LabelTotals};
 pub use machine::{HookAnswer, Now, Start};
+pub use outputs::OutputEvidence;
 pub use plan::{HookKind, Plan};
 
 /// Actor of what a rollout decides by itself, in the journal.

@@ -5,7 +5,7 @@
 //! - Whatever fails here fails the calls that wait, and the thread begins again from what was
 //!   written down; what was promised is in the log.
 
-use std::collections::{BTreeSet, HashMap, hash_map};
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
@@ -22,6 +22,7 @@ use super::{FeedbackError, Item, Job, Models, Outcome, Settings, Shared, today};
 use crate::domain::{Durability, Protocol};
 use crate::ledger::export::{self, Selection, View};
 use crate::ledger::follow::{self, FollowError, Follower, Start};
+use crate::ledger::frame::Frame;
 use crate::ledger::log::{OpenError, Unrecorded};
 use crate::ledger::reader::{ReadError, SEGMENTS};
 use crate::ledger::record::{Head, Kind, Payload, Record, Via};
@@ -34,6 +35,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// Predictions that are counted between two looks at the queue.
 const COUNTED_AT_ONCE: usize = 2048;
+/// While there are more than that, the outputs of one prediction in so many are read for the estimate.
+const SAMPLED: u64 = 16;
 /// Calls, and items of them, that share one wait for the disk.
 const GROUP_MAX: usize = 64;
 const GROUP_ITEMS_MAX: usize = 4096;
@@ -163,6 +166,8 @@ struct Worker<'a> {
     predictions: Follower,
     /// Before this, predictions are not looked at.
     count_from: Instant,
+    /// There were more predictions than were counted at once.
+    busy: bool,
     made: Finder,
     said: Finder,
     /// Bodies of records that what is being decided may correct, by their numbers.
@@ -194,6 +199,7 @@ impl<'a> Worker<'a> {
             feedback: Follower::new(&said, Start::At(written.feedback))?,
             predictions: Follower::new(folder(PREDICTIONS), from)?,
             count_from: Instant::now(),
+            busy: false,
             made: Finder::new(folder(PREDICTIONS), made_within),
             said: Finder::new(said, Duration::ZERO),
             earlier: HashMap::new(),
@@ -439,14 +445,16 @@ impl<'a> Worker<'a> {
             return false;
         }
         self.predictions.refresh();
-        let (mut counts, mut seen, first) = (Counts::default(), 0, self.first_day());
+        let (mut seen, first) = (0, self.first_day());
+        let mut counts = Counts { every: if self.busy { SAMPLED } else { 1 }, of: Vec::new() };
         while seen < COUNTED_AT_ONCE {
             seen += 1;
             match self.predictions.next_frame() {
-                Ok(Some(frame)) => match View::read(&frame) {
-                    Ok(view) => counts.add(&view, first, &*self.parts.models),
-                    Err(what) => tracing::debug!(what, "a record is of another form"),
-                },
+                Ok(Some(frame)) => {
+                    if let Err(what) = counts.add(&frame, first, &*self.parts.models) {
+                        tracing::debug!(what, "a record is of another form");
+                    }
+                }
                 Ok(None) => break,
                 Err(FollowError::Gap(gap)) => self.predictions.skip(gap.to),
                 Err(FollowError::Damage(damage)) => {
@@ -461,10 +469,11 @@ impl<'a> Worker<'a> {
             }
         }
         let mut board = self.parts.shared.board.lock();
-        for ((series, day), counted) in counts.0 {
-            board.change(&series, day, |tally| tally.add(&counted.tally));
+        for Counted { series, day, tally: counted, .. } in counts.of {
+            board.change(&series, day, |tally| tally.add(&counted));
         }
-        seen == COUNTED_AT_ONCE
+        self.busy = seen == COUNTED_AT_ONCE;
+        self.busy
     }
 
     fn first_day(&self) -> Day {
@@ -567,35 +576,56 @@ fn delay(record: &Record, body: &Body) -> Duration {
 }
 
 /// What some predictions come to, before the board is locked for it.
-#[derive(Default)]
-struct Counts(HashMap<(Series, Day), Counted>);
+struct Counts {
+    /// Of so many predictions the outputs of one are read.
+    every: u64,
+    /// A few: models and arms that answered in a moment.
+    of: Vec<Counted>,
+}
 
 struct Counted {
+    series: Series,
+    day: Day,
     tally: Tally,
     how: How,
 }
 
+impl Counted {
+    fn is_of(&self, view: &View<'_>, day: Day) -> bool {
+        let Series { model, version, arm } = &self.series;
+        self.day == day && *version == view.version && *arm == view.arm && *model == view.model
+    }
+}
+
 impl Counts {
-    fn add(&mut self, view: &View<'_>, first: Day, models: &dyn Models) {
+    fn add(
+        &mut self,
+        frame: &Frame<'_>,
+        first: Day,
+        models: &dyn Models,
+    ) -> Result<(), &'static str> {
+        let view = View::read_head(frame)?;
         let is_one = view.kind == Kind::Prediction as u64
             && view.status == "ok"
             && view.shadow_of.is_empty();
-        let Some(day) = made_ms(view.prediction_id).map(day_of) else { return };
+        let Some(day) = made_ms(view.prediction_id).map(day_of) else { return Ok(()) };
         if !is_one || day < first {
-            return;
+            return Ok(());
         }
-        let (model, arm) = (view.model.to_owned(), view.arm.to_owned());
-        let series = Series { model, version: view.version, arm };
-        let Counted { tally, how } = match self.0.entry((series, day)) {
-            hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            hash_map::Entry::Vacant(entry) => {
-                let how = models.how(view.model, view.version).unwrap_or_default();
-                entry.insert(Counted { tally: Tally::default(), how })
-            }
-        };
+        let at = self.of.iter().position(|known| known.is_of(&view, day)).unwrap_or_else(|| {
+            let (model, arm) = (view.model.to_owned(), view.arm.to_owned());
+            let how = models.how(view.model, view.version).unwrap_or_default();
+            let series = Series { model, version: view.version, arm };
+            self.of.push(Counted { series, day, tally: Tally::default(), how });
+            self.of.len() - 1
+        });
+        let Counted { tally, how, .. } = &mut self.of[at];
         tally.predictions += 1;
-        if let Some(predicted) = reading::read(view, how) {
+        if frame.seq.is_multiple_of(self.every)
+            && let Some(predicted) = reading::read(&View::read(frame)?, how)
+        {
             predicted.confidences(how).for_each(|confidence| tally.see_confidence(confidence));
         }
+        Ok(())
     }
 }

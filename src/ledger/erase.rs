@@ -15,9 +15,11 @@
 //! - A segment is the old one or the new one, whenever the power fails. What was begun is ended
 //!   after the next start, from the records alone.
 //! - Only predictions and feedback can be erased: never a record that says what was done.
+//! - What is damaged stays as it is, and where it is: it is evidence. It holds up nothing else, and
+//!   whoever erases is told how many records could not be read.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Read as _, Write as _};
+use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
@@ -27,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::durable::{self, PUBLIC, TEMPORARY};
-use super::frame::{Form, Frame, MARK, SEGMENT_HEAD_BYTES};
+use super::frame::{self, Form, Frame, MARK, SEGMENT_HEAD_BYTES};
 use super::log::Unrecorded;
 use super::proofs::now_ns;
 use super::reader::{self, ReadError, SegmentFile, SegmentReader};
@@ -79,14 +81,16 @@ pub struct Erased {
     pub records: u64,
     /// A subject's key was destroyed.
     pub key_destroyed: bool,
+    /// Records that cannot be read, and may hold such a payload.
+    pub unreadable: u64,
     /// All is done. If not, it is ended in a while: a segment is still written, or a copy in use.
     pub done: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum EraseError {
-    #[error("no record here has such a payload")]
-    Nothing,
+    #[error("no record here has such a payload{}", besides(*unreadable))]
+    Nothing { unreadable: u64 },
     #[error(transparent)]
     Read(#[from] ReadError),
     #[error("the erasure cannot be recorded, so nothing was erased: {0}")]
@@ -95,6 +99,13 @@ pub enum EraseError {
     Unsynced,
     #[error("{}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },
+}
+
+fn besides(unreadable: u64) -> String {
+    match unreadable {
+        0 => String::new(),
+        _ => format!("; {unreadable} records cannot be read, and may"),
+    }
 }
 
 /// What a record says that payloads, or whole records, went.
@@ -196,24 +207,79 @@ fn within(ranges: &[Range], seq: u64) -> bool {
     at > 0 && seq < ranges[at - 1].1
 }
 
-/// Records of this log with a payload that is wanted gone.
+/// Records of this log with a payload that is wanted gone, and how many cannot be read.
 ///
 /// # Errors
 /// When the log cannot be read.
-pub fn find(log: &Path, wanted: &Wanted) -> Result<Vec<Range>, ReadError> {
-    let mut ranges = Vec::new();
+pub fn find(log: &Path, wanted: &Wanted) -> Result<(Vec<Range>, u64), ReadError> {
+    let (mut ranges, mut unreadable) = (Vec::new(), 0);
     if !log.join(reader::SEGMENTS).is_dir() {
-        return Ok(ranges);
+        return Ok((ranges, unreadable));
     }
-    for segment in reader::segments(log)? {
-        let mut reader = SegmentReader::open(&segment)?;
-        while let Some(frame) = reader.next_frame()? {
-            if frame.form == Form::Whole && is_wanted(&frame, wanted) {
+    let segments = reader::segments(log)?;
+    for (at, segment) in segments.iter().enumerate() {
+        let end = segments.get(at + 1).map(|next| next.first_seq);
+        unreadable += each(segment, end, |piece| {
+            if let Piece::Frame(frame) = piece
+                && frame.form == Form::Whole
+                && is_wanted(frame, wanted)
+            {
                 ranges.push((frame.seq, frame.seq + 1));
             }
+            Ok(())
+        })?;
+    }
+    Ok((merged(ranges), unreadable))
+}
+
+/// A part of a segment.
+pub(super) enum Piece<'a> {
+    Frame(&'a Frame<'a>),
+    /// Bytes of the file that cannot be read as records; to its end, when that is `None`.
+    Damaged(u64, Option<u64>),
+}
+
+/// Goes through a segment, over what is damaged if it is sealed; how many records that is. `end` is the
+/// number of the next segment's first record, if there is one.
+pub(super) fn each(
+    segment: &SegmentFile,
+    end: Option<u64>,
+    mut take: impl FnMut(Piece<'_>) -> io::Result<()>,
+) -> Result<u64, ReadError> {
+    let failed = |error| ReadError::Io { file: segment.path.clone(), error };
+    let lost = |from: u64| end.map_or(1, |end| end.saturating_sub(from));
+    let mut reader = match SegmentReader::open_cut(segment) {
+        Ok((reader, _)) => reader,
+        Err(ReadError::Fault(_)) if segment.sealed => {
+            take(Piece::Damaged(0, None)).map_err(failed)?;
+            return Ok(lost(segment.first_seq));
+        }
+        Err(error) => return Err(error),
+    };
+    let mut unreadable = 0;
+    loop {
+        match reader.next_frame() {
+            Ok(Some(frame)) => take(Piece::Frame(&frame)).map_err(failed)?,
+            Ok(None) => {
+                let cut = end.map_or(0, |end| end.saturating_sub(reader.next_seq()));
+                return Ok(unreadable + cut);
+            }
+            Err(error @ ReadError::Fault(_)) => {
+                if !reader.segment().sealed {
+                    return Err(error);
+                }
+                let (offset, seq) = (reader.offset(), reader.next_seq());
+                let next = reader.skip_damage()?;
+                let to = next.map(|_| reader.offset());
+                take(Piece::Damaged(offset, to)).map_err(failed)?;
+                unreadable += next.map_or_else(|| lost(seq), |next| next - seq);
+                if next.is_none() {
+                    return Ok(unreadable);
+                }
+            }
+            Err(error) => return Err(error),
         }
     }
-    Ok(merged(ranges))
 }
 
 fn is_wanted(frame: &Frame<'_>, wanted: &Wanted) -> bool {
@@ -224,8 +290,8 @@ fn is_wanted(frame: &Frame<'_>, wanted: &Wanted) -> bool {
     erasable && (subject || is(&head.prediction_id) || is(&head.shadow_of))
 }
 
-/// Puts a copy of a sealed segment in its place in which these records have no payload; whether
-/// there was any to take out.
+/// Puts a copy of a sealed segment in its place in which these records have no payload, and what is
+/// damaged is as it was; whether there was any to take out.
 ///
 /// # Errors
 /// When it cannot be done; the segment is what it was.
@@ -238,22 +304,27 @@ pub fn rewrite(segment: &SegmentFile, ranges: &[Range]) -> Result<bool, EraseErr
     let file = File::create(&temporary).map_err(failed)?;
     let mut copy = BufWriter::with_capacity(1 << 20, file);
     let mut head = [0; SEGMENT_HEAD_BYTES];
-    let read = File::open(&segment.path).and_then(|mut file| file.read_exact(&mut head));
-    // It says how long the segment was.
+    let mut source = File::open(&segment.path).map_err(failed)?;
+    let len = source.metadata().map_err(failed)?.len();
+    source.read_exact(&mut head).map_err(failed)?;
+    // It says how long the segment was. What was missing then goes on to be.
+    let missing = frame::mark(&head).map_or(0, |mark| mark.saturating_sub(len));
     head[MARK].fill(0);
-    read.and_then(|()| copy.write_all(&head)).map_err(failed)?;
-    let mut reader = SegmentReader::open(segment)?;
-    while let Some(frame) = reader.next_frame()? {
-        let gone = frame.form == Form::Whole && within(ranges, frame.seq);
-        let written = match gone {
-            true => copy.write_all(&frame.erased()),
-            false => copy.write_all(frame.bytes),
-        };
-        written.map_err(failed)?;
-    }
+    copy.write_all(&head).map_err(failed)?;
+    each(segment, None, |piece| match piece {
+        Piece::Frame(frame) if frame.form == Form::Whole && within(ranges, frame.seq) => {
+            copy.write_all(&frame.erased())
+        }
+        Piece::Frame(frame) => copy.write_all(frame.bytes),
+        Piece::Damaged(from, to) => {
+            source.seek(SeekFrom::Start(from))?;
+            let len = to.map_or(u64::MAX, |to| to.saturating_sub(from));
+            io::copy(&mut (&source).take(len), &mut copy).map(drop)
+        }
+    })?;
     let placed = copy.into_inner().map_err(io::IntoInnerError::into_error).and_then(|file| {
         // The mark of a sealed segment is its length.
-        let len = u32::try_from(file.metadata()?.len()).unwrap_or(0);
+        let len = u32::try_from(file.metadata()?.len() + missing).unwrap_or(0);
         file.write_all_at(&len.to_le_bytes(), MARK_AT)?;
         file.sync_all()?;
         std::fs::rename(&temporary, &segment.path)?;
@@ -264,13 +335,14 @@ pub fn rewrite(segment: &SegmentFile, ranges: &[Range]) -> Result<bool, EraseErr
 }
 
 fn has_payloads(segment: &SegmentFile, ranges: &[Range]) -> Result<bool, ReadError> {
-    let mut reader = SegmentReader::open(segment)?;
-    while let Some(frame) = reader.next_frame()? {
-        if frame.form == Form::Whole && within(ranges, frame.seq) {
-            return Ok(true);
+    let mut has = false;
+    each(segment, None, |piece| {
+        if let Piece::Frame(frame) = piece {
+            has |= frame.form == Form::Whole && within(ranges, frame.seq);
         }
-    }
-    Ok(false)
+        Ok(())
+    })?;
+    Ok(has)
 }
 
 /// Rewrites the sealed segments that have any of these records; whether none is left in one that is
@@ -309,7 +381,8 @@ impl Ledger {
         let mut erased = Erased::default();
         let mut orders = Vec::new();
         for log in [PREDICTIONS, FEEDBACK] {
-            let found = find(&self.settings.dir.join(log), wanted)?;
+            let (found, unreadable) = find(&self.settings.dir.join(log), wanted)?;
+            erased.unreadable += unreadable;
             for ranges in found.chunks(RANGES_MAX) {
                 erased.records += ranges.iter().map(|(from, to)| to - from).sum::<u64>();
                 orders.push(Order {
@@ -326,7 +399,7 @@ impl Ledger {
             erased.key_destroyed = key.is_some();
         }
         if orders.is_empty() && !erased.key_destroyed {
-            return Err(EraseError::Nothing);
+            return Err(EraseError::Nothing { unreadable: erased.unreadable });
         }
         if let (Some(tag), true) = (&wanted.subject, erased.key_destroyed) {
             orders.push(Order {

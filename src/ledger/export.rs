@@ -190,8 +190,13 @@ pub(super) fn scan_around<E: From<ExportError>>(
     mut take: impl FnMut(&SegmentHead, &View<'_>) -> Result<ControlFlow<()>, E>,
     mut damaged: impl FnMut((u64, Option<u64>), Fault) -> Result<(), ExportError>,
 ) -> Result<Option<SegmentReader>, E> {
-    let mut reader = match SegmentReader::open(segment) {
+    let (mut reader, cut) = match SegmentReader::open_cut(segment) {
         Err(error) if is_gone(&error) => return Ok(None),
+        // Nothing of it can be told.
+        Err(ReadError::Fault(fault)) => {
+            damaged((segment.first_seq, None), fault)?;
+            return Ok(None);
+        }
         opened => opened.map_err(ExportError::from)?,
     };
     let head = reader.head().clone();
@@ -199,7 +204,12 @@ pub(super) fn scan_around<E: From<ExportError>>(
         let offset = reader.offset();
         let frame = match reader.next_frame() {
             Ok(Some(frame)) => frame,
-            Ok(None) => break,
+            Ok(None) => {
+                if let Some(fault) = cut {
+                    damaged((reader.next_seq(), None), fault)?;
+                }
+                break;
+            }
             Err(ReadError::Fault(fault)) => {
                 let from = reader.next_seq();
                 let to = reader.skip_damage().map_err(ExportError::from)?;

@@ -33,7 +33,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::export::{Date, ExportError, Labels, Selection, View, scan_around, scan_file};
 use super::frame::SegmentHead;
-use super::reader::{self, Fault, ReadError, SegmentFile};
+use super::reader::{self, Fault, ReadError, SegmentFile, SegmentReader};
 
 mod converter;
 mod labels;
@@ -99,7 +99,14 @@ pub fn convert(
     let mut unreadable = Vec::new();
     let (head, parts) = survey(segment, job, &mut entry, &mut unreadable)?;
     entry.last_seq = entry.last_seq.max(unreadable.last().map(|last| last.last_seq));
-    let Some(head) = head else { return Ok(Manifest::default()) };
+    let head = match head {
+        Some(head) => head,
+        // Nothing of it can be told, but which log it is of.
+        None => match of_another(segment).filter(|_| !unreadable.is_empty()) {
+            Some(head) => head,
+            None => return Ok(Manifest::default()),
+        },
+    };
     // What went before its segment does not come back when that is written anew.
     let before = Manifest::read(root, head.writer, head.first_seq).unwrap_or_default().files;
     let gone: Vec<FileEntry> = before.into_iter().filter(|file| file.removed).collect();
@@ -117,6 +124,14 @@ pub fn convert(
     manifest.checkpoint = checkpoint(segment, manifest.segment.last_seq);
     manifest.write(root)?;
     Ok(manifest)
+}
+
+/// The head that a segment would have, by that of another of its log.
+fn of_another(segment: &SegmentFile) -> Option<SegmentHead> {
+    let all = reader::segments(segment.path.parent()?.parent()?).ok()?;
+    let head =
+        all.iter().find_map(|other| Some(SegmentReader::open(other).ok()?.head().clone()))?;
+    Some(SegmentHead { first_seq: segment.first_seq, ..head })
 }
 
 /// The log's latest checkpoint, if it covers the segment: its second line is how many records it
@@ -186,6 +201,9 @@ fn survey(
     };
     let reader = scan_around::<ParquetError>(segment, job.wanted, take, |(from, to), fault| {
         let to = to.map_or_else(|| next_first(segment, &fault), Ok)?;
+        if to <= from {
+            return Ok(());
+        }
         let (file, offset, what) = (fault.file.display(), fault.offset, &fault.what);
         tracing::error!(%file, offset, what, from, to = to - 1, "records cannot be made Parquet");
         let (first_seq, last_seq, what) = (from, to - 1, fault.what);

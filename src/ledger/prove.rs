@@ -322,12 +322,12 @@ mod tests {
             .map(|seq| prove(&log.dir, Which::Seq(seq), true).unwrap())
             .collect();
         let wanted = Wanted { ids: vec![Uuid::from_u128(8)], subject: None };
-        let found = erase::find(&log.dir, &wanted).unwrap();
+        let found = erase::find(&log.dir, &wanted).unwrap().0;
         assert_eq!(found, [(7, 8)]);
         for segment in reader::segments(&log.dir).unwrap() {
             erase::rewrite(&segment, &[(0, 300)]).unwrap();
         }
-        assert!(erase::find(&log.dir, &wanted).unwrap().is_empty());
+        assert!(erase::find(&log.dir, &wanted).unwrap().0.is_empty());
         sign(folder.path(), &log, true);
         log.add("more");
         log.seal();

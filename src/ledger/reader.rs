@@ -100,8 +100,20 @@ pub struct SegmentReader {
 
 impl SegmentReader {
     /// # Errors
-    /// When the file cannot be read, or does not begin as a segment does.
+    /// When the file cannot be read, does not begin as a segment does, or is not as long as it was when
+    /// it was sealed.
     pub fn open(segment: &SegmentFile) -> Result<Self, ReadError> {
+        match Self::open_cut(segment)? {
+            (reader, None) => Ok(reader),
+            (_, Some(fault)) => Err(fault.into()),
+        }
+    }
+
+    /// The same for a segment that may not be as long as it was, which is told then.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or does not begin as a segment does.
+    pub fn open_cut(segment: &SegmentFile) -> Result<(Self, Option<Fault>), ReadError> {
         let mut segment = segment.clone();
         let file = match File::open(&segment.path) {
             // Sealed since it was listed.
@@ -124,17 +136,17 @@ impl SegmentReader {
             let what = format!("the head says that it begins with {}", head.first_seq);
             return Err(fault(&path, 0, what).into());
         }
+        let mut cut = None;
         if segment.sealed
             && let Some(mark) = mark
         {
             let len = file.metadata().map_err(failed)?.len();
-            if len != mark {
-                let what = format!("{len} bytes, sealed with {mark}");
-                return Err(fault(&path, frame::MARK.start as u64, what).into());
-            }
+            let what = || format!("{len} bytes, sealed with {mark}");
+            cut = (len != mark).then(|| fault(&path, frame::MARK.start as u64, what()));
         }
         let next_seq = head.first_seq;
-        Ok(Self { file, segment, head, buffer: Vec::new(), at: 0, offset: limit, next_seq })
+        let (buffer, at, offset) = (Vec::new(), 0, limit);
+        Ok((Self { file, segment, head, buffer, at, offset, next_seq }, cut))
     }
 
     pub fn head(&self) -> &SegmentHead {

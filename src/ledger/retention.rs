@@ -121,17 +121,23 @@ impl Retention {
         let of = |segment: &SegmentFile| {
             manifests.iter().find(|it| it.segment.first_seq == segment.first_seq)
         };
-        let mut due = Vec::new();
+        // Those of which nothing can be told go with what came after them.
+        let (mut due, mut untold) = (Vec::new(), Vec::new());
         for segment in segments.iter().filter(|segment| segment.sealed) {
             // What is not converted yet is not that old, or cannot be read: then it stays.
             let Some(manifest) = of(segment).filter(|manifest| manifest.fits(segment)) else {
                 break;
             };
+            if manifest.files.is_empty() && !manifest.unreadable.is_empty() {
+                untold.push((segment, manifest));
+                continue;
+            }
             let is_due = manifest.files.iter().all(|file| self.is_due(file, now_ns))
                 && manifest.segment.last_seq.is_some_and(|last| last < delivered);
             if !is_due {
                 break;
             }
+            due.append(&mut untold);
             due.push((segment, manifest));
         }
         due

@@ -7,6 +7,7 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use super::arm::ArmState;
+use super::compare::Comparisons;
 use super::report::{ReferenceReport, VersionReport};
 use super::state::{self, StateDir};
 use super::{
@@ -26,7 +27,7 @@ use crate::panics::caught;
 /// Judging windows takes one part in so many of the thread's time.
 const JUDGE_SHARE: u32 = 50;
 /// Different texts of one feature that are told apart while a reference is learnt.
-const TEXTS_MAX: usize = 1000;
+pub(super) const TEXTS_MAX: usize = 1000;
 /// Why nothing is watched of a version.
 const FULL: &str = "as many features as monitor.features_max are watched already";
 /// Names of arms that always have a place.
@@ -39,14 +40,15 @@ const SLOTS: usize = 40;
 pub(super) struct Desk {
     shared: Arc<Shared>,
     watched: HashMap<Id, Watched>,
+    comparisons: Comparisons,
     judge_at: Option<Instant>,
     memory: Memory,
 }
 
 /// A row's, to be used again.
 #[derive(Default)]
-struct Memory {
-    scratch: Scratch,
+pub(super) struct Memory {
+    pub(super) scratch: Scratch,
     odd: Vec<bool>,
 }
 
@@ -81,7 +83,13 @@ enum Basis {
 
 impl Desk {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, watched: HashMap::new(), judge_at: None, memory: Memory::default() }
+        Self {
+            shared,
+            watched: HashMap::new(),
+            comparisons: Comparisons::default(),
+            judge_at: None,
+            memory: Memory::default(),
+        }
     }
 
     pub(super) fn run(mut self) {
@@ -92,6 +100,7 @@ impl Desk {
             if caught(|| self.round(freeze, stop)).is_none() {
                 tracing::error!("the monitor has panicked, and counts anew");
                 self.watched.clear();
+                self.comparisons = Comparisons::default();
             }
             if stop {
                 return;
@@ -116,6 +125,7 @@ impl Desk {
             self.take(&offer);
             self.shared.intake.done(offer.bytes);
         }
+        self.compare();
         let now = jiff::Timestamp::now().as_second();
         for watched in self.watched.values_mut() {
             if watched.turn(now) || stop {
@@ -167,20 +177,41 @@ impl Desk {
 
     fn take(&mut self, offer: &Offer) {
         let Some(watch) = offer.watch.upgrade() else { return };
+        let compared = self.comparisons.take(&watch, offer, &mut self.memory);
+        if !self.count(&watch, offer) && !compared {
+            let rows = rows_of(&watch, offer) as u64;
+            watch.skipped.fetch_add(rows, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a call's rows against its version's reference; whether they were.
+    fn count(&mut self, watch: &Watch, offer: &Offer) -> bool {
         let settings = &self.shared.settings;
-        let Some(watched) = self.watched.get_mut(&watch.id) else { return };
+        let Some(watched) = self.watched.get_mut(&watch.id) else { return false };
         let more = watched.features_of_arm(offer);
         if more > 0 {
             let features: usize = self.watched.values().map(Watched::features).sum();
             if features + more > settings.features_max {
-                watch.skipped.fetch_add(rows_of(&watch, offer) as u64, Ordering::Relaxed);
-                return;
+                return false;
             }
         }
-        let Some(watched) = self.watched.get_mut(&watch.id) else { return };
-        if !watched.take(&watch, offer, settings, &mut self.memory) {
-            let rows = rows_of(&watch, offer) as u64;
-            watch.skipped.fetch_add(rows, Ordering::Relaxed);
+        let Some(watched) = self.watched.get_mut(&watch.id) else { return false };
+        watched.take(watch, offer, settings, &mut self.memory)
+    }
+
+    /// Follows who is compared, and says what was found.
+    fn compare(&mut self) {
+        let mut asked = self.shared.compared.lock();
+        if asked.is_empty() && self.comparisons.is_empty() {
+            return;
+        }
+        let watched = &self.watched;
+        self.comparisons.follow(&mut asked, |model, version| {
+            let of = watched.iter().filter(|(id, _)| id.model == *model && id.version == version);
+            of.max_by_key(|(_, watched)| watched.number)?.1.watch.upgrade()
+        });
+        for watch in self.watched.values().filter_map(|watched| watched.watch.upgrade()) {
+            self.comparisons.tell(&watch);
         }
     }
 
@@ -530,7 +561,7 @@ fn rows_of(watch: &Watch, offer: &Offer) -> usize {
 }
 
 /// Every value of a call.
-fn read(
+pub(super) fn read(
     plan: &Plan,
     watch: &Watch,
     offer: &Offer,

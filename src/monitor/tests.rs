@@ -298,3 +298,60 @@ fn what_is_summed_up_costs_what_it_has() {
     assert_eq!(watched.cost(2, &[narrow], &[]), 2 * features);
     assert_eq!(watched.cost(1, &[wide], &[]), features + 4000);
 }
+
+#[test]
+fn outputs_of_two_versions_are_counted_in_the_same_cells() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let model: ModelName = "m".parse().unwrap();
+    let version = |number| Version::new(number).unwrap();
+    // Neither has a reference; the candidate's rows are wanted all the same.
+    let watch = |number: u8| {
+        let digest = Digest::new([number; 32]);
+        monitor.watch(&model, version(number.into()), digest, &signature(), Given::Nothing)
+    };
+    let (one, two, other) = (watch(1), watch(2), watch(3));
+    let pair = Pair { model: model.clone(), stable: version(1), candidate: version(2) };
+    let found = |wanted: &dyn Fn(&Compared) -> bool| {
+        let began = Instant::now();
+        loop {
+            let found = monitor.compare("rollout", &pair);
+            if wanted(&found) {
+                return found;
+            }
+            assert!(began.elapsed() < Duration::from_secs(30), "{found:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let learning =
+        found(&|found| found.problem.as_ref().is_some_and(|why| why.starts_with("0 of")));
+    assert!(learning.features.is_empty(), "{learning:?}");
+    offer(&two, &Arm::Canary, 0..100, 0.0);
+    offer(&one, &Arm::Stable, 0..LEARN_ROWS, 0.0);
+    let begun = found(&|found| !found.features.is_empty());
+    let names: Vec<&str> = begun.features.iter().map(|own| own.name.as_str()).collect();
+    assert!(names.contains(&"y[0]") && names.contains(&"class(y)"), "{names:?}");
+    offer(&one, &Arm::Stable, 1000..3000, 0.0);
+    offer(&one, &Arm::Pinned, 3000..3100, 5.0);
+    offer(&two, &Arm::Canary, 4000..5000, 1.0);
+    offer(&two, &Arm::Stable, 5000..5100, 5.0);
+    offer(&other, &Arm::Canary, 6000..6100, 5.0);
+    let rows = |cells: &[u64]| cells.iter().sum::<u64>();
+    let done = found(&|found| {
+        found.features.iter().all(|own| (rows(&own.stable), rows(&own.candidate)) == (2000, 1000))
+    });
+    assert_eq!((done.epoch, done.left_out), (begun.epoch, 0));
+    let class = done.features.iter().find(|own| own.name == "class(y)").unwrap();
+    // One more in the first score's logit: half of the stable version's rows, 84 % of the candidate's.
+    let share =
+        |cells: &[u64]| cells.iter().max().copied().unwrap_or(0) as f64 / rows(cells) as f64;
+    assert!((share(&class.stable) - 0.5).abs() < 0.05, "{class:?}");
+    assert!((share(&class.candidate) - 0.84).abs() < 0.05, "{class:?}");
+    // Others are not the same comparison, and other bytes of the stable version are other cells.
+    assert_eq!(monitor.compare("another", &pair).features, []);
+    drop(one);
+    let digest = Digest::new([9; 32]);
+    let _again = monitor.watch(&model, version(1), digest, &signature(), Given::Nothing);
+    let anew = found(&|found| found.epoch != done.epoch);
+    assert!(anew.features.is_empty(), "{anew:?}");
+}

@@ -136,7 +136,9 @@ def test_a_ledger_that_nobody_uses_is_erased_in_place(tmp_path):
         arguments = ("audit", "erase", ids[1], "--ledger", gateway.ledger, "--reason", "request 17")
         assert "a gateway uses this ledger" in tidegate(*arguments, code=1)
         stop(gateway.server)
-        assert json.loads(tidegate(*arguments, "--json")) == {"records": 1, "key_destroyed": False, "done": True}
+        assert json.loads(tidegate(*arguments, "--json")) == {
+            "records": 1, "key_destroyed": False, "unreadable": 0, "done": True,
+        }
         assert "no record here" in tidegate(*arguments, code=1)
         assert "expected why" in tidegate("audit", "erase", ids[2], "--ledger", gateway.ledger, code=2)
         assert "is no ledger" in tidegate("audit", "erase", ids[2], "--ledger", tmp_path, "--reason", "x", code=2)

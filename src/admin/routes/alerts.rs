@@ -74,7 +74,7 @@ pub(super) async fn test(
     Ok(json(StatusCode::OK, &alerts.test(&receiver).await?))
 }
 
-/// Tell nobody of a model's alerts until then; what fires still is told when it ends. Takes a reason.
+/// Tell nobody of a model's alerts until then; what fires still is told at the end. Takes a reason.
 #[utoipa::path(put, path = "/models/{model}/silence", operation_id = "silence.put", tag = "alerts",
     request_body(content = SilenceChange),
     responses((status = 200, description = "It is silent.", body = SilenceView)))]

@@ -46,6 +46,9 @@ pub(super) struct ErasedView {
     records: u64,
     /// The subject had a key; it is destroyed.
     key_destroyed: bool,
+    /// Records that cannot be read, and may hold such a payload.
+    #[schema(minimum = 0)]
+    unreadable: u64,
     /// All is done. If not, it is recorded, and done in a while.
     done: bool,
 }
@@ -108,8 +111,8 @@ pub(super) async fn erase(
     let why = Why { by: call.actor.clone(), reason };
     let erased = apart(move || ledger.erase(&wanted, &why)).await?.map_err(problem)?;
     admin.desk.noted("audit.erase", None, &about, &call).await?;
-    let Erased { records, key_destroyed, done } = erased;
-    Ok(json(StatusCode::OK, &ErasedView { records, key_destroyed, done }))
+    let Erased { records, key_destroyed, unreadable, done } = erased;
+    Ok(json(StatusCode::OK, &ErasedView { records, key_destroyed, unreadable, done }))
 }
 
 /// Make a new key that checkpoints are signed with. The last checkpoint of the old one names it.
@@ -156,7 +159,7 @@ pub(super) async fn apart<T: Send + 'static>(
 
 fn problem(error: EraseError) -> Problem {
     match &error {
-        EraseError::Nothing => NOT_FOUND.because(error.to_string()),
+        EraseError::Nothing { .. } => NOT_FOUND.because(error.to_string()),
         EraseError::Unrecorded(_) | EraseError::Unsynced => UNAVAILABLE.because(error.to_string()),
         EraseError::Read(_) | EraseError::Io { .. } => {
             tracing::error!(%error, "an erasure failed");

@@ -64,6 +64,9 @@ fn erased(args: &Args) -> Result<String, Stop> {
         if body["key_destroyed"] == true {
             text += ", the subject's key destroyed";
         }
+        if let Some(unreadable) = body["unreadable"].as_u64().filter(|count| *count > 0) {
+            text += &format!("; {unreadable} records cannot be read, and may hold more");
+        }
         if body["done"] != true {
             text += "; recorded, and done in a while: a segment is still written";
         }

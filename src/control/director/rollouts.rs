@@ -11,12 +11,13 @@ use crate::control::call::{Call, Refusal, Versioned};
 use crate::control::desk::Pending;
 use crate::control::rollout::controller::{Callout, Change, Controller, Desk, Handle};
 use crate::control::rollout::{
-    Action, Command, Count, LabelTotals, Observation, Plan, Rollout, ShadowTally, ShadowTotals,
-    Start,
+    Action, Command, Count, LabelTotals, Observation, OwnDrift, Plan, Rollout, ShadowTally,
+    ShadowTotals, Start,
 };
 use crate::control::store::{EventOutcome, Kind, NewEvent};
 use crate::control::switchboard::InForce;
-use crate::domain::{ModelName, Traffic, Version, VersionRef};
+use crate::domain::{Arm, ModelName, Traffic, Version, VersionRef};
+use crate::monitor::{Pair, VersionReport};
 use crate::observe::ShadowOutcome;
 use crate::shadow::Snapshot;
 
@@ -46,14 +47,27 @@ impl Director {
 }
 
 impl Desk for RolloutDesk {
-    fn observe(&self, model: &ModelName, stable: Version, candidate: Version) -> Observation {
+    fn observe(&self, rollout: &Rollout) -> Observation {
         let inner = &self.0;
+        let Rollout { model, stable, candidate, .. } = rollout;
+        let (stable, candidate) = (*stable, *candidate);
         let stats = |version| inner.board.served(model, version).map(|served| served.stats.clone());
         let (ours, theirs) = (stats(candidate), stats(stable));
         let traffic = inner.books(model).traffic.body.traffic;
         let shadow = inner.shadow_totals(model, candidate, stable);
         let labels = inner.label_totals(model, candidate, stable);
-        Observation::of((candidate, ours.as_ref()), theirs.as_ref(), traffic, shadow, labels)
+        let of = (candidate, ours.as_ref());
+        let mut seen = Observation::of(of, theirs.as_ref(), traffic, shadow, labels);
+        if let Some(monitor) = inner.monitor.get() {
+            let guards = &rollout.plan.guards;
+            seen.outputs = guards.drift.map(|_| {
+                monitor.compare(&rollout.id, &Pair { model: model.clone(), stable, candidate })
+            });
+            if guards.reference_drift.is_some() {
+                seen.own_drift = own_drift(&monitor.reports(model), candidate);
+            }
+        }
+        seen
     }
 
     fn apply(&self, change: Change<'_>) -> impl Future<Output = Result<(), Refusal>> + Send {
@@ -95,6 +109,25 @@ impl Desk for RolloutDesk {
         let alarm = self.0.observer.alarm();
         async move { alarm.notified().await }
     }
+}
+
+/// What the monitor says of the rows that the split sent to a version.
+fn own_drift(reports: &[Arc<VersionReport>], candidate: Version) -> OwnDrift {
+    let problem =
+        |problem: &str| OwnDrift { problem: Some(problem.to_owned()), ..OwnDrift::default() };
+    let name = candidate.to_string();
+    let Some(report) = reports.iter().find(|report| report.version == name) else {
+        return problem("the candidate is not watched yet");
+    };
+    if !matches!(report.reference.kind, "file" | "frozen") {
+        return problem("the candidate has no reference, or a provisional one");
+    }
+    let arm = report.arms.iter().find(|arm| arm.arm == Arm::Canary.as_str());
+    let hour = arm.and_then(|arm| arm.windows.iter().find(|window| window.window == "hour"));
+    let Some(hour) = hour else { return OwnDrift::default() };
+    let certain = hour.features.iter().filter(|own| own.alarm && !own.beyond.is_empty());
+    let drifted = certain.map(|own| own.feature.clone()).collect();
+    OwnDrift { rows: hour.rows, drifted, problem: None }
 }
 
 fn expect(books: &Books, id: &str) -> crate::control::store::Expect {
@@ -154,6 +187,13 @@ impl Inner {
                      {difference}"
                 )));
             }
+        }
+        let guards = &plan.guards;
+        let watched = guards.drift.is_some() || guards.reference_drift.is_some();
+        if watched && self.monitor.get().is_none() {
+            let message = "the guards drift and reference_drift need the monitor, which is turned off \
+                           (monitor.enabled)";
+            return Err(Refusal::Conflict(message.to_owned()));
         }
         Ok(Start { model: model.clone(), candidate, stable, plan, before })
     }

@@ -31,7 +31,7 @@ use super::{
     State,
 };
 use crate::control::call::{Call, Refusal};
-use crate::domain::{ModelName, Version};
+use crate::domain::ModelName;
 use crate::observe::page::Family;
 
 /// Time between two looks at every rollout.
@@ -48,8 +48,8 @@ const LOG_EVERY: u32 = 60;
 
 /// What a rollout may see and do.
 pub trait Desk: Send + Sync + 'static {
-    /// What is to be seen now; see [`Observation::of`].
-    fn observe(&self, model: &ModelName, stable: Version, candidate: Version) -> Observation;
+    /// What is to be seen now of a rollout's versions; see [`Observation::of`].
+    fn observe(&self, rollout: &Rollout) -> Observation;
 
     /// Makes a change durable and puts it in force; of a rollback, the other way round. Nothing is
     /// changed when it is refused. `Unavailable`, `Internal` and `Stale` are tried again.
@@ -272,8 +272,7 @@ impl<D: Desk> Controller<D> {
     async fn look_at(&mut self, model: &ModelName) {
         let now = self.now();
         let Some(running) = self.running.get_mut(model) else { return };
-        let Rollout { stable, candidate, .. } = *running.rollout;
-        let seen = self.desk.observe(model, stable, candidate);
+        let seen = self.desk.observe(&running.rollout);
         let mut next = Rollout::clone(&running.rollout);
         let decision = next.step(now, &seen);
         running.seen = Some(seen);

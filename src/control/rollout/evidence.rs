@@ -28,8 +28,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::labels::{LabelEvidence, LabelTotals};
+use super::outputs::OutputEvidence;
 use super::plan::STEPS_MAX;
 use crate::domain::{Traffic, Version};
+use crate::monitor::Compared;
 use crate::observe::{ArmTotals, LATENCY_BOUNDS_NS, LATENCY_BUCKETS, VersionStats, Watched};
 
 /// How many times as frequent the candidate's events may be, all equally likely beforehand.
@@ -237,6 +239,10 @@ pub struct Observation {
     pub shadow: ShadowTotals,
     /// What labels say of requests that the split sent; `None` while that is not known.
     pub labels: Option<LabelTotals>,
+    /// What both versions answered since the rollout began; `None` when nobody counts that.
+    pub outputs: Option<Arc<Compared>>,
+    /// How the candidate's rows compare with its own reference.
+    pub own_drift: OwnDrift,
     /// Keeps the versions under watch until the next observation.
     pub watched: Vec<Watched>,
 }
@@ -259,9 +265,21 @@ impl Observation {
             candidate: candidate.1.map(totals),
             shadow,
             labels,
+            outputs: None,
+            own_drift: OwnDrift::default(),
             watched: candidate.1.into_iter().chain(stable).map(VersionStats::watch).collect(),
         }
     }
+}
+
+/// A version's rows of the last hour that the split sent, against its own reference.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OwnDrift {
+    pub rows: u64,
+    /// Features that have drifted for certain: an effect beyond its limit, and anytime-valid evidence.
+    pub drifted: Vec<String>,
+    /// Why nothing is to be said.
+    pub problem: Option<String>,
 }
 
 /// Bounds of the latency histograms beyond which a request counts, as places in
@@ -296,6 +314,9 @@ pub struct Evidence {
     pub shadow: ShadowTally,
     #[serde(default)]
     pub labels: LabelEvidence,
+    /// What the guard `drift` goes by; empty without it.
+    #[serde(default)]
+    pub outputs: OutputEvidence,
     /// Most failures of the candidate in a row.
     pub failures_in_a_row: u64,
     /// For people: no guard reads it.
@@ -342,6 +363,7 @@ impl Evidence {
     /// Takes what has happened since the observation before.
     pub fn add(&mut self, seen: &Observation, thresholds: Thresholds) {
         self.labels.add(seen.labels);
+        self.outputs.add(seen.outputs.as_ref());
         let stable = seen.stable.clone().unwrap_or_default();
         let candidate = seen.candidate.clone().unwrap_or_default();
         let now = Box::new(Seen { stable, candidate, shadow: seen.shadow });

@@ -13,17 +13,21 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::evidence::{
-    Count, Event, Evidence, Level, ShadowTally, Tally, Thresholds, share_bounds,
+    Count, Event, Evidence, Level, OwnDrift, ShadowTally, Tally, Thresholds, share_bounds,
 };
 use super::labels::LabelEvidence;
+use super::outputs::OutputFeature;
 use super::plan::{
-    DEFAULT_ALPHA, FeedbackGuard, Floor, Guards, LatencyRatio, NonFinite, SampleRatio,
-    ShadowDisagreement,
+    DEFAULT_ALPHA, DriftGuard, FeedbackGuard, Floor, Guards, LatencyRatio, NonFinite,
+    ReferenceDriftGuard, SampleRatio, ShadowDisagreement,
 };
+use crate::drift::evidence::ROWS_MIN;
 use crate::observe::LATENCY_BOUNDS_NS;
 
 /// Largest e-value that is shown; JSON has no infinity.
 const EVIDENCE_MAX_LN: f64 = 690.0;
+/// Features that a report names.
+const SHOWN_MAX: usize = 5;
 /// Requests of the stable version from which its latency quantile is taken.
 pub const LEARN_MIN: u64 = 1000;
 
@@ -40,6 +44,8 @@ pub enum Guard {
     SampleRatio,
     NonFinite,
     Feedback,
+    Drift,
+    ReferenceDrift,
     Floor,
 }
 
@@ -55,6 +61,8 @@ impl Guard {
             Self::SampleRatio => "sample_ratio",
             Self::NonFinite => "non_finite",
             Self::Feedback => "feedback",
+            Self::Drift => "drift",
+            Self::ReferenceDrift => "reference_drift",
             Self::Floor => "floor",
         }
     }
@@ -105,7 +113,7 @@ pub struct GuardReport {
     pub evidence: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<f64>,
-    /// Where the true share lies.
+    /// Where the true share lies; of `drift`, the true score of the output that differs most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub low: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -147,6 +155,7 @@ impl GuardReport {
 pub struct Sight<'a> {
     pub guards: &'a Guards,
     pub evidence: &'a Evidence,
+    pub own_drift: &'a OwnDrift,
     /// The candidate's present share of the split, in basis points.
     pub share: u16,
     /// Requests of one caller stay together, so they are not split one by one.
@@ -168,8 +177,8 @@ pub fn evaluate(sight: &Sight<'_>) -> Vec<GuardReport> {
         non_finite,
         floor,
         feedback,
-        // Refused by `Plan::check` until it exists.
-        drift: _,
+        drift,
+        reference_drift,
     } = sight.guards;
     let reports = [
         error_rate
@@ -185,6 +194,8 @@ pub fn evaluate(sight: &Sight<'_>) -> Vec<GuardReport> {
         sample_ratio.as_ref().map(|guard| sight.split(guard)),
         non_finite.as_ref().map(|guard| sight.non_finite(guard)),
         feedback.as_ref().map(|guard| sight.labels(guard)),
+        drift.as_ref().map(|guard| sight.outputs(guard)),
+        reference_drift.as_ref().map(|guard| sight.reference(guard)),
         floor.as_ref().map(|guard| sight.floor(guard)),
     ];
     reports.into_iter().flatten().collect()
@@ -275,6 +286,9 @@ impl Sight<'_> {
 
     fn labels(&self, guard: &FeedbackGuard) -> GuardReport {
         let LabelEvidence { candidate, stable, ln, .. } = self.evidence.labels;
+        if self.share == 0 && candidate.of == 0 {
+            return self.nothing_yet(Guard::Feedback);
+        }
         let mut report = by_evidence(Guard::Feedback, ln, guard.alpha, candidate);
         if report.outcome == GuardOutcome::Pass && candidate.of < guard.min_labels {
             report.outcome = GuardOutcome::Inconclusive;
@@ -282,6 +296,84 @@ impl Sight<'_> {
                 format!("{} of {} labels of the candidate's", candidate.of, guard.min_labels);
         }
         report.with_arms(candidate, Some(stable))
+    }
+
+    /// Callers see nothing of the candidate: only copies are sent to it.
+    fn nothing_yet(&self, guard: Guard) -> GuardReport {
+        GuardReport::new(
+            guard,
+            GuardOutcome::Pass,
+            "the candidate has no share of the requests yet",
+        )
+    }
+
+    /// The output that differs most decides. It fails when it differs for certain, and by more than is
+    /// allowed.
+    fn outputs(&self, guard: &DriftGuard) -> GuardReport {
+        let outputs = &self.evidence.outputs;
+        let (candidate, stable) = outputs.rows();
+        let of = |rows| Count { events: 0, of: rows };
+        if self.share == 0 && candidate == 0 {
+            return self.nothing_yet(Guard::Drift);
+        }
+        let features = outputs.features.len().max(1) as f64;
+        let limit = features / guard.alpha.unwrap_or(DEFAULT_ALPHA);
+        let distances = outputs.features.iter().filter_map(|own| Some((own, own.distance()?)));
+        let evident = |own: &OutputFeature| own.ln >= limit.ln();
+        let worst = distances.max_by(|(a, x), (b, y)| {
+            let by = |own: &OutputFeature, low: f64| if evident(own) { low } else { f64::MIN };
+            by(a, x.low).total_cmp(&by(b, y.low)).then(x.score.total_cmp(&y.score))
+        });
+        let few = candidate < guard.min_rows || stable < guard.min_rows;
+        let rows = || {
+            let (DriftGuard { min_rows, .. }, rows) = (guard, "rows of the candidate's");
+            format!("{candidate} of {min_rows} {rows} and {stable} of the stable version's")
+        };
+        let Some((own, distance)) = worst else {
+            let why = outputs.problem.clone().unwrap_or_else(rows);
+            let report = GuardReport::new(Guard::Drift, GuardOutcome::Inconclusive, why);
+            return report.with_arms(of(candidate), Some(of(stable)));
+        };
+        let evidence = own.ln.min(EVIDENCE_MAX_LN).exp();
+        let mut why = format!(
+            "{} differs by {:.3} ({:.3} to {:.3}), allowed is {}: evidence {evidence:.3}, limit {limit:.3}",
+            own.feature, distance.score, distance.low, distance.high, guard.score_max
+        );
+        let outcome = if evident(own) && distance.low >= guard.score_max {
+            GuardOutcome::Fail
+        } else if few {
+            why = format!("{}; {why}", rows());
+            GuardOutcome::Inconclusive
+        } else if distance.score >= guard.score_max {
+            GuardOutcome::Inconclusive
+        } else {
+            GuardOutcome::Pass
+        };
+        let mut report = GuardReport::new(Guard::Drift, outcome, why);
+        (report.evidence, report.limit) = (Some(evidence), Some(limit));
+        (report.low, report.high) = (Some(distance.low), Some(distance.high));
+        report.with_arms(of(candidate), Some(of(stable)))
+    }
+
+    fn reference(&self, guard: &ReferenceDriftGuard) -> GuardReport {
+        let OwnDrift { rows, drifted, problem } = self.own_drift;
+        let of = Count { events: 0, of: *rows };
+        let (outcome, why) = if self.share == 0 && *rows == 0 {
+            return self.nothing_yet(Guard::ReferenceDrift);
+        } else if let Some(problem) = problem {
+            (GuardOutcome::Inconclusive, problem.clone())
+        } else if *rows < ROWS_MIN {
+            (GuardOutcome::Inconclusive, format!("{rows} of {ROWS_MIN} rows in the last hour"))
+        } else if drifted.len() as u64 > guard.features_max {
+            let shown: Vec<&str> = drifted.iter().take(SHOWN_MAX).map(String::as_str).collect();
+            let more = drifted.len() - shown.len();
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let why = format!("{} of {rows} rows have drifted{more}", shown.join(", "));
+            (GuardOutcome::Fail, why)
+        } else {
+            (GuardOutcome::Pass, format!("{} features of {rows} rows have drifted", drifted.len()))
+        };
+        GuardReport::new(Guard::ReferenceDrift, outcome, why).with_arms(of, None)
     }
 
     fn floor(&self, guard: &Floor) -> GuardReport {
@@ -385,6 +477,8 @@ mod tests {
         evidence
     }
 
+    static NO_DRIFT: OwnDrift = OwnDrift { rows: 0, drifted: Vec::new(), problem: None };
+
     fn all() -> Guards {
         Guards {
             error_ceiling: Some(ErrorCeiling { share_max: 0.05, alpha: None }),
@@ -398,7 +492,15 @@ mod tests {
     fn sight<'a>(guards: &'a Guards, evidence: &'a Evidence) -> Sight<'a> {
         let share = evidence.levels.last().map_or(0, |level| level.share);
         let thresholds = Thresholds { slow: Some(11), over: Some(12) };
-        Sight { guards, evidence, share, sticky: false, thresholds, learnt_from: LEARN_MIN }
+        Sight {
+            guards,
+            evidence,
+            own_drift: &NO_DRIFT,
+            share,
+            sticky: false,
+            thresholds,
+            learnt_from: LEARN_MIN,
+        }
     }
 
     fn outcome(sight: &Sight<'_>, guard: Guard) -> GuardOutcome {
@@ -503,9 +605,63 @@ mod tests {
             (7, f64::ln(25.0), Fail),
         ];
         for (of, ln, want) in cases {
-            let mut seen = evidence(&[]);
+            let mut seen = evidence(&[(500, [0; 5], [0; 5])]);
             (seen.labels.candidate.of, seen.labels.ln) = (of, ln);
             assert_eq!(outcome(&sight(&guards, &seen), Guard::Feedback), want, "{of} {ln}");
+        }
+    }
+
+    #[test]
+    fn outputs_decide_by_distance_and_evidence() {
+        let drift = DriftGuard { score_max: 0.1, min_rows: 500, alpha: Some(0.05) };
+        let guards = Guards { drift: Some(drift), ..all() };
+        let equal = [500, 500];
+        let cases = [
+            ("nothing yet", [0, 0], [0, 0], 0.0, Inconclusive),
+            ("too few", equal, [200, 200], 0.0, Inconclusive),
+            ("the same", equal, [300, 300], 0.0, Pass),
+            ("far, and no evidence", equal, [600, 100], 0.0, Inconclusive),
+            ("far, and evident", equal, [600, 100], 50.0, Fail),
+            ("clear before all rows are there", equal, [90, 1], 9.0, Fail),
+            ("evident, and near", equal, [340, 300], 50.0, Pass),
+            ("evident, perhaps near", equal, [450, 230], 50.0, Inconclusive),
+        ];
+        for (name, stable, candidate, ln, want) in cases {
+            let mut seen = evidence(&[(500, [0; 5], [0; 5])]);
+            let own = OutputFeature {
+                feature: "class(y)".to_owned(),
+                stable: stable.to_vec(),
+                candidate: candidate.to_vec(),
+                ln,
+            };
+            let half = own.candidate.iter().sum::<u64>() / 2;
+            let (feature, candidate) = ("z".to_owned(), vec![half; 2]);
+            let other = OutputFeature { feature, candidate, ln: 1.0, ..own.clone() };
+            seen.outputs.features = vec![own, other];
+            let sight = sight(&guards, &seen);
+            assert_eq!(outcome(&sight, Guard::Drift), want, "{name}: {:#?}", evaluate(&sight));
+        }
+        // While only copies are sent to it, there is nothing to wait for.
+        let seen = evidence(&[]);
+        assert_eq!(outcome(&sight(&guards, &seen), Guard::Drift), Pass);
+    }
+
+    #[test]
+    fn its_own_reference_decides_once_there_are_rows() {
+        let guards =
+            Guards { reference_drift: Some(ReferenceDriftGuard { features_max: 1 }), ..all() };
+        let seen = evidence(&[(500, [0; 5], [0; 5])]);
+        let names = |count: usize| (0..count).map(|at| format!("x[{at}]")).collect();
+        for (rows, drifted, problem, want) in [
+            (0, 0, None, Inconclusive),
+            (199, 9, None, Inconclusive),
+            (200, 1, None, Pass),
+            (200, 9, None, Fail),
+            (200, 0, Some("it is provisional".to_owned()), Inconclusive),
+        ] {
+            let own = OwnDrift { rows, drifted: names(drifted), problem };
+            let sight = Sight { own_drift: &own, ..sight(&guards, &seen) };
+            assert_eq!(outcome(&sight, Guard::ReferenceDrift), want, "{own:?}");
         }
     }
 

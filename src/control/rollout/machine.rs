@@ -327,6 +327,7 @@ impl Rollout {
         self.guards = guards::evaluate(&Sight {
             guards: &self.plan.guards,
             evidence: &self.evidence,
+            own_drift: &seen.own_drift,
             share: seen.share,
             sticky: self.before.sticky.is_some(),
             thresholds,

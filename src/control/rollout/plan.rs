@@ -3,7 +3,7 @@
 //! A plan is checked whole before it starts, and every problem is reported at once with its path.
 //!
 //! Invariant: what a plan asks for is done or refused, never left out in silence. What this version
-//! cannot do yet (`drift`) is read and refused.
+//! cannot do is refused.
 
 use std::fmt;
 
@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::domain::VersionRef;
+use crate::drift::evidence::ROWS_MIN;
+use crate::drift::feature::FEATURES_MAX;
 
 /// Steps of one plan.
 pub const STEPS_MAX: usize = 32;
@@ -22,6 +24,8 @@ pub const SAMPLES_MAX: u64 = 1_000_000_000;
 pub const THRESHOLD_MAX_MS: f64 = 60_000.0;
 /// `alpha` of a plan that says nothing else.
 pub const DEFAULT_ALPHA: f64 = 0.05;
+/// Largest limit of the guard `drift`; two distributions with nothing in common score some 18.
+const SCORE_MAX: f64 = 20.0;
 /// Failures in a row, or requests, that a floor may ask for.
 const FLOOR_MAX: u64 = 1_000_000;
 
@@ -204,9 +208,13 @@ pub struct Guards {
     /// What no statistics is needed for.
     #[serde(default = "given")]
     pub floor: Option<Floor>,
-    /// Not available in this version: a plan that asks for it is refused.
+    /// The candidate's outputs are distributed as the stable version's. Needs the monitor.
     #[serde(default)]
     pub drift: Option<DriftGuard>,
+    /// What the candidate gets and answers is as in its own reference. Needs the monitor, and a
+    /// reference that is not provisional.
+    #[serde(default)]
+    pub reference_drift: Option<ReferenceDriftGuard>,
     /// By the labels that callers give, the candidate is mistaken no more often than the stable
     /// version.
     #[serde(default)]
@@ -225,6 +233,7 @@ impl Default for Guards {
             non_finite: given(),
             floor: given(),
             drift: None,
+            reference_drift: None,
             feedback: None,
         }
     }
@@ -315,7 +324,23 @@ const ACCURACY: &str = "accuracy";
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriftGuard {
+    /// Largest population stability index of any output's feature, less what it is by chance; above 0.
+    #[serde(default = "default_score_max")]
     pub score_max: f64,
+    /// Rows of each version before which the candidate cannot pass.
+    #[serde(default = "default_min_samples")]
+    pub min_rows: u64,
+    /// As of `error_rate`.
+    #[serde(default)]
+    pub alpha: Option<f64>,
+}
+
+/// Drift of the candidate's inputs and outputs against its own reference.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReferenceDriftGuard {
+    /// Features that may have drifted.
+    pub features_max: u64,
 }
 
 /// Quality by the callers' feedback.
@@ -370,6 +395,7 @@ impl Guards {
             self.latency_ratio.as_mut().map(|guard| &mut guard.alpha),
             self.shadow_disagreement.as_mut().map(|guard| &mut guard.alpha),
             self.feedback.as_mut().map(|guard| &mut guard.alpha),
+            self.drift.as_mut().map(|guard| &mut guard.alpha),
         ];
         alphas.into_iter().flatten()
     }
@@ -390,6 +416,10 @@ fn given<T: Default>() -> Option<T> {
 /// What labels are counted for.
 fn accuracy() -> String {
     ACCURACY.to_owned()
+}
+
+fn default_score_max() -> f64 {
+    0.1
 }
 
 fn default_min_labels() -> u64 {
@@ -573,8 +603,17 @@ impl Plan {
             problems.at_most("guards.feedback.min_labels", guard.min_labels, SAMPLES_MAX);
             problems.alpha("guards.feedback.alpha", guard.alpha);
         }
-        if guards.drift.is_some() {
-            problems.add("guards.drift", "is not available in this version; leave it out");
+        if let Some(guard) = &guards.drift {
+            let path = "guards.drift.score_max";
+            if !(guard.score_max > 0.0 && guard.score_max <= SCORE_MAX) {
+                problems.add(path, format!("expected above 0 and at most {SCORE_MAX}"));
+            }
+            problems.between("guards.drift.min_rows", guard.min_rows, ROWS_MIN, SAMPLES_MAX);
+            problems.alpha("guards.drift.alpha", guard.alpha);
+        }
+        if let Some(guard) = &guards.reference_drift {
+            let path = "guards.reference_drift.features_max";
+            problems.at_most(path, guard.features_max, FEATURES_MAX as u64);
         }
     }
 
@@ -699,6 +738,7 @@ mod tests {
                 "slow_share": {"threshold_ms": 12.5, "alpha": 0.01},
                 "latency_ratio": {"ratio_max": 1.5},
                 "shadow_disagreement": {"max": 0.02},
+                "drift": {"score_max": 0.2}, "reference_drift": {},
                 "non_finite": null,
             },
             "interval_s": 5, "inconclusive_max_s": 60, "on_pass": "pause", "dry_run": false,
@@ -727,7 +767,8 @@ mod tests {
                 "slow_share": {"threshold_ms": 60000}, "latency_ratio": {"ratio_max": 0.5, "quantile": 1},
                 "shadow_disagreement": {"max": 0}, "sample_ratio": {"p_min": 0},
                 "non_finite": {"alpha": -1}, "floor": {"consecutive_failures": 0, "failure_share": 1},
-                "drift": {"score_max": 0.1}, "feedback": {"metric": "f1", "alpha": 1},
+                "drift": {"score_max": 0, "min_rows": 10, "alpha": 2},
+                "reference_drift": {"features_max": 5000}, "feedback": {"metric": "f1", "alpha": 1},
             },
             "alpha": 0.9, "interval_s": 0, "inconclusive_max_s": 0, "hooks": ["step", "step"],
         }));
@@ -757,7 +798,10 @@ mod tests {
             "guards.floor.failure_share",
             "guards.feedback.metric",
             "guards.feedback.alpha",
-            "guards.drift",
+            "guards.drift.score_max",
+            "guards.drift.min_rows",
+            "guards.drift.alpha",
+            "guards.reference_drift.features_max",
             "hooks[1]",
         ];
         assert_eq!(paths, want, "{problems:#?}");

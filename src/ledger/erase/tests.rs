@@ -93,7 +93,7 @@ fn what_a_prediction_held_goes_from_everywhere_and_its_proof_holds() {
     eventually(|| ledger.erase_recorded().unwrap());
     assert!(!bench.holds("secret-2") && bench.holds("secret-3"));
     assert_eq!(copies.lock()[0], (PREDICTIONS.to_owned(), vec![(1, 2), (5, 6)]));
-    assert!(matches!(ledger.erase(&wanted, &why()), Err(EraseError::Nothing)));
+    assert!(matches!(ledger.erase(&wanted, &why()), Err(EraseError::Nothing { unreadable: 0 })));
     eventually(|| bench.verified(PREDICTIONS).signed == 6);
     bench.runtime.block_on(ledger.close());
     drop(ledger);
@@ -127,7 +127,7 @@ fn a_subject_is_erased_with_its_key() {
     assert!(keys.existing(&tag).unwrap().is_none());
     assert!(keys.key_for(&tag).unwrap().open(&sealed).is_none());
     let nobody = Wanted { ids: Vec::new(), subject: Some(keys.tag(b"nobody")) };
-    assert!(matches!(ledger.erase(&nobody, &why()), Err(EraseError::Nothing)));
+    assert!(matches!(ledger.erase(&nobody, &why()), Err(EraseError::Nothing { unreadable: 0 })));
     bench.runtime.block_on(ledger.close());
 }
 
@@ -159,6 +159,74 @@ fn what_was_recorded_and_not_done_is_done_after_the_next_start() {
     bench.runtime.block_on(ledger.close());
     drop(ledger);
     assert_eq!(bench.verified(PREDICTIONS).erased, 1);
+}
+
+/// Changes a sealed segment's bytes.
+fn spoil(segment: &SegmentFile, how: impl FnOnce(&mut Vec<u8>)) {
+    let mut bytes = std::fs::read(&segment.path).unwrap();
+    how(&mut bytes);
+    std::fs::write(&segment.path, bytes).unwrap();
+}
+
+#[test]
+fn what_is_damaged_holds_up_nothing_and_stays_as_it_is() {
+    let bench = Bench::new();
+    let ledger = bench.open();
+    let segments = || reader::segments(&bench.dir().join(PREDICTIONS)).unwrap();
+    let seal = |records: u64| {
+        eventually(|| ledger.predictions().stats().synced_seq == records);
+        ledger.predictions().seal();
+        eventually(|| {
+            segments().iter().all(|segment| segment.sealed || segment.first_seq == records)
+        });
+    };
+    for first in [1, 5, 9, 13] {
+        for id in first..first + 4 {
+            add(&ledger, id, None, b"", &format!("secret-{id:02}"));
+        }
+        seal(u64::try_from(first + 3).unwrap());
+    }
+    let sealed: Vec<SegmentFile> = segments().into_iter().filter(|own| own.sealed).collect();
+    assert_eq!(sealed.len(), 4);
+    // A flipped byte in the second record; a cut within the last one; a head that is none.
+    spoil(&sealed[0], |bytes| {
+        let at = bytes.windows(9).position(|part| part == b"secret-02").unwrap();
+        bytes[at] ^= 1;
+    });
+    spoil(&sealed[1], |bytes| bytes.truncate(bytes.len() - 3));
+    spoil(&sealed[2], |bytes| bytes[0] ^= 1);
+    let wanted = |ids: &[u128]| Wanted {
+        ids: ids.iter().map(|id| Uuid::from_u128(*id)).collect(),
+        subject: None,
+    };
+    let erased = ledger.erase(&wanted(&[1, 4, 5, 14]), &why()).unwrap();
+    assert_eq!((erased.records, erased.unreadable), (4, 1 + 1 + 4));
+    eventually(|| ledger.erase_recorded().unwrap());
+    for id in [1, 4, 5, 14] {
+        assert!(!bench.holds(&format!("secret-{id:02}")), "{id}");
+    }
+    for id in [3, 6, 7, 9, 12, 13, 15] {
+        assert!(bench.holds(&format!("secret-{id:02}")), "{id}");
+    }
+    // What is damaged is found to be so afterwards, at the same records.
+    let state = |at: usize| {
+        let mut reader = SegmentReader::open(&sealed[at])?;
+        while reader.next_frame()?.is_some() {}
+        Ok::<_, ReadError>(())
+    };
+    let faults: Vec<String> = (0..3).map(|at| state(at).unwrap_err().to_string()).collect();
+    assert!(faults[1].contains("sealed with"), "{faults:?}");
+    assert!(state(3).is_ok());
+    let missing = frame::mark(&std::fs::read(&sealed[1].path).unwrap()).unwrap()
+        - std::fs::metadata(&sealed[1].path).unwrap().len();
+    assert_eq!(missing, 3);
+    let mut reader = SegmentReader::open(&sealed[0]).unwrap();
+    assert_eq!(reader.next_frame().unwrap().unwrap().form, Form::Erased);
+    assert!(reader.next_frame().is_err());
+    assert_eq!(reader.skip_damage().unwrap(), Some(2));
+    let lost = ledger.erase(&wanted(&[2, 10]), &why()).unwrap_err();
+    assert!(lost.to_string().ends_with("6 records cannot be read, and may"), "{lost}");
+    bench.runtime.block_on(ledger.close());
 }
 
 #[test]

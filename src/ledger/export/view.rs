@@ -75,13 +75,22 @@ impl<'a> View<'a> {
     /// # Errors
     /// When its bytes are no messages of `proto/ledger.proto`.
     pub fn read(frame: &Frame<'a>) -> Result<Self, &'static str> {
+        let mut view = Self::read_head(frame)?;
+        for field in Fields(frame.payload) {
+            view.payload_field(field?)?;
+        }
+        Ok(view)
+    }
+
+    /// Only what is in the head; the rest is as if it had been erased, but for `erased`.
+    ///
+    /// # Errors
+    /// As [`View::read`].
+    pub fn read_head(frame: &Frame<'a>) -> Result<Self, &'static str> {
         let mut view =
             Self { seq: frame.seq, erased: frame.form == Form::Erased, ..Self::default() };
         for field in Fields(frame.head) {
             view.head_field(field?)?;
-        }
-        for field in Fields(frame.payload) {
-            view.payload_field(field?)?;
         }
         Ok(view)
     }

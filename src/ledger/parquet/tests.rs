@@ -201,6 +201,16 @@ fn what_is_damaged_is_left_out_and_named() {
     assert_eq!((manifest.unreadable[0].first_seq, manifest.unreadable[0].last_seq), (4, 5));
     assert_eq!((manifest.segment.records, manifest.segment.last_seq), (4, Some(5)));
     assert_eq!(Manifest::all(&root), [manifest]);
+    // Cut in the last record, and behind the last but one.
+    for end in [at(5) + 7, at(5)] {
+        let mut cut = bytes[..end].to_vec();
+        let sealed_with = u32::try_from(bytes.len()).unwrap();
+        cut[crate::ledger::frame::MARK].copy_from_slice(&sealed_with.to_le_bytes());
+        std::fs::write(&segment.path, cut).unwrap();
+        let manifest = convert(&segment, &root, &Job::of(&Selection::default())).unwrap();
+        assert_eq!((manifest.unreadable[0].first_seq, manifest.unreadable[0].last_seq), (5, 5));
+        assert_eq!((manifest.segment.records, manifest.unreadable.len()), (5, 1));
+    }
     // Put right from a copy, it is whole again.
     assert!(convert_with(&[]).unreadable.is_empty());
 }

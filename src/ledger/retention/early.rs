@@ -14,9 +14,9 @@ use std::io;
 use serde_json::json;
 
 use super::{DAY_NS, Manifest, Retention};
-use crate::ledger::erase::{RANGES_MAX, Range};
-use crate::ledger::export::{Date, ExportError, Selection, View, scan_file};
-use crate::ledger::reader::SegmentFile;
+use crate::ledger::erase::{Piece, RANGES_MAX, Range, each};
+use crate::ledger::export::{Date, View};
+use crate::ledger::reader::{ReadError, SegmentFile};
 use crate::ledger::record::{Head, Kind, Payload};
 
 /// Word of a record that says that payloads went.
@@ -53,10 +53,8 @@ impl Retention {
             let taken = manifest.segment.last_seq.is_some_and(|last| last < delivered);
             let segment =
                 segments.iter().find(|it| it.first_seq == manifest.segment.first_seq && it.sealed);
-            // One that was written anew gets a manifest that fits first. A damaged one cannot be
-            // written anew: what is in it goes with it.
-            let whole = taken && manifest.unreadable.is_empty();
-            let segment = segment.filter(|segment| whole && manifest.fits(segment));
+            // One that was written anew gets a manifest that fits first.
+            let segment = segment.filter(|segment| taken && manifest.fits(segment));
             let Some(segment) = segment.filter(|_| !due.is_empty()) else { continue };
             if read == SEGMENTS_MAX || ranges.len() >= RANGES_MAX {
                 break;
@@ -64,7 +62,7 @@ impl Retention {
             read += 1;
             match payloads(segment, manifest, &due) {
                 Ok(found) => ranges.extend(found),
-                // Nor could it be written anew: the others are not to wait for it.
+                // The others are not to wait for it.
                 Err(error) => {
                     tracing::warn!(%error, "payloads stay beyond their time");
                     continue;
@@ -112,14 +110,16 @@ impl Retention {
     }
 }
 
-/// Records of these files whose payload is there.
+/// Records of these files whose payload is there, as far as they can be read.
 fn payloads(
     segment: &SegmentFile,
     manifest: &Manifest,
     files: &[usize],
-) -> Result<Vec<Range>, ExportError> {
+) -> Result<Vec<Range>, ReadError> {
     let mut ranges = Vec::<Range>::new();
-    let take = |_: &_, view: &View<'_>| {
+    each(segment, None, |piece| {
+        let Piece::Frame(frame) = piece else { return Ok(()) };
+        let Ok(view) = View::read_head(frame) else { return Ok(()) };
         let of = |file: &usize| {
             let file = &manifest.files[*file];
             file.model == view.model && file.date == Date::of(view.time_ns).to_string()
@@ -131,8 +131,7 @@ fn payloads(
                 _ => ranges.push((view.seq, view.seq + 1)),
             }
         }
-        Ok(std::ops::ControlFlow::Continue(()))
-    };
-    scan_file::<ExportError>(segment, &Selection::default(), take)?;
+        Ok(())
+    })?;
     Ok(ranges)
 }

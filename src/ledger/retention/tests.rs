@@ -190,6 +190,28 @@ fn a_segment_that_cannot_be_read_keeps_no_other_waiting() {
 }
 
 #[test]
+fn a_segment_of_which_nothing_can_be_told_goes_with_the_next() {
+    let mut bench = bench(|_| None);
+    let segment = reader::segments(&bench.retention.log).unwrap().remove(0);
+    let mut bytes = std::fs::read(&segment.path).unwrap();
+    bytes[0] ^= 1;
+    std::fs::write(&segment.path, bytes).unwrap();
+    let root = &bench.retention.parquet;
+    std::fs::remove_dir_all(root).unwrap();
+    for segment in reader::segments(&bench.retention.log).unwrap() {
+        if segment.sealed {
+            convert(&segment, root, &Job::of(&Selection::default())).unwrap();
+        }
+    }
+    let lost = Manifest::all(root).remove(0);
+    assert_eq!((lost.files.len(), lost.segment.last_seq), (0, Some(1)), "{lost:?}");
+    assert_eq!((lost.unreadable[0].first_seq, lost.unreadable[0].last_seq), (0, 1));
+    // The second one's time comes a day after the first one's would have.
+    assert_eq!((bench.step(10).segments, bench.first_seqs()), (0, vec![0, 2, 4]));
+    assert_eq!((bench.step(11).segments, bench.first_seqs()), (2, vec![4]));
+}
+
+#[test]
 fn nothing_goes_that_cannot_be_recorded() {
     let mut bench = bench(|_| None);
     bench.retention.announce = Box::new(|_, _| false);

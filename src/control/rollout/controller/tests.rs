@@ -7,7 +7,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::control::rollout::machine_tests::plan;
-use crate::domain::{Arm, Completion, Digest, ErrorKind, Outcome, Protocol, Timings, Traffic};
+use crate::domain::{
+    Arm, Completion, Digest, ErrorKind, Outcome, Protocol, Timings, Traffic, Version,
+};
 use crate::observe::{Observer, VersionStats};
 
 /// Real counters of two versions, a table, and a journal; refuses what it is told to.
@@ -98,10 +100,16 @@ fn failed() -> Outcome {
 }
 
 impl Desk for FakeDesk {
-    fn observe(&self, _: &ModelName, _: Version, candidate: Version) -> Observation {
+    fn observe(&self, rollout: &Rollout) -> Observation {
         let table = self.inner.lock().table.clone();
         let (two, one) = (Some(&self.candidate), Some(&self.stable));
-        Observation::of((candidate, two), one, table, Default::default(), Default::default())
+        Observation::of(
+            (rollout.candidate, two),
+            one,
+            table,
+            Default::default(),
+            Default::default(),
+        )
     }
 
     async fn apply(&self, change: Change<'_>) -> Result<(), Refusal> {

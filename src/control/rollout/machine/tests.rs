@@ -74,7 +74,7 @@ impl Sim {
             candidate: self.candidate.clone(),
             shadow: self.shadow,
             labels: self.labels,
-            watched: Vec::new(),
+            ..Observation::default()
         }
     }
 
