@@ -33,6 +33,7 @@ use tower_service::Service;
 use uuid::Uuid;
 
 use crate::admit::{Clients, Gatekeeper};
+use crate::control::alerts::Alerts;
 use crate::control::call::{Call, Refusal};
 use crate::control::desk::{Desk, Pending};
 use crate::feedback::Feedback;
@@ -89,6 +90,8 @@ pub struct Parts {
     pub feedback: Option<Arc<Feedback>>,
     /// `None` where nobody looks at the rows.
     pub monitor: Option<Arc<Monitor>>,
+    /// `None` where nobody is told of anything.
+    pub alerts: Option<Alerts>,
 }
 
 /// The ledger, and the versions that it records the predictions of.
@@ -106,6 +109,7 @@ struct Admin {
     audit: Option<Audit>,
     feedback: Option<Arc<Feedback>>,
     monitor: Option<Arc<Monitor>>,
+    alerts: Option<Alerts>,
     strangers: Strangers,
     readers: routes::events::Readers,
     /// Set once, when the table of routes is complete.
@@ -134,8 +138,18 @@ impl Api {
     /// # Errors
     /// [`NoCredentials`]: there is no admin API that is open to all.
     pub fn new(parts: Parts) -> Result<Arc<Self>, NoCredentials> {
-        let Parts { desk, gatekeeper, clients, hosts, drain, mlflow, audit, feedback, monitor } =
-            parts;
+        let Parts {
+            desk,
+            gatekeeper,
+            clients,
+            hosts,
+            drain,
+            mlflow,
+            audit,
+            feedback,
+            monitor,
+            alerts,
+        } = parts;
         if gatekeeper.is_empty() && clients.is_empty() {
             return Err(NoCredentials);
         }
@@ -147,6 +161,7 @@ impl Api {
             audit,
             feedback,
             monitor,
+            alerts,
             strangers: Strangers::default(),
             readers: routes::events::Readers::default(),
             document: OnceLock::new(),

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod admin;
+mod alerts;
 mod approvals;
 mod audit;
 mod check_config;
@@ -58,6 +59,8 @@ enum Command {
     Rollout(rollout::Args),
     /// Show how good a model's predictions were, by the labels that came for them
     Quality(quality::Args),
+    /// Show what is wrong with models and who was told, test receivers, silence models
+    Alerts(alerts::Args),
     /// Show who changed what, when and why, and who was refused
     Journal(journal::Args),
     /// Check, show and export what the ledger holds
@@ -88,6 +91,7 @@ pub fn run() -> ExitCode {
         Command::Approvals(args) => approvals::run(&args),
         Command::Rollout(args) => rollout::run(&args),
         Command::Quality(args) => quality::run(&args),
+        Command::Alerts(args) => alerts::run(&args),
         Command::Journal(args) => journal::run(&args),
         Command::Audit(args) => audit::run(&args),
         Command::Replay(args) => replay::run(&args),

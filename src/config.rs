@@ -18,6 +18,7 @@ use crate::domain::ModelName;
 use crate::transport::tls::Tls;
 use crate::{control, feedback, gateway, ledger, monitor, observe, transport};
 
+mod alerts;
 mod assemble;
 mod layers;
 mod records;
@@ -57,6 +58,8 @@ pub struct Config {
     pub release: control::director::Policy,
     /// Who is told of rollouts, and asked about them.
     pub hooks: Option<control::hooks::Settings>,
+    /// When alerts fire, and who is told.
+    pub alerts: control::alerts::Settings,
     pub system_shared_memory: bool,
     pub observe: observe::Settings,
     pub log_format: observe::log::Format,

@@ -19,6 +19,7 @@ use crate::domain::{EngineChoice, Failure, ModelName, RecordSettings};
 use manifest::Manifest;
 
 pub mod admin_log;
+pub mod alerts;
 pub mod bootstrap;
 pub mod call;
 mod confined;

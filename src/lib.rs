@@ -20,6 +20,7 @@ pub mod gateway;
 pub mod ledger;
 pub mod monitor;
 pub mod observe;
+pub mod outbound;
 pub mod panics;
 pub mod proto;
 pub mod quality;

@@ -46,7 +46,7 @@ mod tests;
 
 pub use compare::{CELLS_MAX, Compared, ComparedFeature, LEARN_ROWS, Pair};
 pub use report::{
-    ArmReport, Counted, FeatureReport, Oddities, ReferenceReport, VersionReport, WindowReport,
+    ArmReport, Counted, FeatureReport, Odd, Oddities, ReferenceReport, VersionReport, WindowReport,
 };
 
 use budget::Budget;

@@ -15,6 +15,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("proto", &[]),
     ("secret", &[]),
     ("bucket", &["secret"]),
+    ("outbound", &["secret"]),
     ("admit", &["domain"]),
     ("engine", &["domain", "proto"]),
     ("observe", &["domain"]),
@@ -32,7 +33,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         "control",
         &[
             "domain", "admit", "drift", "engine", "batch", "route", "shadow", "feedback", "ledger",
-            "monitor", "observe", "panics", "proto", "secret", "bucket",
+            "monitor", "observe", "outbound", "panics", "proto", "quality", "secret", "bucket",
         ],
     ),
     (
@@ -57,6 +58,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "control",
             "transport",
             "bucket",
+            "outbound",
             "secret",
         ],
     ),

@@ -18,6 +18,7 @@ use super::problem::{INTERNAL, Problem};
 use crate::admit::Action;
 use crate::control::call::Versioned;
 
+mod alerts;
 mod approvals;
 mod audit;
 mod drift;
@@ -36,7 +37,7 @@ mod traffic;
 pub(super) fn all(admin: Arc<Admin>) -> Doors {
     use Action::{
         Approve, ChangeKeys, ChangeTraffic, ChangeVersions, Drain, Erase, Hold, ReadJournal,
-        ReadModels, ReadPredictions, Reload, Rollout,
+        ReadModels, ReadPredictions, Reload, Rollout, TestAlerts,
     };
     Doors::new(admin)
         .add(Needs::Nothing, routes!(gateway::health))
@@ -66,6 +67,10 @@ pub(super) fn all(admin: Arc<Admin>) -> Doors {
         .add(Needs::Right(Rollout), routes!(rollouts::abort))
         .add(Needs::Right(ReadModels), routes!(approvals::get))
         .add(Needs::Right(Approve), routes!(approvals::post))
+        .add(Needs::Some(ReadModels), routes!(alerts::list))
+        .add(Needs::Right(TestAlerts), routes!(alerts::test))
+        .add(Needs::Right(Rollout), routes!(alerts::put_silence))
+        .add(Needs::Right(Rollout), routes!(alerts::delete_silence))
         .add(Needs::Some(ReadJournal), routes!(journal::get))
         .add(Needs::Some(ReadModels), routes!(events::get))
         .add(Needs::Some(ReadPredictions), routes!(predictions::get))

@@ -1,6 +1,7 @@
 //! The API without sockets and models: a desk of paper, and every route through the front.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +14,10 @@ use super::problem::PROBLEM_JSON;
 use super::{Api, Audit, Door, Hosts, Needs, PREFIX, Parts, Peer};
 use crate::admit::keys::{GrantRecord, KeyRecord};
 use crate::admit::{Clients, Gatekeeper, KeySet, Role, Token};
+use crate::config::{self, ServeArgs};
+use crate::control::alerts::{self, Alerts, Watcher};
 use crate::control::call::Refusal;
+use crate::control::store::{SqliteStore, Store as _};
 use crate::feedback::{self, Feedback, How, Models};
 use crate::ledger::{self, Ledger};
 use crate::monitor::{self, Monitor};
@@ -95,6 +99,27 @@ fn hand_out(gatekeeper: &Gatekeeper, keys: &[(String, Token, KeyRecord)]) {
     gatekeeper.replace(set);
 }
 
+/// Nobody is told, and nothing is served that anybody could be told of.
+fn alerts(state: &Path, feedback: Arc<Feedback>) -> Alerts {
+    let store = Arc::new(SqliteStore::open(state).unwrap());
+    let kept = Arc::clone(&store);
+    let keep: alerts::Keep = Box::new(move |puts, events| {
+        let kept = kept.commit(&puts, &events).map(drop);
+        Box::pin(async move { kept.map_err(|error| Refusal::Internal(error.to_string())) })
+    });
+    let config = config::load_from(&ServeArgs::default(), std::iter::empty()).unwrap();
+    let sight = alerts::Gateway {
+        table: Arc::new(Published::new(RouteTable::default())),
+        monitor: None,
+        feedback,
+    };
+    let (alerts, watcher) = Watcher::new(config.alerts, Box::new(sight), &*store, keep).unwrap();
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        runtime.spawn(watcher.run(std::future::pending()));
+    }
+    alerts
+}
+
 impl Bench {
     /// With a key for each role, named as it is, and `team`: a deployer of `iris` alone.
     fn new() -> Self {
@@ -116,6 +141,7 @@ impl Bench {
         let ledger = Ledger::open(ledger::Settings::new(state.path()), []).unwrap();
         let feedback = feedback::Settings::new(state.path().to_owned());
         let feedback = Feedback::start(feedback, Arc::clone(&ledger), Arc::new(NoModels)).unwrap();
+        let kept = Arc::clone(&feedback);
         let api = Api::new(Parts {
             desk: Arc::clone(&desk) as _,
             gatekeeper: Arc::clone(&gatekeeper),
@@ -132,6 +158,7 @@ impl Bench {
             audit: Some(Audit { ledger, table: Arc::new(Published::new(RouteTable::default())) }),
             feedback: Some(feedback),
             monitor: Monitor::start(monitor::Settings::new(state.path())).unwrap(),
+            alerts: Some(alerts(state.path(), Arc::clone(&kept))),
         })?;
         Ok(Self { api, desk, gatekeeper, keys, _state: state })
     }
@@ -200,6 +227,7 @@ fn example(door: &Door, model: &str) -> String {
         .replace("{label}", "stable")
         .replace("{rollout}", "r-1")
         .replace("{hold}", "case-1")
+        .replace("{receiver}", "ops")
         .replace("{id}", "0193e5a0-7c1d-7b7a-8d8e-2f4f7b1c9a10")
 }
 
@@ -210,6 +238,10 @@ fn body(door: &Door) -> Value {
         "label.put" => json!({"version": "2"}),
         "rollout.start" => json!({"candidate": "2"}),
         "approval.post" => json!({"decision": "approve", "comment": "looked at"}),
+        "silence.put" => {
+            let until = jiff::Timestamp::now() + jiff::SignedDuration::from_hours(1);
+            json!({"until": until.to_string(), "reason": "we know"})
+        }
         "audit.erase" => json!({"ids": [uuid::Uuid::nil().to_string()], "reason": "asked for"}),
         "webhook.mlflow" => json!({"entity": "MODEL_VERSION", "action": "CREATED"}),
         _ => Value::Null,
@@ -264,6 +296,8 @@ async fn every_route_and_every_role() {
                     "audit.rotateKey" => got.status == 503,
                     // No version is watched here.
                     "reference.freeze" => got.status == 409,
+                    // Nobody is told, and somebody else was faster.
+                    "alert.test" | "silence.delete" => got.status == 404,
                     _ => false,
                 };
                 let good = matches!(got.status, 200..=202) || idle;

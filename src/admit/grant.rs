@@ -164,6 +164,7 @@ mod tests {
                 Action::Rollout,
                 Action::Approve,
                 Action::ReadJournal,
+                Action::TestAlerts,
             ],
             Role::Auditor => &[
                 Action::ReadModels,

@@ -87,10 +87,12 @@ pub enum Action {
     Drain,
     /// Read the source or the configuration anew, and set what is logged and traced.
     Reload,
+    /// Send a test to a receiver of alerts, which may start a pipeline.
+    TestAlerts,
 }
 
 impl Action {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::ReadModels,
         Self::Predict,
         Self::Feedback,
@@ -106,6 +108,7 @@ impl Action {
         Self::ChangeKeys,
         Self::Drain,
         Self::Reload,
+        Self::TestAlerts,
     ];
 
     /// Word for messages, logs and the documentation.
@@ -126,6 +129,7 @@ impl Action {
             Self::ChangeKeys => "change keys",
             Self::Drain => "drain",
             Self::Reload => "reload",
+            Self::TestAlerts => "test alerts",
         }
     }
 
@@ -140,6 +144,7 @@ impl Action {
                 | Self::ChangeKeys
                 | Self::Drain
                 | Self::Reload
+                | Self::TestAlerts
         )
     }
 }
@@ -169,6 +174,7 @@ fn allowed(action: Action) -> &'static [Role] {
         Action::ChangeKeys => &[Admin],
         Action::Drain => &[Admin],
         Action::Reload => &[Admin],
+        Action::TestAlerts => &[Deployer, Admin],
     }
 }
 

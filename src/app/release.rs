@@ -15,6 +15,7 @@ use crate::admin::{self, Hosts, Parts};
 use crate::admit::Gatekeeper;
 use crate::config::Config;
 use crate::control::admin_log::AdminLog;
+use crate::control::alerts::{self, Alerts, Watcher};
 use crate::control::call::{Call, Refusal};
 use crate::control::desk::Desk;
 use crate::control::hooks::Hooks;
@@ -45,6 +46,8 @@ pub(super) struct Release {
     stop: CancellationToken,
     /// Guards the loop that looks at rollouts, for whoever waits for its end.
     rollouts: Mutex<Option<JoinHandle<()>>>,
+    /// Guards the loop that looks at alerts, for whoever waits for its end.
+    alerts: Mutex<Option<JoinHandle<()>>>,
     /// Guards the copy of the journal, for whoever ends it.
     admin_log: Mutex<Option<AdminLog>>,
 }
@@ -95,8 +98,17 @@ impl Release {
         );
         let director = Arc::new(director.context("read the state")?);
         let stop = CancellationToken::new();
-        let (rollouts, admin_log) = (Mutex::default(), Mutex::default());
-        Ok(Self { director, registry, store, source, gatekeeper, stop, rollouts, admin_log })
+        Ok(Self {
+            director,
+            registry,
+            store,
+            source,
+            gatekeeper,
+            stop,
+            rollouts: Mutex::default(),
+            alerts: Mutex::default(),
+            admin_log: Mutex::default(),
+        })
     }
 
     /// Starts what follows the state: keys, rollouts, and the admin listener.
@@ -125,6 +137,12 @@ impl Release {
         let stopped = self.stop.clone();
         let looking = async move { controller.run(stopped.cancelled()).await };
         *self.rollouts.lock() = Some(tokio::spawn(panics::fatal_async("rollouts", looking)));
+        let sight = alerts::Gateway {
+            table: Arc::clone(&table),
+            monitor: monitor.clone(),
+            feedback: Arc::clone(&feedback),
+        };
+        let alerts = self.alerts(config, sight, observer)?;
 
         let listener = bind(config.admin).with_context(|| format!("listen on {}", config.admin))?;
         tracing::info!(protocol = "admin", address = %listener.local_addr()?, "listening");
@@ -138,10 +156,33 @@ impl Release {
             audit: Some(admin::Audit { ledger: Arc::clone(&ledger), table }),
             feedback: Some(feedback),
             monitor,
+            alerts,
         })?;
         let served = admin::serve(listener, api, config.admin_tls.as_ref().map(handshakes));
         tokio::spawn(panics::fatal_async("admin listener", served));
         Ok(())
+    }
+
+    /// Who looks at models and tells of what is wrong with them, unless nobody shall.
+    fn alerts(
+        &self,
+        config: &Config,
+        sight: alerts::Gateway,
+        observer: &Arc<Observer>,
+    ) -> anyhow::Result<Option<Alerts>> {
+        if !config.alerts.enabled {
+            return Ok(None);
+        }
+        let director = Arc::clone(&self.director);
+        let keep: alerts::Keep = Box::new(move |puts, events| director.keep_alerts(puts, events));
+        let made = Watcher::new(config.alerts.clone(), Box::new(sight), &*self.store, keep);
+        let (alerts, watcher) = made.context("take up the alerts")?;
+        let shown = alerts.clone();
+        observer.add_families(Box::new(move || shown.families()));
+        let stopped = self.stop.clone();
+        let looking = async move { watcher.run(stopped.cancelled()).await };
+        *self.alerts.lock() = Some(tokio::spawn(panics::fatal_async("alerts", looking)));
+        Ok(Some(alerts))
     }
 
     /// Begins the drain as SIGTERM does.
@@ -170,7 +211,11 @@ impl Release {
     pub(super) async fn stop(&self) {
         self.stop.cancel();
         let rollouts = self.rollouts.lock().take();
+        let alerts = self.alerts.lock().take();
         let ended = async {
+            if let Some(Err(error)) = OptionFuture::from(alerts).await {
+                tracing::warn!(%error, "alerts did not write down who was told");
+            }
             if let Some(Err(error)) = OptionFuture::from(rollouts).await {
                 tracing::warn!(%error, "rollouts did not write down where they are");
             }

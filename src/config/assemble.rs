@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::layers::{Layers, Problems};
-use super::{Config, records, sinks, sources};
+use super::{Config, alerts, records, sinks, sources};
 use crate::admit::Clients;
 use crate::control::source::Location;
 use crate::domain::{EngineChoice, ModelName};
@@ -14,7 +14,7 @@ use crate::observe::{AccessLog, Otlp, log};
 use crate::transport::auth::Auth;
 use crate::transport::intake::memory_limit;
 use crate::transport::tls::{Files, Tls};
-use crate::{cache, control, gateway, observe, shadow, transport};
+use crate::{cache, control, gateway, observe, outbound, shadow, transport};
 
 /// Address space that a trial may have however small the container is.
 const PROBE_MEMORY_FLOOR: u64 = 1 << 30;
@@ -45,6 +45,7 @@ pub(super) fn assemble(mut layers: Layers) -> Result<Config, Problems> {
         },
         release: release_policy(from),
         hooks: hook_settings(from),
+        alerts: alerts::settings(from),
         system_shared_memory: from.flag("server.system_shared_memory"),
         observe: observe_settings(from),
         log_format: log_format(from),
@@ -183,13 +184,16 @@ fn control_settings(from: &mut Layers) -> control::Settings {
 
 fn hook_settings(from: &mut Layers) -> Option<control::hooks::Settings> {
     let (url, secret) = (from.text("hooks.url"), from.text("hooks.secret"));
-    let timeout = from.millis("hooks.timeout_ms");
-    let attempts_max = u32::try_from(from.number("hooks.attempts_max")).unwrap_or(u32::MAX);
+    let outbound = outbound::Settings {
+        timeout: from.millis("hooks.timeout_ms"),
+        attempts_max: u32::try_from(from.number("hooks.attempts_max")).unwrap_or(u32::MAX),
+        backoff: Duration::from_secs(1),
+    };
     let queue_max = from.size("hooks.queue_max");
     if url.is_none() && secret.is_some() {
         from.notes.push("hooks.secret has no effect without hooks.url".to_owned());
     }
-    let url = control::hooks::parse_url(&url?);
+    let url = outbound::parse_url(&url?);
     let url = url.map_err(|problem| from.problems.add("hooks.url", problem)).ok();
     let secret: Option<control::secret::SecretRef> = match secret {
         Some(text) => {
@@ -204,8 +208,7 @@ fn hook_settings(from: &mut Layers) -> Option<control::hooks::Settings> {
         }
     };
     let (url, secret) = (url?, secret?);
-    let backoff = Duration::from_secs(1);
-    Some(control::hooks::Settings { url, secret, timeout, attempts_max, backoff, queue_max })
+    Some(control::hooks::Settings { url, secret, outbound, queue_max })
 }
 
 fn release_policy(from: &mut Layers) -> control::director::Policy {

@@ -174,8 +174,12 @@ impl Layers {
         match mismatch(key.kind, &entry.value) {
             None => Some(entry.value.clone()),
             Some(expected) => {
-                let message =
-                    format!("expected {expected}, got {} ({})", entry.value, entry.origin);
+                let got = match key.kind {
+                    // What stands there is long, and was meant to name secrets.
+                    Kind::Tables => entry.value.type_str().to_owned(),
+                    _ => entry.value.to_string(),
+                };
+                let message = format!("expected {expected}, got {got} ({})", entry.origin);
                 self.problems.add(path, message);
                 None
             }
@@ -211,6 +215,13 @@ impl Layers {
         self.checked(path).and_then(|value| number_of(&value)).unwrap_or(0.0)
     }
 
+    /// The tables of a list; none after a problem.
+    pub(super) fn tables(&mut self, path: &str) -> Vec<toml::Table> {
+        let list = self.checked(path).and_then(|value| value.as_array().cloned());
+        let tables = list.unwrap_or_default().into_iter();
+        tables.filter_map(|value| value.as_table().cloned()).collect()
+    }
+
     /// An address; any free port of this machine after a problem.
     pub(super) fn address(&mut self, path: &str) -> SocketAddr {
         let text = self.text(path);
@@ -235,6 +246,10 @@ fn mismatch(kind: Kind, value: &Value) -> Option<String> {
         Kind::Address => {
             let right = value.as_str().and_then(address).is_some();
             (right, "an IP address and port like 127.0.0.1:8000".to_owned())
+        }
+        Kind::Tables => {
+            let tables = value.as_array().is_some_and(|list| list.iter().all(Value::is_table));
+            (tables, "a list of tables".to_owned())
         }
         Kind::OneOf(words) => {
             let right = value.as_str().is_some_and(|text| words.contains(&text));
@@ -261,12 +276,20 @@ fn address(text: &str) -> Option<SocketAddr> {
     }
 }
 
+/// As TOML has it: `[{name = "ops"}]`.
+fn list(text: &str) -> Option<Value> {
+    let table = format!("list = {text}").parse::<toml::Table>().ok()?;
+    // Nothing but one value: a text may not bring keys of its own.
+    table.get("list").filter(|_| table.len() == 1).cloned()
+}
+
 /// A text of the environment as the kind's TOML value; left a text when it is none.
 fn from_text(kind: Kind, text: String) -> Value {
     let value = match kind {
         Kind::Bool => text.parse().ok().map(Value::Boolean),
         Kind::Int(..) => text.parse().ok().map(Value::Integer),
         Kind::Ratio => text.parse().ok().map(Value::Float),
+        Kind::Tables => list(&text),
         Kind::Text | Kind::Address | Kind::OneOf(_) => None,
     };
     value.unwrap_or(Value::String(text))

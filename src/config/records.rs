@@ -65,7 +65,7 @@ fn witnesses(from: &mut Layers) -> Vec<witness::Settings> {
         witnesses.push(witness::Settings { name: "file".to_owned(), target });
     }
     if let Some(url) = from.text("ledger.witness_url") {
-        match crate::control::hooks::parse_url(&url) {
+        match crate::outbound::parse_url(&url) {
             Ok(url) => {
                 let target = Target::Webhook(url);
                 witnesses.push(witness::Settings { name: "url".to_owned(), target });

@@ -11,6 +11,8 @@ pub enum Kind {
     Ratio,
     Address,
     OneOf(&'static [&'static str]),
+    /// `[[section.name]]`, any number of times.
+    Tables,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +29,7 @@ const fn key(path: &'static str, kind: Kind, default: &'static str) -> Key {
 }
 
 const HOUR_MS: i64 = 3_600_000;
+const DAY_S: i64 = 86_400;
 const U32_MAX: i64 = u32::MAX as i64;
 /// A frame of the ledger holds so much, and room for its texts and shapes.
 const RECORD_BYTES_MAX: i64 = 24 << 20;
@@ -148,6 +151,20 @@ pub const KEYS: &[Key] = &[
     key("feedback.items_max", Kind::Int(1, 65_536), "1000"),
     key("feedback.queue_max", Kind::Int(1, 65_536), "64"),
     key("feedback.window_days", Kind::Int(1, 3650), "30"),
+    key("alerts.enabled", Kind::Bool, "true"),
+    key("alerts.for_s", Kind::Int(0, DAY_S), "300"),
+    key("alerts.keep_firing_for_s", Kind::Int(0, 7 * DAY_S), "900"),
+    key("alerts.rows_min", Kind::Int(200, 1_000_000), "500"),
+    key("alerts.window", Kind::OneOf(&["hour", "day"]), "hour"),
+    key("alerts.missing_max", Kind::Ratio, "0.05"),
+    key("alerts.nan_max", Kind::Ratio, "0.01"),
+    key("alerts.infinite_max", Kind::Ratio, "0.01"),
+    key("alerts.out_of_range_max", Kind::Ratio, "0.05"),
+    key("alerts.unseen_category_max", Kind::Ratio, "0.01"),
+    key("alerts.timeout_ms", Kind::Int(100, HOUR_MS), "10000"),
+    key("alerts.attempts_max", Kind::Int(1, 100), "8"),
+    key("alerts.receivers", Kind::Tables, ""),
+    key("alerts.quality", Kind::Tables, ""),
     key("sinks.models", Kind::Text, ""),
     key("sinks.retain_bytes_max", Kind::Int(0, 1 << 50), "10737418240"),
     key("sinks.retain_age_max_s", Kind::Int(0, 3650 * 86_400), "0"),

@@ -221,7 +221,9 @@ fn hooks_need_an_address_that_is_safe_and_a_key_that_is_elsewhere() {
     let good = "[hooks]\nurl = 'https://ci.example/hooks'\nsecret = 'env:KEY'\ntimeout_ms = 700\n";
     let hooks = read(good).unwrap().hooks.unwrap();
     assert_eq!(hooks.url.as_str(), "https://ci.example/hooks");
-    assert_eq!((hooks.timeout.as_millis(), hooks.attempts_max, hooks.queue_max), (700, 8, 256));
+    let outbound = &hooks.outbound;
+    assert_eq!((outbound.timeout.as_millis(), outbound.attempts_max), (700, 8));
+    assert_eq!(hooks.queue_max, 256);
     assert_eq!(paths(read("[hooks]\nurl = 'https://ci.example/'\n")), ["hooks.secret"]);
     let plain = "[hooks]\nurl = 'http://ci.example/'\nsecret = 'hunter2hunter2hunter2'\n";
     let problems = read(plain).unwrap_err();
@@ -293,4 +295,130 @@ fn a_secret_in_the_wrong_place_is_not_repeated() {
         "repository.trusted_keys",
     ];
     assert_eq!(got, expected);
+}
+
+#[test]
+fn receivers_of_alerts_are_tables_with_the_defaults_of_their_kind() {
+    use crate::control::alerts::condition::{Kind, Severity};
+    use crate::control::alerts::receiver::Target;
+    let file = r#"
+        [alerts]
+        for_s = 0
+        nan_max = 1.0
+        [[alerts.receivers]]
+        name = 'ops'
+        kind = 'cloudevents'
+        url = 'http://127.0.0.1:9/in'
+        secret = 'env:KEY'
+        [[alerts.receivers]]
+        name = 'gl'
+        kind = 'gitlab'
+        project = 'ml/loans'
+        secret = 'file:/run/x'
+        models = ['loans', 'risk-*']
+        kinds = ['drift']
+        severity_min = 'warning'
+        repeat_s = 60
+        parameters = { MODEL = '{model}', BRANCH = 'main' }
+        [[alerts.quality]]
+        metric = 'accuracy'
+        min = 1
+        days = 7
+    "#;
+    let alerts = from_file(file, &[], ServeArgs::default()).unwrap().alerts;
+    let [ops, gitlab] = &alerts.receivers[..] else { panic!("{alerts:?}") };
+    assert_eq!((ops.kinds.as_slice(), ops.resolved), (&Kind::ALL[..], true));
+    assert_eq!((ops.repeat.as_secs(), ops.cooldown.as_secs()), (86_400, 0));
+    assert_eq!((gitlab.kinds.as_slice(), gitlab.resolved), (&[Kind::Drift][..], false));
+    assert_eq!((gitlab.repeat.as_secs(), gitlab.cooldown.as_secs()), (60, 86_400));
+    assert_eq!(gitlab.severity_min, Severity::Warning);
+    let loans: ModelName = "loans".parse().unwrap();
+    assert!(gitlab.models.as_ref().unwrap().matches(&loans) && ops.models.is_none());
+    let Target::GitLab { url, project, branch, parameters } = &gitlab.target else { panic!() };
+    assert_eq!((url.as_str(), &**project, &**branch), ("https://gitlab.com/", "ml/loans", "main"));
+    assert_eq!((parameters.len(), &*parameters["MODEL"]), (2, "{model}"));
+    assert_eq!((alerts.limits.quality[0].min, alerts.limits.quality[0].days), (Some(1.0), Some(7)));
+    assert!(!alerts.limits.odd_max.contains_key("nan") && alerts.limits.odd_max.len() == 4);
+    // The same from the environment.
+    let text = "[{name = 'a', kind = 'github', repository = 'o/r', secret = 'env:T'}]";
+    let environment = [("TIDEGATE_ALERTS_RECEIVERS", text)];
+    let alerts = from_file("", &environment, ServeArgs::default()).unwrap().alerts;
+    assert!(matches!(&alerts.receivers[0].target, Target::GitHub { owner, .. } if owner == "o"));
+    let smuggled = [("TIDEGATE_ALERTS_RECEIVERS", "[]\nmore = 1")];
+    assert_eq!(paths(from_file("", &smuggled, ServeArgs::default())), ["alerts.receivers"]);
+}
+
+#[test]
+fn problems_of_receivers_are_named_and_their_secrets_are_not() {
+    let file = r#"
+        [[alerts.receivers]]
+        name = 'a b'
+        kind = 'cloudevents'
+        url = 'http://ops.example/'
+        secret = 'hunter2hunter2hunter2'
+        reslved = true
+        [[alerts.receivers]]
+        name = 'twice'
+        kind = 'github'
+        repository = 'acme'
+        secret = 5
+        kinds = ['drifts']
+        cooldown_s = 99999999
+        [[alerts.receivers]]
+        kind = 'jenkins'
+        url = 'https://ci.example/job/x'
+        secret = 'env:T'
+        parameters = { A = '{modell}', B = 7 }
+        severity_min = 'bad'
+        models = ['[']
+        [[alerts.receivers]]
+        name = 'x'
+        kind = 'pager'
+        secret = 'env:T'
+        [[alerts.receivers]]
+        name = 'same'
+        kind = 'kubeflow'
+        url = 'https://kf.example/'
+        pipeline_id = 'p'
+        secret = 'env:T'
+        [[alerts.receivers]]
+        name = 'same'
+        kind = 'kubeflow'
+        url = 'https://kf.example/'
+        pipeline_id = 'p'
+        secret = 'env:T'
+        [[alerts.quality]]
+        metric = 'accuracy'
+        days = 0
+    "#;
+    let problems = from_file(file, &[], ServeArgs::default()).unwrap_err();
+    let text = problems.to_string();
+    assert!(!text.contains("hunter2"), "{text}");
+    let at = |path: &str| problems.0.iter().any(|problem| problem.path == path);
+    for path in [
+        "alerts.receivers[0].name",
+        "alerts.receivers[0].url",
+        "alerts.receivers[0].secret",
+        "alerts.receivers[0].reslved",
+        "alerts.receivers[1].repository",
+        "alerts.receivers[1].secret",
+        "alerts.receivers[1].kinds",
+        "alerts.receivers[1].cooldown_s",
+        "alerts.receivers[2].name",
+        "alerts.receivers[2].user",
+        "alerts.receivers[2].parameters",
+        "alerts.receivers[2].severity_min",
+        "alerts.receivers[2].models",
+        "alerts.receivers[3].kind",
+        "alerts.receivers[5].name",
+        "alerts.quality[0].min",
+        "alerts.quality[0].days",
+    ] {
+        assert!(at(path), "{path} is not in\n{text}");
+    }
+    let many = "[[alerts.receivers]]\nname = 'a'\n".repeat(17);
+    let text = from_file(&many, &[], ServeArgs::default()).unwrap_err().to_string();
+    assert!(text.contains("at most 16 receivers, got 17"), "{text}");
+    let wrong = paths(from_file("[alerts]\nreceivers = 'x'\n", &[], ServeArgs::default()));
+    assert_eq!(wrong, ["alerts.receivers"]);
 }

@@ -187,6 +187,16 @@ impl Director {
         noted.await
     }
 
+    /// Writes what alerts remember, and the journal of it, in one transaction.
+    pub fn keep_alerts(&self, puts: Vec<Put>, events: Vec<NewEvent>) -> Pending<'static, ()> {
+        self.inner.run(move |inner| {
+            let _one = inner.writing.lock();
+            let committed = inner.store.commit(&puts, &events).map_err(books::internal)?;
+            inner.tell(committed.events);
+            Ok(())
+        })
+    }
+
     /// Journals something of the gateway itself: its start, its end.
     pub async fn note(&self, action: &'static str, reason: String) {
         let noted = self.inner.run(move |inner| {

@@ -12,86 +12,39 @@
 //! Invariants:
 //! - Nothing waits for whoever is told: what finds no room in the queue is dropped and counted.
 //! - A delivery has the same id and the same body however often it is tried.
-//! - The secret is read where it is kept each time, and is in no log, error or debug output.
-//! - The address is one that the operator wrote: redirects are not followed, and plain HTTP goes to
-//!   this machine only.
+//! - Where it may go, and that the secret is shown nowhere: see [`crate::outbound`], which sends.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
-use reqwest::StatusCode;
-use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
+use reqwest::header::CONTENT_TYPE;
 use serde_json::json;
 use tokio::sync::mpsc;
-use tokio::time::sleep;
-use url::{Host, Url};
+use url::Url;
 
 use super::rollout::controller::{Answering, Callout, Notice};
 use super::rollout::{HookAnswer, HookKind, Rollout};
-use super::secret::{SecretError, SecretRef};
+use super::secret::{Secret, SecretRef};
 use crate::observe::page::{Family, Kind};
-
-mod signature;
-
-pub use signature::KeyError;
-
-use signature::Key;
+use crate::outbound::{self, Answer, Key, RequestError};
 
 /// Type of an event: this and the hook's word.
 pub const TYPE_PREFIX: &str = "dev.tidegate.rollout.";
-/// Longest wait between two tries, whatever the receiver asks for.
-const BACKOFF_MAX: Duration = Duration::from_secs(60);
-/// Bytes of an answer that are read for what it says.
-const ANSWER_BYTES_MAX: usize = 4096;
-/// Characters of what an answer says that are kept.
-const SAID_MAX: usize = 200;
 
 /// Where webhooks go, and how hard it is tried.
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub url: Url,
     pub secret: SecretRef,
-    /// Longest wait for an answer, connecting included.
-    pub timeout: Duration,
-    /// Tries of one delivery, the first included.
-    pub attempts_max: u32,
-    /// First wait before another try; each further one is twice as long, up to a minute.
-    pub backoff: Duration,
+    pub outbound: outbound::Settings,
     /// Deliveries that wait for the ones before them.
     pub queue_max: usize,
-}
-
-/// Reads a receiver's address.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn parse_url(text: &str) -> Result<Url, String> {
-    let url: Url = text.parse().map_err(|error| format!("'{text}' is no URL: {error}"))?;
-    let local = match url.host() {
-        Some(Host::Ipv4(ip)) => ip.is_loopback(),
-        Some(Host::Ipv6(ip)) => ip.is_loopback(),
-        Some(Host::Domain(name)) => name == "localhost",
-        None => false,
-    };
-    match url.scheme() {
-        "https" => {}
-        "http" if local => {}
-        "http" => return Err("expected https; plain http only goes to this machine".to_owned()),
-        other => return Err(format!("expected https, got '{other}'")),
-    }
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err("holds a name or password; requests are signed instead".to_owned());
-    }
-    Ok(url)
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
     #[error(transparent)]
-    Secret(#[from] SecretError),
-    #[error("the secret {0}")]
-    Key(#[from] KeyError),
+    Request(#[from] RequestError),
     #[error("no HTTP client: {0}")]
     Client(#[from] reqwest::Error),
 }
@@ -111,7 +64,7 @@ pub struct Courier {
 
 struct Sender {
     settings: Settings,
-    client: reqwest::Client,
+    outbound: outbound::Sender,
     /// By kind and by how it ended.
     counts: [[AtomicU64; Ended::ALL.len()]; HookKind::ALL.len()],
 }
@@ -149,33 +102,14 @@ struct Delivery {
     body: Vec<u8>,
 }
 
-/// What came of one try.
-enum Attempt {
-    Go,
-    No(String),
-    /// Why not yet, and how long the receiver asks to wait.
-    Again(String, Option<Duration>),
-}
-
 impl Hooks {
     /// # Errors
     /// When the secret cannot be read, or no client can be made.
     pub fn new(settings: Settings) -> Result<(Self, Courier), HookError> {
         key(&settings)?;
-        // Whoever comes first installs it; it is the same for all.
-        drop(rustls::crypto::ring::default_provider().install_default());
-        let mut client = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .timeout(settings.timeout)
-            .connect_timeout(settings.timeout)
-            .user_agent(concat!("tidegate/", env!("CARGO_PKG_VERSION")));
-        if settings.url.scheme() == "http" {
-            // To this machine, and not through a proxy on the way there.
-            client = client.no_proxy();
-        }
+        let outbound = outbound::Sender::new(&settings.url, settings.outbound.clone())?;
         let (queue, waiting) = mpsc::channel(settings.queue_max.max(1));
-        let client = client.build()?;
-        let sender = Arc::new(Sender { settings, client, counts: Default::default() });
+        let sender = Arc::new(Sender { settings, outbound, counts: Default::default() });
         let courier = Courier { queue: waiting, sender: Arc::clone(&sender) };
         Ok((Self { queue, sender }, courier))
     }
@@ -233,103 +167,28 @@ impl Sender {
 
     /// Tries until it is answered or has been tried often enough.
     async fn deliver(&self, delivery: &Delivery) -> HookAnswer {
-        let mut wait = self.settings.backoff;
-        let mut attempt = 1;
-        loop {
-            let (why, asked) = match self.attempt(delivery).await {
-                Attempt::Go => {
-                    self.count(delivery.kind, Ended::Delivered);
-                    return HookAnswer::Go;
-                }
-                Attempt::No(said) => {
-                    self.count(delivery.kind, Ended::Refused);
-                    tracing::warn!(id = delivery.id, said, "webhook refused");
-                    return HookAnswer::No(said);
-                }
-                Attempt::Again(why, asked) => (why, asked),
-            };
-            if attempt >= self.settings.attempts_max {
-                self.count(delivery.kind, Ended::Failed);
-                tracing::warn!(id = delivery.id, attempt, why, "webhook given up");
-                return HookAnswer::None(format!("no answer after {attempt} tries: {why}"));
-            }
-            tracing::debug!(id = delivery.id, attempt, why, "webhook to be tried again");
-            sleep(asked.unwrap_or_else(|| jittered(wait)).min(BACKOFF_MAX)).await;
-            wait = (wait * 2).min(BACKOFF_MAX);
-            attempt += 1;
-        }
-    }
-
-    async fn attempt(&self, delivery: &Delivery) -> Attempt {
-        let key = match key(&self.settings) {
-            Ok(key) => key,
-            Err(error) => return Attempt::Again(error.to_string(), None),
+        let request = |client: &reqwest::Client| {
+            let (secret, key) = key(&self.settings)?;
+            let request = client
+                .post(self.settings.url.clone())
+                .header(CONTENT_TYPE, "application/cloudevents+json; charset=utf-8");
+            let body = delivery.body.clone();
+            Ok((outbound::signed(request, &key, &delivery.id, body), secret))
         };
-        let timestamp = jiff::Timestamp::now().as_second().to_string();
-        let signature = key.sign(&delivery.id, &timestamp, &delivery.body);
-        let request = self
-            .client
-            .post(self.settings.url.clone())
-            .header(CONTENT_TYPE, "application/cloudevents+json; charset=utf-8")
-            .header("webhook-id", &delivery.id)
-            .header("webhook-timestamp", timestamp)
-            .header("webhook-signature", signature)
-            .body(delivery.body.clone());
-        let response = match request.send().await {
-            Ok(response) => response,
-            // The address stays out of what is shown: its path may be a secret.
-            Err(error) => return Attempt::Again(causes(&error.without_url()), None),
+        let (ended, answer) = match self.outbound.deliver(&delivery.id, request).await {
+            Answer::Yes(_) => (Ended::Delivered, HookAnswer::Go),
+            Answer::No(said) => (Ended::Refused, HookAnswer::No(said)),
+            Answer::None(why) => (Ended::Failed, HookAnswer::None(why)),
         };
-        let status = response.status();
-        if status.is_success() {
-            return Attempt::Go;
-        }
-        let later =
-            [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
-        if !status.is_client_error() || later.contains(&status) {
-            let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
-            let asked = seconds.and_then(|text| text.trim().parse().ok()).map(Duration::from_secs);
-            return Attempt::Again(format!("status {}", status.as_u16()), asked);
-        }
-        let said = said(response).await.map_or_else(String::new, |said| format!(": {said}"));
-        Attempt::No(format!("status {}{said}", status.as_u16()))
+        self.count(delivery.kind, ended);
+        answer
     }
 }
 
-fn key(settings: &Settings) -> Result<Key, HookError> {
-    Ok(Key::of(&settings.secret.read()?)?)
-}
-
-/// The `reason` of an answer that is JSON and has one.
-async fn said(mut response: reqwest::Response) -> Option<String> {
-    let mut body = Vec::new();
-    while let Ok(Some(chunk)) = response.chunk().await {
-        body.extend_from_slice(&chunk);
-        if body.len() > ANSWER_BYTES_MAX {
-            return None;
-        }
-    }
-    let answer: serde_json::Value = serde_json::from_slice(&body).ok()?;
-    let reason = answer.get("reason")?.as_str()?;
-    // It goes to logs and terminals.
-    Some(reason.chars().filter(|char| !char.is_control()).take(SAID_MAX).collect())
-}
-
-/// An error with what is behind it: a client's own text says only that it could not send.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
-}
-
-/// Between half of it and all of it, so that gateways do not come back in step.
-fn jittered(wait: Duration) -> Duration {
-    let part = getrandom::u32().map_or(1.0, |random| f64::from(random) / f64::from(u32::MAX));
-    wait.mul_f64(0.5 + part / 2.0)
+fn key(settings: &Settings) -> Result<(Secret, Key), RequestError> {
+    let secret = settings.secret.read()?;
+    let key = Key::of(&secret)?;
+    Ok((secret, key))
 }
 
 impl Delivery {

@@ -68,11 +68,20 @@ pub enum Kind {
     Approval,
     /// An API key, hashed.
     Key,
+    /// A model's alerts, and who was told of them.
+    Alert,
 }
 
 impl Kind {
-    pub const ALL: [Self; 6] =
-        [Self::Traffic, Self::Labels, Self::Version, Self::Rollout, Self::Approval, Self::Key];
+    pub const ALL: [Self; 7] = [
+        Self::Traffic,
+        Self::Labels,
+        Self::Version,
+        Self::Rollout,
+        Self::Approval,
+        Self::Key,
+        Self::Alert,
+    ];
 
     /// The word in the database.
     pub fn as_str(self) -> &'static str {
@@ -83,6 +92,7 @@ impl Kind {
             Self::Rollout => "rollout",
             Self::Approval => "approval",
             Self::Key => "key",
+            Self::Alert => "alert",
         }
     }
 }

@@ -21,6 +21,15 @@ pub struct Quality {
     pub constant: bool,
 }
 
+impl Quality {
+    pub const KINDS: [&str; 5] = ["missing", "nan", "infinite", "out_of_range", "unseen_category"];
+
+    /// In the order of [`Quality::KINDS`].
+    pub fn counts(&self) -> [u64; 5] {
+        [self.missing, self.nan, self.infinite, self.out_of_range, self.unseen_category]
+    }
+}
+
 impl FeatureProfile {
     pub fn quality(&self, current: &Counters) -> Quality {
         match (&self.reference, current) {

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::report::{ArmReport, Counted, FeatureReport, Oddities, WindowReport};
+use super::report::{ArmReport, Counted, FeatureReport, Odd, Oddities, WindowReport};
 use super::slots::{Slots, Turned, Window};
 use crate::drift::counters::{Counters, Score, Scores};
 use crate::drift::feature::{Role, Value};
 use crate::drift::grid::LARGEST;
 use crate::drift::outliers::Oddity;
-use crate::drift::profile::{Profile, Reference};
+use crate::drift::profile::{FeatureProfile, Profile, Reference};
+use crate::drift::quality::Quality;
 use crate::drift::scores::Sample;
 use crate::drift::sequential;
 use crate::drift::verdict::{State, Verdict, judge};
@@ -180,6 +181,7 @@ impl ArmState {
             report.alarm = ln.is_some_and(|ln| ln >= (watched as f64 / ALPHA).ln());
             report.ln_evidence = ln.filter(|ln| ln.is_finite());
             report.constant = is_constant(&of.reference, counters);
+            report.odd = odd(of, counters);
             features.push(report);
         }
         finish(name, Some(sum.from), features)
@@ -290,6 +292,7 @@ fn feature_report(
         ln_evidence: None,
         alarm: false,
         constant: false,
+        odd: BTreeMap::new(),
     }
 }
 
@@ -311,6 +314,19 @@ fn finish(name: &'static str, since: Option<i64>, features: Vec<FeatureReport>) 
         drifted,
         features,
     }
+}
+
+/// Rows that something is wrong with, beside those of the reference.
+fn odd(of: &FeatureProfile, counters: &Counters) -> BTreeMap<&'static str, Odd> {
+    let now = of.quality(counters).counts();
+    if now.iter().all(|rows| *rows == 0) {
+        return BTreeMap::new();
+    }
+    let own = of.own();
+    let (before, all) = (of.quality(&own).counts(), own.rows().max(1) as f64);
+    let pairs = Quality::KINDS.into_iter().zip(now.into_iter().zip(before));
+    let pairs = pairs.filter(|(_, (rows, _))| *rows > 0);
+    pairs.map(|(kind, (rows, own))| (kind, Odd { rows, reference: own as f64 / all })).collect()
 }
 
 fn is_constant(reference: &Reference, counters: &Counters) -> bool {

@@ -152,4 +152,18 @@ pub struct FeatureReport {
     pub alarm: bool,
     /// All values of the window are one, and the reference has several.
     pub constant: bool,
+    /// By what is wrong with rows as such: `missing`, `nan`, `infinite`, `out_of_range` (of the
+    /// reference's smallest and largest value), `unseen_category`; absent where there are none.
+    #[schema(value_type = BTreeMap<String, Odd>)]
+    pub odd: BTreeMap<&'static str, Odd>,
+}
+
+/// Rows of a feature that something is wrong with.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, ToSchema)]
+#[schema(as = OddRows)]
+pub struct Odd {
+    #[schema(minimum = 0)]
+    pub rows: u64,
+    /// The same as a share of the reference's rows.
+    pub reference: f64,
 }

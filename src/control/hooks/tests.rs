@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use serde_json::Value;
 use sha2::Sha256;
 use tokio::net::TcpListener;
+use tokio::time::sleep;
 
 use super::*;
 use crate::control::rollout::machine_tests::{Sim, plan};
@@ -70,11 +71,13 @@ impl Receiver {
     fn settings(&self, secret: &tempfile::NamedTempFile) -> Settings {
         std::fs::write(secret.path(), SECRET).unwrap();
         Settings {
-            url: parse_url(&format!("http://{}/hooks?team=a", self.address)).unwrap(),
+            url: outbound::parse_url(&format!("http://{}/hooks?team=a", self.address)).unwrap(),
             secret: SecretRef::File(secret.path().to_owned()),
-            timeout: Duration::from_millis(500),
-            attempts_max: 3,
-            backoff: Duration::from_millis(20),
+            outbound: outbound::Settings {
+                timeout: Duration::from_millis(500),
+                attempts_max: 3,
+                backoff: Duration::from_millis(20),
+            },
             queue_max: 4,
         }
     }
@@ -225,7 +228,8 @@ async fn redirects_are_not_followed_and_silence_has_an_end() {
     assert!(matches!(answer, HookAnswer::None(why) if why.contains("status 307")));
     assert!(elsewhere.received().is_empty());
     let silent = Receiver::start(vec![status(0)]).await;
-    let settings = Settings { attempts_max: 2, ..silent.settings(&secret) };
+    let mut settings = silent.settings(&secret);
+    settings.outbound.attempts_max = 2;
     let (hooks, _courier) = Hooks::new(settings).unwrap();
     let began = Instant::now();
     let answer = hooks.ask(notice(HookKind::ConfirmRollout)).await;
@@ -243,10 +247,6 @@ async fn the_receiver_says_how_long_to_wait_within_limits() {
     let began = Instant::now();
     assert_eq!(hooks.ask(notice(HookKind::ConfirmRollout)).await, HookAnswer::Go);
     assert!(began.elapsed() >= Duration::from_secs(1));
-    for _ in 0..1000 {
-        let wait = jittered(Duration::from_secs(2));
-        assert!((1.0..=2.0).contains(&wait.as_secs_f64()), "{wait:?}");
-    }
 }
 
 #[tokio::test]
@@ -286,33 +286,5 @@ async fn the_secret_is_read_anew_for_each_try() {
     let missing = SecretRef::File("/nonexistent/secret".into());
     let settings =
         Settings { secret: missing, ..receiver.settings(&tempfile::NamedTempFile::new().unwrap()) };
-    assert!(matches!(Hooks::new(settings), Err(HookError::Secret(_))));
-}
-
-#[test]
-fn only_https_or_this_machine() {
-    for good in [
-        "https://ci.example/hooks",
-        "https://10.0.0.1:8443/a?b=c",
-        "http://127.0.0.1:9000/",
-        "http://[::1]:9000/",
-        "http://localhost/hooks",
-    ] {
-        assert!(parse_url(good).is_ok(), "{good}");
-    }
-    for bad in [
-        "",
-        "ci.example/hooks",
-        "http://ci.example/hooks",
-        "http://127.0.0.1.example/",
-        "http://169.254.169.254/latest",
-        "http://[::ffff:10.0.0.1]/",
-        "http://0.0.0.0/",
-        "file:///etc/passwd",
-        "ftp://ci.example/",
-        "https://user:secret@ci.example/",
-        "https://",
-    ] {
-        assert!(parse_url(bad).is_err(), "{bad}");
-    }
+    assert!(matches!(Hooks::new(settings), Err(HookError::Request(RequestError::Secret(_)))));
 }

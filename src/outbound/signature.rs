@@ -5,7 +5,7 @@ use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
-use crate::control::secret::Secret;
+use crate::secret::Secret;
 
 /// Fewest bytes of a key: 128 bits.
 const KEY_LEN_MIN: usize = 16;
@@ -13,7 +13,7 @@ const KEY_LEN_MIN: usize = 16;
 const ENCODED: &str = "whsec_";
 
 /// What signatures are made with.
-pub(super) struct Key(Vec<u8>);
+pub struct Key(Vec<u8>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
@@ -24,7 +24,9 @@ pub enum KeyError {
 }
 
 impl Key {
-    pub(super) fn of(secret: &Secret) -> Result<Self, KeyError> {
+    /// # Errors
+    /// For one that is too short to be a secret.
+    pub fn of(secret: &Secret) -> Result<Self, KeyError> {
         let text = secret.expose();
         let bytes = match text.strip_prefix(ENCODED) {
             Some(encoded) => STANDARD.decode(encoded).map_err(|_| KeyError::Base64)?,
@@ -37,7 +39,7 @@ impl Key {
     }
 
     /// The value of `webhook-signature`.
-    pub(super) fn sign(&self, id: &str, timestamp: &str, body: &[u8]) -> String {
+    pub fn sign(&self, id: &str, timestamp: &str, body: &[u8]) -> String {
         let mut mac = Hmac::<Sha256>::new_from_slice(&self.0).expect("a key may have any length");
         for part in [id.as_bytes(), b".", timestamp.as_bytes(), b".", body] {
             mac.update(part);
