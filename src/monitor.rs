@@ -37,6 +37,7 @@ mod arm;
 mod budget;
 mod desk;
 mod families;
+mod latest;
 mod report;
 mod slots;
 mod state;

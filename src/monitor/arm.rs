@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::latest::Latest;
 use super::report::{ArmReport, Counted, FeatureReport, Oddities, WindowReport};
 use super::slots::{Slots, Turned, Window};
 use crate::drift::counters::{Counters, Score, Scores};
@@ -11,10 +12,8 @@ use crate::drift::feature::{Role, Value};
 use crate::drift::grid::LARGEST;
 use crate::drift::outliers::Oddity;
 use crate::drift::profile::{Profile, Reference};
-use crate::drift::scores::Sample;
 use crate::drift::sequential;
 use crate::drift::verdict::{State, Verdict, judge};
-use crate::drift::window::Ring;
 
 /// A version alarms by chance with this probability at most, however long it is watched.
 const ALPHA: f64 = 0.05;
@@ -34,9 +33,9 @@ pub(super) struct ArmState {
     /// The same since this process has it: what a counter of the metrics page must not lose.
     #[serde(skip)]
     own: Counted,
-    /// The latest values; begins anew with a restart.
+    /// Begins anew with a restart.
     #[serde(skip)]
-    latest: Vec<Option<Ring>>,
+    latest: Latest,
 }
 
 /// Counters for one row after the other of one call.
@@ -53,23 +52,19 @@ impl ArmState {
             let own = feature.cells(&feature.own());
             (!own.is_empty()).then(|| sequential::Monitor::new(&own, 2))
         });
-        let mut state = Self {
+        Self {
             slots: Slots::new(now, empty(profile)),
             evidence: evidence.collect(),
             fed: vec![Vec::new(); profile.features.len()],
             total: Counted::default(),
             own: Counted::default(),
-            latest: Vec::new(),
-        };
-        state.begin_latest(profile, window_values);
-        state
+            latest: Latest::new(profile, window_values),
+        }
     }
 
     /// After a restart.
     pub(super) fn begin_latest(&mut self, profile: &Profile, window_values: usize) {
-        let ring = |kept: bool| kept.then(|| Ring::new(window_values));
-        let features = profile.features.iter();
-        self.latest = features.map(|feature| ring(feature.sample().is_some())).collect();
+        self.latest = Latest::new(profile, window_values);
     }
 
     /// Whether it is of this profile. For what comes from a file.
@@ -188,14 +183,8 @@ impl ArmState {
     /// What Evidently and scipy would say of the latest values.
     fn latest(&self, profile: &Profile) -> Option<WindowReport> {
         let mut features = Vec::new();
-        for (of, ring) in profile.features.iter().zip(&self.latest) {
-            let Some(ring) = ring else { continue };
-            let integers = match &of.reference {
-                Reference::Num(numeric) => numeric.integers,
-                _ => false,
-            };
-            let scores = of.score_values(&Sample::new(ring.values().to_vec(), integers));
-            let rows = ring.values().len() as u64;
+        for (at, of) in profile.features.iter().enumerate() {
+            let Some((rows, scores)) = self.latest.scores(at, of) else { continue };
             let enough = rows >= crate::drift::evidence::ROWS_MIN;
             // For people: alerts are made of the other windows.
             let state = if enough { State::Steady } else { State::InsufficientData };
@@ -212,12 +201,7 @@ impl Counting<'_> {
         if let Some(counters) = self.state.slots.open.counters.get_mut(feature) {
             of.add(counters, value);
         }
-        if let (Some(Some(ring)), Value::Number(number)) =
-            (self.state.latest.get_mut(feature), value)
-            && number.abs() <= LARGEST
-        {
-            ring.push(number);
-        }
+        self.state.latest.add(feature, of, value);
         let own = self.count(row, of.oddity(value), value);
         self.state.own.quality.add(&own);
         self.state.total.quality.add(&own);
