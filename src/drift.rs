@@ -23,6 +23,7 @@
 pub mod counters;
 pub mod evidence;
 pub mod feature;
+pub mod frequent;
 pub mod grid;
 pub mod learn;
 pub mod outliers;

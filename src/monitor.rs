@@ -45,7 +45,8 @@ mod state;
 mod tests;
 
 pub use report::{
-    ArmReport, Counted, FeatureReport, Oddities, ReferenceReport, VersionReport, WindowReport,
+    ArmReport, Counted, FeatureReport, NewCategories, NewCategory, Oddities, ReferenceReport,
+    VersionReport, WindowReport,
 };
 
 use budget::Budget;
@@ -82,6 +83,8 @@ pub struct Settings {
     pub features_max: usize,
     /// Rows that a reference is learnt from.
     pub provisional_rows: u64,
+    /// Keep, and tell, which categories came that the reference lacks: values of inputs.
+    pub new_categories: bool,
     /// Where the state lies.
     pub dir: PathBuf,
 }
@@ -98,6 +101,7 @@ impl Settings {
             window_values: crate::drift::window::WINDOW,
             features_max: 2000,
             provisional_rows: crate::drift::learn::PROVISIONAL_ROWS,
+            new_categories: true,
             dir: state_dir.join("monitor"),
         }
     }
@@ -132,6 +136,8 @@ pub struct Watch {
     outputs: Vec<String>,
     batched: bool,
     features: Vec<Feature>,
+    /// Tensors whose values nobody is to see.
+    hidden: Vec<String>,
     /// Guards what its files say, until the thread has taken it.
     given: Mutex<Given>,
     /// Set by the thread.
@@ -281,7 +287,8 @@ impl Monitor {
         Ok(Some(Arc::new(Self { shared, thread: Mutex::new(Some(thread)) })))
     }
 
-    /// Watches a version from now on, for as long as the watch is held.
+    /// Watches a version from now on, for as long as the watch is held. `hidden` are tensors whose
+    /// values nobody is to see: no report has one.
     pub fn watch(
         &self,
         model: &ModelName,
@@ -289,6 +296,7 @@ impl Monitor {
         digest: Digest,
         signature: &Signature,
         given: Given,
+        hidden: Vec<String>,
     ) -> Arc<Watch> {
         let names = |specs: &[TensorSpec]| specs.iter().map(|spec| spec.name.clone()).collect();
         let features = features_of(signature);
@@ -299,6 +307,7 @@ impl Monitor {
             outputs: names(&signature.outputs),
             batched: signature.batched,
             features,
+            hidden,
             given: Mutex::new(given),
             wanted: AtomicU8::new(ALL),
             number: self.shared.watched.fetch_add(1, Ordering::Relaxed),

@@ -38,6 +38,9 @@ enum Command {
     Freeze(Changed),
 }
 
+/// New categories of a feature that are shown to people; `--json` has all that are kept.
+const CATEGORIES_SHOWN: usize = 5;
+
 #[derive(clap::Args)]
 struct List {
     /// Name of a model [default: all that this key may see]
@@ -244,6 +247,7 @@ fn drift_text(body: &Value, window: &str) -> String {
         let problem = cell(&reference["problem"]);
         notes += &format!("version {number}: reference {kind}, {rows} rows {problem}\n");
         for arm in version["arms"].as_array().into_iter().flatten() {
+            notes += &new_categories(&number, arm);
             let windows = arm["windows"].as_array().into_iter().flatten();
             for found in windows.filter(|found| found["window"] == window) {
                 for feature in found["features"].as_array().into_iter().flatten() {
@@ -262,6 +266,24 @@ fn drift_text(body: &Value, window: &str) -> String {
         }
     }
     table.text() + &notes
+}
+
+/// A line for each feature with categories that the reference lacks.
+fn new_categories(version: &str, arm: &Value) -> String {
+    let mut lines = String::new();
+    for feature in arm["new_categories"].as_array().into_iter().flatten() {
+        let values = feature["values"].as_array().into_iter().flatten().take(CATEGORIES_SHOWN);
+        let each: Vec<String> = values
+            .map(|value| {
+                let (count, over) = (&value["count"], value["over_count"].as_u64().unwrap_or(0));
+                let at_most = if over > 0 { " at most" } else { "" };
+                format!("'{}' {}{at_most}", cell(&value["value"]), cell(count))
+            })
+            .collect();
+        let (arm, feature) = (cell(&arm["arm"]), cell(&feature["feature"]));
+        lines += &format!("version {version}: new in {feature} ({arm}): {}\n", each.join(", "));
+    }
+    lines
 }
 
 /// Those that say most in a line.
@@ -286,6 +308,16 @@ fn freeze(args: &Changed) -> Result<String, Stop> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn new_categories_are_a_line_for_each_feature() {
+        let value = |value: &str, count: u64, over: u64| json!({"value": value, "count": count, "over_count": over});
+        let arm = json!({"arm": "stable", "new_categories": [
+            {"feature": "colour", "values": [value("mauve\u{7}", 12, 0), value("pink", 3, 2)]},
+        ]});
+        let want = "version 2: new in colour (stable): 'mauve\u{fffd}' 12, 'pink' 3 at most\n";
+        assert_eq!(new_categories("2", &arm), want);
+    }
 
     #[test]
     fn a_list_shows_what_runs_and_what_is_wrong() {

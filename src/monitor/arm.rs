@@ -5,14 +5,18 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::latest::Latest;
-use super::report::{ArmReport, Counted, FeatureReport, Oddities, WindowReport};
+use super::report::{
+    ArmReport, Counted, FeatureReport, NewCategories, NewCategory, Oddities, WindowReport,
+};
 use super::slots::{Slots, Turned, Window};
-use crate::drift::counters::{Counters, Score, Scores};
-use crate::drift::feature::{Role, Value};
+use crate::drift::counters::{Counters, Score, Scores, number_name};
+use crate::drift::feature::Value;
+use crate::drift::frequent::{Frequent, Kept};
 use crate::drift::grid::LARGEST;
 use crate::drift::outliers::Oddity;
 use crate::drift::profile::{Profile, Reference};
 use crate::drift::sequential;
+use crate::drift::tally::category;
 use crate::drift::verdict::{State, Verdict, judge};
 
 /// A version alarms by chance with this probability at most, however long it is watched.
@@ -29,6 +33,8 @@ pub(super) struct ArmState {
     evidence: Vec<Option<sequential::Monitor>>,
     /// Rows in the cells of the open slot that the evidence has already.
     fed: Vec<Vec<u64>>,
+    /// Categories of each feature that the reference lacks.
+    strange: Vec<Frequent>,
     total: Counted,
     /// The same since this process has it: what a counter of the metrics page must not lose.
     #[serde(skip)]
@@ -44,6 +50,8 @@ pub(super) struct Counting<'a> {
     state: &'a mut ArmState,
     /// Whether each row of the call has been odd.
     odd: &'a mut Vec<bool>,
+    /// Whether values of each feature may be seen.
+    told: &'a [bool],
 }
 
 impl ArmState {
@@ -56,6 +64,7 @@ impl ArmState {
             slots: Slots::new(now, empty(profile)),
             evidence: evidence.collect(),
             fed: vec![Vec::new(); profile.features.len()],
+            strange: vec![Frequent::default(); profile.features.len()],
             total: Counted::default(),
             own: Counted::default(),
             latest: Latest::new(profile, window_values),
@@ -83,6 +92,8 @@ impl ArmState {
         };
         self.evidence.len() == count
             && self.fed.len() == count
+            && self.strange.len() == count
+            && self.strange.iter().all(Frequent::fits)
             && self.evidence.iter().zip(&fresh.evidence).all(|(have, want)| like(have, want))
             && self.slots.fits(cells)
     }
@@ -92,10 +103,20 @@ impl ArmState {
         profile: &'a Profile,
         rows: usize,
         odd: &'a mut Vec<bool>,
+        told: &'a [bool],
     ) -> Counting<'a> {
         odd.clear();
         odd.resize(rows, false);
-        Counting { profile, state: self, odd }
+        Counting { profile, state: self, odd, told }
+    }
+
+    /// Forgets values of features that are not to be seen.
+    pub(super) fn hide(&mut self, told: &[bool]) {
+        for (strange, told) in self.strange.iter_mut().zip(told) {
+            if !told {
+                *strange = Frequent::default();
+            }
+        }
     }
 
     /// Ends slots that have ended; whether any has.
@@ -139,6 +160,17 @@ impl ArmState {
         }
     }
 
+    fn keep_strange(&mut self, feature: usize, value: Value<'_>) {
+        let (Some(strange), now) = (self.strange.get_mut(feature), self.slots.open.from) else {
+            return;
+        };
+        match value {
+            Value::Text(bytes) => strange.add(&category(bytes), now),
+            Value::Number(number) => strange.add(&number_name(number), now),
+            Value::Vector(_) | Value::Missing => {}
+        }
+    }
+
     /// Whether no row came for a day.
     pub(super) fn is_idle(&self) -> bool {
         self.slots.is_empty()
@@ -151,7 +183,27 @@ impl ArmState {
             self.window("day", Window::Day, profile),
         ];
         windows.extend(self.latest(profile));
-        ArmReport { arm: arm.to_owned(), total: self.total, own: self.own, windows }
+        let new_categories = self.new_categories(profile);
+        let (total, own) = (self.total, self.own);
+        ArmReport { arm: arm.to_owned(), total, own, windows, new_categories }
+    }
+
+    fn new_categories(&self, profile: &Profile) -> Vec<NewCategories> {
+        let features = profile.features.iter().zip(&self.strange);
+        let some = features.filter(|(_, strange)| !strange.is_empty());
+        let told = |kept: &Kept| NewCategory {
+            value: kept.text.clone(),
+            count: kept.count,
+            over_count: kept.over_count,
+            last_seen: jiff::Timestamp::from_second(kept.last_at).ok().map(|at| at.to_string()),
+        };
+        some.map(|(of, strange)| NewCategories {
+            feature: of.feature.name.clone(),
+            role: of.feature.role,
+            tensor: of.feature.tensor.clone(),
+            values: strange.ordered().into_iter().map(told).collect(),
+        })
+        .collect()
     }
 
     fn window(&self, name: &'static str, window: Window, profile: &Profile) -> WindowReport {
@@ -202,7 +254,11 @@ impl Counting<'_> {
             of.add(counters, value);
         }
         self.state.latest.add(feature, of, value);
-        let own = self.count(row, of.oddity(value), value);
+        let odd = of.oddity(value);
+        if odd == Some(Oddity::UnseenCategory) && self.told.get(feature) == Some(&true) {
+            self.state.keep_strange(feature, value);
+        }
+        let own = self.count(row, odd, value);
         self.state.own.quality.add(&own);
         self.state.total.quality.add(&own);
     }
@@ -261,10 +317,7 @@ fn feature_report(
 ) -> FeatureReport {
     FeatureReport {
         feature: feature.name.clone(),
-        role: match feature.role {
-            Role::Input => Role::Input,
-            Role::Output => Role::Output,
-        },
+        role: feature.role,
         tensor: feature.tensor.clone(),
         rows,
         state: verdict.state,

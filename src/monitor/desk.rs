@@ -58,6 +58,8 @@ struct Watched {
     basis: Basis,
     plan: Plan,
     arms: BTreeMap<String, ArmState>,
+    /// Whether values of each feature of the reference may be seen.
+    told: Vec<bool>,
     /// What is odd about the reference.
     note: Option<String>,
     /// Features that an arm, or learning, takes the memory of.
@@ -219,6 +221,7 @@ impl Watched {
             basis: Basis::Nothing("none of its inputs and outputs can be watched".to_owned()),
             plan: Plan::new([]),
             arms: BTreeMap::new(),
+            told: Vec::new(),
             note: None,
             weight: 0,
         };
@@ -261,7 +264,7 @@ impl Watched {
                 arm.turn(&reference.0, now);
             }
             watched.note = strangers(&reference.0, watch);
-            watched.compare_with(reference, kind);
+            watched.compare_with(reference, kind, watch, settings);
         } else if !watch.features.is_empty() {
             watched.learn(watch, settings);
         }
@@ -314,7 +317,20 @@ impl Watched {
         };
     }
 
-    fn compare_with(&mut self, (profile, digest): Reference, kind: &'static str) {
+    fn compare_with(
+        &mut self,
+        (profile, digest): Reference,
+        kind: &'static str,
+        watch: &Watch,
+        settings: &Settings,
+    ) {
+        let told = |feature: &FeatureProfile| {
+            settings.new_categories && !watch.hidden.contains(&feature.feature.tensor)
+        };
+        self.told = profile.features.iter().map(told).collect();
+        for arm in self.arms.values_mut() {
+            arm.hide(&self.told);
+        }
         self.plan = Plan::new(profile.features.iter().map(|feature| &feature.feature));
         self.weight = weight_of(&profile);
         self.basis = Basis::Known { profile, digest, kind };
@@ -354,7 +370,7 @@ impl Watched {
                     learner.add(feature, value);
                 });
                 if learner.rows() >= settings.provisional_rows {
-                    self.learnt(watch);
+                    self.learnt(watch, settings);
                 }
             }
             Basis::Known { profile, .. } => {
@@ -370,7 +386,7 @@ impl Watched {
                     self.arms.insert(name.to_owned(), state);
                 }
                 let Some(arm) = self.arms.get_mut(name) else { return false };
-                let mut counting = arm.counting(profile, rows, odd);
+                let mut counting = arm.counting(profile, rows, odd, &self.told);
                 read(&self.plan, watch, offer, scratch, |row, feature, value| {
                     counting.add(row, feature, value);
                 });
@@ -381,7 +397,7 @@ impl Watched {
     }
 
     /// The rows that were learnt from become the reference.
-    fn learnt(&mut self, watch: &Watch) {
+    fn learnt(&mut self, watch: &Watch, settings: &Settings) {
         let before = std::mem::replace(&mut self.basis, Basis::Nothing(String::new()));
         let Basis::Learning(learner) = before else { return };
         let of = (watch.id.model.clone(), Some(watch.id.version));
@@ -398,13 +414,15 @@ impl Watched {
             Ok(digest) => {
                 let rows = profile.source.rows;
                 tracing::info!(%model, %version, rows, "a provisional reference was learnt");
-                self.compare_with((Arc::new(profile), digest), "provisional");
+                let reference = (Arc::new(profile), digest);
+                self.compare_with(reference, "provisional", watch, settings);
             }
             Err(error) => {
                 tracing::warn!(%error, %model, %version, "a learnt reference cannot be kept");
                 self.note = Some(format!("it could not be kept: {error}"));
                 let nowhere = Digest::new([0; 32]);
-                self.compare_with((Arc::new(profile), nowhere), "provisional");
+                let reference = (Arc::new(profile), nowhere);
+                self.compare_with(reference, "provisional", watch, settings);
             }
         }
         self.tell(watch);

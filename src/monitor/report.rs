@@ -48,6 +48,33 @@ pub struct ArmReport {
     #[serde(skip)]
     pub own: Counted,
     pub windows: Vec<WindowReport>,
+    /// Of features that had any; none where values are not to be seen.
+    pub new_categories: Vec<NewCategories>,
+}
+
+/// Categories of one feature that the reference lacks, since the version was watched first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct NewCategories {
+    pub feature: String,
+    /// `input` or `output`.
+    #[schema(value_type = String)]
+    pub role: Role,
+    pub tensor: String,
+    /// The most frequent ones, 32 at most.
+    pub values: Vec<NewCategory>,
+}
+
+/// It came `count` times at most, and `count - over_count` times at least.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct NewCategory {
+    /// Its first 64 bytes.
+    pub value: String,
+    #[schema(minimum = 1)]
+    pub count: u64,
+    #[schema(minimum = 0)]
+    pub over_count: u64,
+    /// Start of the five minutes in which it came last.
+    pub last_seen: Option<String>,
 }
 
 /// Since the version was watched first, restarts included.

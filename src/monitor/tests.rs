@@ -73,7 +73,8 @@ fn reference() -> Given {
 
 fn watch(monitor: &Monitor, given: Given) -> Arc<Watch> {
     let digest = Digest::new([7; 32]);
-    monitor.watch(&"m".parse().unwrap(), Version::new(1).unwrap(), digest, &signature(), given)
+    let (model, version) = ("m".parse().unwrap(), Version::new(1).unwrap());
+    monitor.watch(&model, version, digest, &signature(), given, Vec::new())
 }
 
 /// The report once it is as wanted; it may take a turn or two.
@@ -194,6 +195,7 @@ fn a_reference_is_learnt_kept_and_frozen() {
         Digest::new([8; 32]),
         &signature(),
         Given::Nothing,
+        Vec::new(),
     );
     let found = report(&monitor, |report| report.reference.kind == "learning");
     assert!(found.arms.is_empty());
@@ -286,6 +288,83 @@ fn rules_leave_room_for_the_arms_that_are_always_there() {
     }
     let found = report(&monitor, |report| rows_are(report, "pinned", 1));
     assert_eq!((found.arms.len(), found.skipped_rows), (ARMS_MAX, 5));
+}
+
+/// Of a model that takes a colour and gives a number: a reference with three colours.
+fn colours() -> (Signature, Given) {
+    let spec = |name: &str, datatype: DataType| TensorSpec {
+        name: name.to_owned(),
+        datatype,
+        shape: Some([Dim::Dynamic(None), Dim::Fixed(1)].into_iter().collect()),
+    };
+    let (inputs, outputs) =
+        (vec![spec("colour", DataType::Bytes)], vec![spec("price", DataType::Fp32)]);
+    let signature = Signature { inputs, outputs, batched: true };
+    let mut learner = Learner::new(features_of(&signature), LearnSettings::default()).unwrap();
+    for row in 0..300_u32 {
+        learner
+            .add(0, crate::drift::feature::Value::Text([b"red", b"tan", b"sky"][row as usize % 3]));
+        learner.add(1, crate::drift::feature::Value::Number(f64::from(row)));
+    }
+    let of = ("m".parse().unwrap(), None);
+    let profile = learner.finish(of, "test", jiff::Timestamp::UNIX_EPOCH).unwrap().profile;
+    let bytes = profile.write().unwrap();
+    let profile = Arc::new(Profile::read(&bytes).unwrap());
+    (signature, Given::File(bytes.into(), profile))
+}
+
+#[test]
+fn new_categories_are_told_of_unless_they_are_not_to_be_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    let watch = |monitor: &Monitor, hidden: &[&str]| {
+        let (signature, given) = colours();
+        let (model, version) = ("m".parse().unwrap(), Version::new(1).unwrap());
+        let hidden = hidden.iter().map(|name| (*name).to_owned()).collect();
+        monitor.watch(&model, version, Digest::new([7; 32]), &signature, given, hidden)
+    };
+    let offer = |watch: &Arc<Watch>, colours: &[&str]| {
+        let x = Tensor::from_elements([colours.len(), 1].as_slice().into(), colours).unwrap();
+        let prices = vec![1.0; colours.len()];
+        watch.offer(&Arm::Stable, &[x], &[floats(&[colours.len(), 1], &prices)]);
+    };
+    let told = |monitor: &Monitor, rows: u64| -> Vec<(String, u64, u64)> {
+        let found = report(monitor, |report| rows_are(report, "stable", rows));
+        let [of] = &arm(&found, "stable").unwrap().new_categories[..] else { return Vec::new() };
+        assert_eq!((of.feature.as_str(), of.tensor.as_str()), ("colour", "colour"));
+        assert!(of.values.iter().all(|value| value.last_seen.is_some()));
+        of.values.iter().map(|of| (of.value.clone(), of.count, of.over_count)).collect()
+    };
+    let want = |counts: &[(&str, u64)]| -> Vec<(String, u64, u64)> {
+        counts.iter().map(|(name, count)| ((*name).to_owned(), *count, 0)).collect()
+    };
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, &["price"]);
+    offer(&watched, &["red", "mauve", "pink", "mauve"]);
+    assert_eq!(told(&monitor, 4), want(&[("mauve", 2), ("pink", 1)]));
+    drop(monitor);
+    drop(watched);
+    // They survive a restart, as all counts do.
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, &[]);
+    offer(&watched, &["pink", "pink"]);
+    assert_eq!(told(&monitor, 6), want(&[("pink", 3), ("mauve", 2)]));
+    drop(monitor);
+    drop(watched);
+    // The ledger does not keep the tensor any more: what was kept here goes, too.
+    for (hidden, new_categories) in [(&["colour"][..], true), (&[][..], false)] {
+        let settings = Settings { new_categories, ..settings(dir.path()) };
+        let monitor = Monitor::start(settings).unwrap().unwrap();
+        let watched = watch(&monitor, hidden);
+        let before = report(&monitor, |report| arm(report, "stable").is_some());
+        let before = arm(&before, "stable").unwrap().total;
+        offer(&watched, &["violet"]);
+        assert_eq!(told(&monitor, before.rows + 1), []);
+        let after = report(&monitor, |report| rows_are(report, "stable", before.rows + 1));
+        let after = arm(&after, "stable").unwrap().total;
+        assert_eq!(after.quality.unseen_category, before.quality.unseen_category + 1);
+        drop(monitor);
+        drop(watched);
+    }
 }
 
 #[test]

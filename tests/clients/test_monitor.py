@@ -203,6 +203,38 @@ def test_a_stream_is_scored_as_evidently_and_scipy_score_its_record(tmp_path):
             assert hour[name]["scores"]["wasserstein_low"] <= scores["wasserstein"] * (1 + 1e-9)
 
 
+def test_categories_that_the_reference_lacks_are_named(tmp_path):
+    """Classes that the reference never had; with a capture policy that keeps the tensor back it is counted and not named."""
+    models, reference = tmp_path / "models", tmp_path / "reference.parquet"
+    shutil.copytree(MODELS / "iris", models / "iris")
+    rows = flowers(ROWS, SEED)
+    small = rows[rows[:, 2] < 2.8]
+    with running(models, tmp_path / "before") as server:
+        send(server, small)
+        record = answered(server, tmp_path / "all.parquet")
+        pyarrow.parquet.write_table(record, reference)
+    seen = {int(np.argmax(row)) for each in record["out_probabilities"].to_pylist() for row in np.reshape(each, (-1, 3))}
+    assert seen == {0}
+    out = models / "iris" / "2" / "reference.json"
+    tidegate("profile", reference, "--model", "iris", "--repository", models, "--out", out)
+    with running(models, tmp_path / "gate", environment=FAST) as server:
+        send(server, rows)
+        arm = stable(server, ROWS)
+        (new,) = arm["new_categories"]
+        first, second = new["values"]
+        assert (new["feature"], new["role"]) == ("class(probabilities)", "output")
+        assert {first["value"], second["value"]} == {"1", "2"} and first["over_count"] == second["over_count"] == 0
+        unseen = first["count"] + second["count"]
+        assert first["count"] >= second["count"] > 0 and unseen == arm["quality"]["unseen_category"]
+        text = tidegate("versions", "drift", "iris", "--address", f"http://{server.admin}", "--state-dir", server.state)
+        assert f"new in class(probabilities) (stable): '{first['value']}' {first['count']}, " in text, text
+    (models / "iris" / "tidegate.toml").write_text('[[ledger.tensors]]\nname = "probabilities"\naction = "hash"\n')
+    with running(models, tmp_path / "gate", environment=FAST) as server:
+        send(server, rows[:20])
+        arm = stable(server, ROWS + 20)
+        assert arm["new_categories"] == [] and arm["quality"]["unseen_category"] >= unseen, arm
+
+
 def test_a_reference_is_learnt_and_frozen(tmp_path):
     models = tmp_path / "models"
     shutil.copytree(MODELS / "iris", models / "iris")
