@@ -154,9 +154,9 @@ impl std::fmt::Debug for Watch {
     }
 }
 
-/// A call that was answered.
+/// A call that was answered. Its version stays watched until its rows are counted.
 struct Offer {
-    watch: Weak<Watch>,
+    watch: Arc<Watch>,
     arm: Arm,
     inputs: Vec<Tensor>,
     outputs: Vec<Tensor>,
@@ -176,6 +176,8 @@ struct Intake {
 struct Waiting {
     offers: Vec<Offer>,
     bytes: usize,
+    /// The thread has ended: offers would hold their watches, and those this, for ever.
+    closed: bool,
 }
 
 impl Intake {
@@ -192,7 +194,8 @@ impl Intake {
     fn put(&self, offer: Offer) -> bool {
         let mut queue = self.queue.lock();
         let bytes = queue.bytes + offer.bytes;
-        if queue.offers.len() >= self.queue_max || bytes > self.queue_bytes_max {
+        let full = queue.offers.len() >= self.queue_max || bytes > self.queue_bytes_max;
+        if queue.closed || full {
             return false;
         }
         queue.bytes = bytes;
@@ -202,6 +205,15 @@ impl Intake {
 
     fn all(&self) -> Vec<Offer> {
         std::mem::take(&mut self.queue.lock().offers)
+    }
+
+    /// Takes no more, and forgets what waits.
+    fn close(&self) {
+        let mut queue = self.queue.lock();
+        queue.closed = true;
+        let waiting = std::mem::take(&mut queue.offers);
+        drop(queue);
+        drop(waiting);
     }
 
     /// So many bytes are held no more.
@@ -360,6 +372,7 @@ impl Monitor {
         {
             tracing::error!("the monitor's thread had panicked");
         }
+        self.shared.intake.close();
     }
 }
 
@@ -416,7 +429,7 @@ impl Watch {
         };
         let leave = || {
             let bytes = inputs.iter().chain(outputs).map(|tensor| tensor.data().len()).sum();
-            let (watch, arm) = (Arc::downgrade(self), arm.clone());
+            let (watch, arm) = (Arc::clone(self), arm.clone());
             let (inputs, outputs) = (inputs.to_vec(), outputs.to_vec());
             self.intake.put(Offer { watch, arm, inputs, outputs, bytes })
         };

@@ -1,6 +1,6 @@
 //! The thread `monitor`: counts what was offered, judges windows, keeps the state.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -140,48 +140,51 @@ impl Desk {
 
     /// Begins to watch versions that came, and forgets those that went.
     fn follow_versions(&mut self) {
-        for watched in self.watched.values_mut() {
-            if watched.watch.strong_count() == 0 {
-                watched.keep();
-            }
-        }
-        self.watched.retain(|_, watched| watched.watch.strong_count() > 0);
         let watches: Vec<Arc<Watch>> = {
             let mut watches = self.shared.watches.lock();
             watches.retain(|watch| watch.strong_count() > 0);
             watches.iter().filter_map(Weak::upgrade).collect()
         };
-        for watch in watches {
+        let there: HashSet<&Id> = watches.iter().map(|watch| &watch.id).collect();
+        self.watched.retain(|id, watched| {
+            let stays = there.contains(id);
+            if !stays {
+                watched.keep();
+            }
+            stays
+        });
+        for watch in &watches {
             let others = self.watched.iter().filter(|(id, _)| **id != watch.id);
             let features: usize = others.map(|(_, watched)| watched.features()).sum();
             let settings = &self.shared.settings;
             let left = settings.features_max.saturating_sub(features);
             if let Some(known) = self.watched.get_mut(&watch.id) {
-                if known.is_as_given(&watch) && !known.finds_room(left) {
+                if known.is_as_given(watch) && known.fits(watch) && !known.finds_room(left) {
+                    known.follow(watch, settings);
                     continue;
                 }
                 known.keep();
             }
-            let watched = Watched::new(&watch, settings, left);
+            let watched = Watched::new(watch, settings, left);
             self.watched.insert(watch.id.clone(), watched);
         }
     }
 
     fn take(&mut self, offer: &Offer) {
-        let Some(watch) = offer.watch.upgrade() else { return };
+        let watch = &offer.watch;
         let settings = &self.shared.settings;
         let Some(watched) = self.watched.get_mut(&watch.id) else { return };
         let more = watched.features_of_arm(offer);
         if more > 0 {
             let features: usize = self.watched.values().map(Watched::features).sum();
             if features + more > settings.features_max {
-                watch.skipped.fetch_add(rows_of(&watch, offer) as u64, Ordering::Relaxed);
+                watch.skipped.fetch_add(rows_of(watch, offer) as u64, Ordering::Relaxed);
                 return;
             }
         }
         let Some(watched) = self.watched.get_mut(&watch.id) else { return };
-        if !watched.take(&watch, offer, settings, &mut self.memory) {
-            let rows = rows_of(&watch, offer) as u64;
+        if !watched.take(watch, offer, settings, &mut self.memory) {
+            let rows = rows_of(watch, offer) as u64;
             watch.skipped.fetch_add(rows, Ordering::Relaxed);
         }
     }
@@ -300,6 +303,42 @@ impl Watched {
         same
     }
 
+    /// Whether what is being learnt is what this watch has.
+    fn fits(&self, watch: &Watch) -> bool {
+        match &self.basis {
+            Basis::Learning(learner) => learner.features() == watch.features,
+            _ => true,
+        }
+    }
+
+    /// Goes on with a watch that came later: the version was loaded again.
+    fn follow(&mut self, watch: &Arc<Watch>, settings: &Settings) {
+        if watch.number <= self.number {
+            return;
+        }
+        if let Some(before) = self.watch.upgrade() {
+            let skipped = before.skipped.load(Ordering::Relaxed);
+            watch.skipped.fetch_add(skipped, Ordering::Relaxed);
+        }
+        (self.watch, self.number) = (Arc::downgrade(watch), watch.number);
+        if let Basis::Known { profile, .. } = &self.basis {
+            let profile = Arc::clone(profile);
+            self.hide(&profile, watch, settings);
+        }
+        self.tell(watch);
+    }
+
+    /// Keeps and tells no values of tensors that nobody is to see.
+    fn hide(&mut self, profile: &Profile, watch: &Watch, settings: &Settings) {
+        let told = |feature: &FeatureProfile| {
+            settings.new_categories && !watch.hidden.contains(&feature.feature.tensor)
+        };
+        self.told = profile.features.iter().map(told).collect();
+        for arm in self.arms.values_mut() {
+            arm.hide(&self.told);
+        }
+    }
+
     /// Whether there is room now, and was none.
     fn finds_room(&self, left: usize) -> bool {
         matches!(self.basis, Basis::Full { features } if features <= left)
@@ -324,13 +363,7 @@ impl Watched {
         watch: &Watch,
         settings: &Settings,
     ) {
-        let told = |feature: &FeatureProfile| {
-            settings.new_categories && !watch.hidden.contains(&feature.feature.tensor)
-        };
-        self.told = profile.features.iter().map(told).collect();
-        for arm in self.arms.values_mut() {
-            arm.hide(&self.told);
-        }
+        self.hide(&profile, watch, settings);
         self.plan = Plan::new(profile.features.iter().map(|feature| &feature.feature));
         self.weight = weight_of(&profile);
         self.basis = Basis::Known { profile, digest, kind };

@@ -368,6 +368,42 @@ fn new_categories_are_told_of_unless_they_are_not_to_be_seen() {
 }
 
 #[test]
+fn a_version_that_is_loaded_again_loses_no_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let mut watched = watch(&monitor, reference());
+    for load in 0..5_u64 {
+        offer(&watched, &Arm::Stable, load * 100..load * 100 + 100, 0.0);
+        // The old one goes before anybody has looked at its rows.
+        watched = watch(&monitor, reference());
+    }
+    let found = report(&monitor, |report| rows_are(report, "stable", 500));
+    assert_eq!(found.skipped_rows, 0);
+    // The latest values go on, too.
+    let latest =
+        arm(&found, "stable").unwrap().windows.iter().find(|found| found.window == "latest");
+    assert_eq!(latest.unwrap().rows, 500);
+    drop(watched);
+    report_gone(&monitor);
+
+    let other = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(other.path())).unwrap().unwrap();
+    let first = watch(&monitor, Given::Nothing);
+    offer(&first, &Arm::Canary, 0..10, 0.0);
+    offer(&first, &Arm::Stable, 0..1000, 0.0);
+    report(&monitor, |report| report.reference.rows == 1000 && report.skipped_rows == 10);
+    let second = watch(&monitor, Given::Nothing);
+    offer(&second, &Arm::Stable, 1000..1500, 0.0);
+    let found = report(&monitor, |report| report.reference.rows == 1500);
+    assert_eq!((found.reference.kind, found.skipped_rows), ("learning", 10));
+    drop(first);
+    monitor.stop();
+    // Nobody holds what is offered too late.
+    offer(&second, &Arm::Stable, 0..1, 0.0);
+    assert_eq!((Arc::strong_count(&second), second.skipped.load(Ordering::Relaxed)), (1, 11));
+}
+
+#[test]
 fn what_is_summed_up_costs_what_it_has() {
     let dir = tempfile::tempdir().unwrap();
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
