@@ -38,6 +38,7 @@ mod budget;
 mod desk;
 mod families;
 mod latest;
+mod means;
 mod report;
 mod slots;
 mod state;
@@ -45,8 +46,8 @@ mod state;
 mod tests;
 
 pub use report::{
-    ArmReport, Counted, FeatureReport, NewCategories, NewCategory, Oddities, ReferenceReport,
-    VersionReport, WindowReport,
+    ArmReport, Counted, FeatureReport, MeanReport, NewCategories, NewCategory, Oddities,
+    ReferenceReport, VersionReport, WindowReport,
 };
 
 use budget::Budget;

@@ -238,8 +238,9 @@ fn drift(args: &Drift) -> Result<String, Stop> {
 }
 
 fn drift_text(body: &Value, window: &str) -> String {
-    let mut table =
-        Table::new(["version", "arm", "feature", "role", "rows", "state", "scores", "alarm"]);
+    let mut table = Table::new([
+        "version", "arm", "feature", "role", "rows", "state", "scores", "mean", "alarm",
+    ]);
     let mut notes = String::new();
     for version in body["versions"].as_array().into_iter().flatten() {
         let (number, reference) = (cell(&version["version"]), &version["reference"]);
@@ -247,6 +248,11 @@ fn drift_text(body: &Value, window: &str) -> String {
         let problem = cell(&reference["problem"]);
         notes += &format!("version {number}: reference {kind}, {rows} rows {problem}\n");
         for arm in version["arms"].as_array().into_iter().flatten() {
+            if arm["confidence_drop"].as_array().is_some_and(|outputs| !outputs.is_empty()) {
+                let outputs = cell(&arm["confidence_drop"]);
+                notes +=
+                    &format!("version {number}: less sure of {outputs} ({})\n", cell(&arm["arm"]));
+            }
             notes += &new_categories(&number, arm);
             let windows = arm["windows"].as_array().into_iter().flatten();
             for found in windows.filter(|found| found["window"] == window) {
@@ -259,6 +265,7 @@ fn drift_text(body: &Value, window: &str) -> String {
                         cell(&feature["rows"]),
                         cell(&feature["state"]),
                         scores(&feature["scores"]),
+                        mean(&feature["mean"]),
                         if feature["alarm"] == true { "yes".to_owned() } else { String::new() },
                     ]);
                 }
@@ -266,6 +273,17 @@ fn drift_text(body: &Value, window: &str) -> String {
         }
     }
     table.text() + &notes
+}
+
+/// A mean that has moved, and from where.
+fn mean(of: &Value) -> String {
+    let (state, mean, before) = (cell(&of["state"]), &of["mean"], &of["reference_mean"]);
+    match (state.as_str(), mean.as_f64(), before.as_f64()) {
+        ("up" | "down", Some(mean), Some(before)) => {
+            format!("{state} to {mean:.4} from {before:.4}")
+        }
+        _ => String::new(),
+    }
 }
 
 /// A line for each feature with categories that the reference lacks.
@@ -308,6 +326,24 @@ fn freeze(args: &Changed) -> Result<String, Stop> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mean_that_has_moved_stands_beside_its_feature() {
+        let mean = |state: &str| json!({"state": state, "mean": 0.55, "reference_mean": 0.71004});
+        let feature = |name: &str, state: &str| {
+            json!({"feature": name, "role": "output", "rows": 600, "state": "steady",
+                "scores": {"cell_psi": 0.01}, "mean": mean(state), "alarm": false})
+        };
+        let features = [feature("confidence(y)", "down"), feature("margin(y)", "steady")];
+        let arm = json!({"arm": "stable", "confidence_drop": ["y"],
+            "windows": [{"window": "hour", "features": features}]});
+        let reference = json!({"kind": "file", "rows": 1000, "problem": null});
+        let body = json!({"versions": [{"version": "2", "reference": reference, "arms": [arm]}]});
+        let text = drift_text(&body, "hour");
+        assert!(text.contains("cell_psi 0.010  down to 0.5500 from 0.7100"), "{text}");
+        assert_eq!(text.matches(" from ").count(), 1, "{text}");
+        assert!(text.contains("version 2: less sure of y (stable)\n"), "{text}");
+    }
 
     #[test]
     fn new_categories_are_a_line_for_each_feature() {

@@ -5,21 +5,23 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::latest::Latest;
+use super::means::{self, has_mean};
 use super::report::{
     ArmReport, Counted, FeatureReport, NewCategories, NewCategory, Oddities, WindowReport,
 };
 use super::slots::{Slots, Turned, Window};
 use crate::drift::counters::{Counters, Score, Scores, number_name};
-use crate::drift::feature::Value;
+use crate::drift::feature::{Part, Value};
 use crate::drift::frequent::{Frequent, Kept};
-use crate::drift::grid::LARGEST;
+use crate::drift::grid::{LARGEST, ROWS_MAX};
 use crate::drift::outliers::Oddity;
-use crate::drift::profile::{Profile, Reference};
-use crate::drift::sequential;
+use crate::drift::profile::{FeatureProfile, Profile, Reference};
+use crate::drift::sequential::{self, Means};
 use crate::drift::tally::category;
 use crate::drift::verdict::{State, Verdict, judge};
 
-/// A version alarms by chance with this probability at most, however long it is watched.
+/// A version alarms by chance with this probability at most, however long it is watched; one of its
+/// means moves by chance with no more.
 const ALPHA: f64 = 0.05;
 /// Processes of evidence that begin anew: by the day and by the hour.
 const DAILY: usize = 0;
@@ -33,6 +35,9 @@ pub(super) struct ArmState {
     evidence: Vec<Option<sequential::Monitor>>,
     /// Rows in the cells of the open slot that the evidence has already.
     fed: Vec<Vec<u64>>,
+    /// Of features that have a mean; and what it has of the open slot: how many values, and their sum.
+    means: Vec<Option<Means>>,
+    fed_means: Vec<(u64, f64)>,
     /// Categories of each feature that the reference lacks.
     strange: Vec<Frequent>,
     total: Counted,
@@ -64,6 +69,8 @@ impl ArmState {
             slots: Slots::new(now, empty(profile)),
             evidence: evidence.collect(),
             fed: vec![Vec::new(); profile.features.len()],
+            means: profile.features.iter().map(|of| has_mean(of).then(|| Means::new(2))).collect(),
+            fed_means: vec![(0, 0.0); profile.features.len()],
             strange: vec![Frequent::default(); profile.features.len()],
             total: Counted::default(),
             own: Counted::default(),
@@ -84,17 +91,14 @@ impl ArmState {
                 && profile.features.iter().zip(counters).all(|(feature, own)| feature.fits(own))
         };
         let fresh = Self::new(profile, 0, 1);
-        let like = |have: &Option<sequential::Monitor>, want: &Option<sequential::Monitor>| match (
-            have, want,
-        ) {
-            (Some(have), Some(want)) => have.like(want),
-            (have, want) => have.is_none() && want.is_none(),
-        };
         self.evidence.len() == count
             && self.fed.len() == count
             && self.strange.len() == count
             && self.strange.iter().all(Frequent::fits)
-            && self.evidence.iter().zip(&fresh.evidence).all(|(have, want)| like(have, want))
+            && alike(&self.evidence, &fresh.evidence, sequential::Monitor::like)
+            && alike(&self.means, &fresh.means, Means::like)
+            && self.fed_means.len() == count
+            && self.fed_means.iter().all(|(rows, sum)| *rows <= ROWS_MAX && sum.is_finite())
             && self.slots.fits(cells)
     }
 
@@ -131,14 +135,16 @@ impl ArmState {
         let turned = self.slots.turn(now, || empty(profile));
         if turned != Turned::Nothing {
             self.fed.iter_mut().for_each(Vec::clear);
+            self.fed_means.fill((0, 0.0));
         }
-        for evidence in self.evidence.iter_mut().flatten() {
-            if turned == Turned::Day {
-                evidence.restart(DAILY);
-            }
-            if matches!(turned, Turned::Day | Turned::Hour) {
-                evidence.restart(HOURLY);
-            }
+        let ended: &[usize] = match turned {
+            Turned::Day => &[DAILY, HOURLY],
+            Turned::Hour => &[HOURLY],
+            Turned::Slot | Turned::Nothing => &[],
+        };
+        for process in ended {
+            self.evidence.iter_mut().flatten().for_each(|own| own.restart(*process));
+            self.means.iter_mut().flatten().for_each(|own| own.restart(*process));
         }
         turned != Turned::Nothing
     }
@@ -157,6 +163,15 @@ impl ArmState {
                 cells.iter().enumerate().map(|(at, now)| now.saturating_sub(before(at))).collect();
             evidence.add(&new);
             *fed = cells;
+        }
+        for ((counters, means), fed) in
+            counters.iter().zip(&mut self.means).zip(&mut self.fed_means)
+        {
+            if let (Counters::Num(cells), Some(means)) = (counters, means) {
+                let now = (cells.len(), cells.mean * cells.len() as f64);
+                means.add(now.0.saturating_sub(fed.0), now.1 - fed.1);
+                *fed = now;
+            }
         }
     }
 
@@ -184,8 +199,16 @@ impl ArmState {
         ];
         windows.extend(self.latest(profile));
         let new_categories = self.new_categories(profile);
+        let dropped = |of: &FeatureProfile, report: &FeatureReport| {
+            of.feature.part == Part::Confidence
+                && report.mean.is_some_and(|mean| mean.state == means::DOWN)
+        };
+        // The first window is the hour, which has the means.
+        let hour = windows.first().map_or(&[][..], |hour: &WindowReport| &hour.features);
+        let drops = profile.features.iter().zip(hour).filter(|(of, report)| dropped(of, report));
+        let confidence_drop = drops.map(|(of, _)| of.feature.tensor.clone()).collect();
         let (total, own) = (self.total, self.own);
-        ArmReport { arm: arm.to_owned(), total, own, windows, new_categories }
+        ArmReport { arm: arm.to_owned(), total, own, windows, confidence_drop, new_categories }
     }
 
     fn new_categories(&self, profile: &Profile) -> Vec<NewCategories> {
@@ -218,6 +241,7 @@ impl ArmState {
         let verdicts =
             judge(judged.map(|((feature, counters), scores)| (feature, counters, scores)));
         let watched = self.evidence.iter().flatten().count().max(1);
+        let alpha_of_mean = ALPHA / self.means.iter().flatten().count().max(1) as f64;
         let mut features = Vec::with_capacity(verdicts.len());
         for (at, (verdict, scores)) in verdicts.into_iter().zip(&scores).enumerate() {
             let (of, counters) = (&profile.features[at], &sum.counters[at]);
@@ -227,6 +251,9 @@ impl ArmState {
             report.alarm = ln.is_some_and(|ln| ln >= (watched as f64 / ALPHA).ln());
             report.ln_evidence = ln.filter(|ln| ln.is_finite());
             report.constant = is_constant(&of.reference, counters);
+            let means = self.means.get(at).and_then(Option::as_ref);
+            let means = means.filter(|_| window == Window::Hour);
+            report.mean = means.and_then(|own| means::report(of, own, alpha_of_mean));
             features.push(report);
         }
         finish(name, Some(sum.from), features)
@@ -305,6 +332,15 @@ impl Counting<'_> {
     }
 }
 
+/// Whether each of a list is like that of another, where there is one.
+fn alike<T>(have: &[Option<T>], want: &[Option<T>], like: impl Fn(&T, &T) -> bool) -> bool {
+    let both = |(have, want): (&Option<T>, &Option<T>)| match (have, want) {
+        (Some(have), Some(want)) => like(have, want),
+        (have, want) => have.is_none() && want.is_none(),
+    };
+    have.len() == want.len() && have.iter().zip(want).all(both)
+}
+
 fn empty(profile: &Profile) -> Vec<Counters> {
     profile.features.iter().map(|feature| feature.counters()).collect()
 }
@@ -326,6 +362,7 @@ fn feature_report(
         p_value: Some(verdict.p).filter(|p| p.is_finite()),
         ln_evidence: None,
         alarm: false,
+        mean: None,
         constant: false,
     }
 }

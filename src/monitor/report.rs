@@ -48,6 +48,8 @@ pub struct ArmReport {
     #[serde(skip)]
     pub own: Counted,
     pub windows: Vec<WindowReport>,
+    /// Outputs that the model is less sure of than it was: the mean of the largest score went `down`.
+    pub confidence_drop: Vec<String>,
     /// Of features that had any; none where values are not to be seen.
     pub new_categories: Vec<NewCategories>,
 }
@@ -135,6 +137,23 @@ impl Oddities {
     }
 }
 
+/// Where a feature's mean is, held against the reference's: since the version was watched first, the day
+/// began or the hour, whichever says most.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, ToSchema)]
+pub struct MeanReport {
+    /// Values since then.
+    #[schema(minimum = 0)]
+    pub rows: u64,
+    pub mean: f64,
+    pub reference_mean: f64,
+    /// What the mean is apart from the reference's by chance at most, however often one looks.
+    pub band: f64,
+    /// From where a change of the mean is held to be large.
+    pub limit: f64,
+    /// `insufficient_data`, `steady`, or what is both beyond the band and large: `up` or `down`.
+    pub state: &'static str,
+}
+
 /// A stretch of time, or a number of rows.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct WindowReport {
@@ -177,6 +196,8 @@ pub struct FeatureReport {
     pub ln_evidence: Option<f64>,
     /// The evidence is beyond what chance reaches once in twenty versions.
     pub alarm: bool,
+    /// Of numbers, and of the window `hour` only.
+    pub mean: Option<MeanReport>,
     /// All values of the window are one, and the reference has several.
     pub constant: bool,
 }

@@ -368,6 +368,76 @@ fn new_categories_are_told_of_unless_they_are_not_to_be_seen() {
 }
 
 #[test]
+fn a_model_that_is_less_sure_is_told_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, reference());
+    let mean = |report: &VersionReport, name: &str, feature: &str| {
+        let arm = arm(report, name).unwrap();
+        let of = |window: &WindowReport| {
+            let found = window.features.iter().find(|found| found.feature == feature);
+            found.and_then(|found| found.mean)
+        };
+        // Since the version was watched, not since a window's begin: it stands in one of them.
+        assert!(arm.windows[1..].iter().all(|window| of(window).is_none()));
+        of(&arm.windows[0]).unwrap()
+    };
+    // The same inputs, and answers that are hardly any.
+    for number in 0..600 {
+        let [x, _] = row(number, 0.0);
+        watched.offer(&Arm::Stable, &[floats(&[1, 2], &x)], &[floats(&[1, 2], &[0.55, 0.45])]);
+    }
+    offer(&watched, &Arm::Canary, 0..600, 0.0);
+    offer(&watched, &Arm::Pinned, 0..150, 2.0);
+    let all = |report: &VersionReport| {
+        rows_are(report, "stable", 600)
+            && rows_are(report, "canary", 600)
+            && rows_are(report, "pinned", 150)
+    };
+    let found = report(&monitor, all);
+    let drops = |name: &str| arm(&found, name).unwrap().confidence_drop.clone();
+    assert_eq!(
+        (drops("stable"), drops("canary"), drops("pinned")),
+        (vec!["y".to_owned()], vec![], vec![])
+    );
+    let sure = mean(&found, "stable", "confidence(y)");
+    assert_eq!((sure.state, sure.rows), ("down", 600));
+    assert!((sure.mean - 0.55).abs() < 1e-6 && sure.reference_mean > 0.65, "{sure:?}");
+    assert!(sure.reference_mean - sure.mean > sure.band && sure.limit >= 0.01, "{sure:?}");
+    let inputs = mean(&found, "stable", "x[0]");
+    assert_eq!(inputs.state, "steady");
+    assert!((inputs.mean - inputs.reference_mean).abs() < inputs.band, "{inputs:?}");
+    assert_eq!(mean(&found, "canary", "confidence(y)").state, "steady");
+    // However far: too few rows are neither good nor bad.
+    assert_eq!(mean(&found, "pinned", "x[0]").state, "insufficient_data");
+    let series = |name: &str, of: &[(&str, &str)]| -> f64 {
+        let families = monitor.families();
+        let family = families.iter().find(|family| family.name == name).unwrap();
+        let is = |(label, value): &(&str, &str), labels: &crate::observe::page::Labels| {
+            labels.iter().any(|(have, is)| have == label && is == value)
+        };
+        let sample = family.samples.iter().find(|it| of.iter().all(|want| is(want, &it.labels)));
+        match sample.unwrap().value {
+            crate::observe::page::Value::Number(number) => number,
+            crate::observe::page::Value::Histogram { .. } => f64::NAN,
+        }
+    };
+    assert_eq!(series("tidegate_confidence_drop", &[("arm", "stable"), ("tensor", "y")]), 1.0);
+    assert_eq!(series("tidegate_confidence_drop", &[("arm", "canary"), ("tensor", "y")]), 0.0);
+    assert!(series("tidegate_drift_means", &[("arm", "stable"), ("direction", "down")]) >= 1.0);
+    assert_eq!(series("tidegate_drift_means", &[("arm", "canary"), ("direction", "down")]), 0.0);
+    // What it has seen survives a restart.
+    drop(monitor);
+    drop(watched);
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, reference());
+    offer(&watched, &Arm::Stable, 0..1, 0.0);
+    let found = report(&monitor, |report| rows_are(report, "stable", 601));
+    let sure = mean(&found, "stable", "confidence(y)");
+    assert_eq!((sure.state, sure.rows), ("down", 601));
+}
+
+#[test]
 fn a_version_that_is_loaded_again_loses_no_row() {
     let dir = tempfile::tempdir().unwrap();
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
