@@ -13,9 +13,9 @@ use super::slots::{Slots, Turned, Window};
 use crate::drift::counters::{Counters, Score, Scores, number_name};
 use crate::drift::feature::{Part, Value};
 use crate::drift::frequent::{Frequent, Kept};
-use crate::drift::grid::{LARGEST, ROWS_MAX};
+use crate::drift::grid::ROWS_MAX;
 use crate::drift::outliers::Oddity;
-use crate::drift::profile::{FeatureProfile, Profile, Reference};
+use crate::drift::profile::{FeatureProfile, Profile};
 use crate::drift::sequential::{self, Means};
 use crate::drift::tally::category;
 use crate::drift::verdict::{State, Verdict, judge};
@@ -250,7 +250,7 @@ impl ArmState {
             let mut report = feature_report(&of.feature, counters.rows(), verdict, scores);
             report.alarm = ln.is_some_and(|ln| ln >= (watched as f64 / ALPHA).ln());
             report.ln_evidence = ln.filter(|ln| ln.is_finite());
-            report.constant = is_constant(&of.reference, counters);
+            report.constant = of.is_constant(counters);
             let means = self.means.get(at).and_then(Option::as_ref);
             let means = means.filter(|_| window == Window::Hour);
             report.mean = means.and_then(|own| means::report(of, own, alpha_of_mean));
@@ -285,41 +285,14 @@ impl Counting<'_> {
         if odd == Some(Oddity::UnseenCategory) && self.told.get(feature) == Some(&true) {
             self.state.keep_strange(feature, value);
         }
-        let own = self.count(row, odd, value);
-        self.state.own.quality.add(&own);
-        self.state.total.quality.add(&own);
-    }
-
-    /// What is wrong with one value, as counts.
-    fn count(&mut self, row: usize, odd: Option<Oddity>, value: Value<'_>) -> Oddities {
-        let mut counts = Oddities::default();
-        if let Value::Number(number) = value {
-            counts.nan = u64::from(number.is_nan());
-            counts.infinite = u64::from(number.abs() > LARGEST);
-        }
-        let far = match odd {
-            None => false,
-            Some(Oddity::NoValue) => {
-                counts.missing = u64::from(!matches!(value, Value::Number(_)));
-                false
-            }
-            Some(Oddity::OutOfRange) => {
-                counts.out_of_range = 1;
-                false
-            }
-            Some(Oddity::FarOut) => {
-                counts.far_out = 1;
-                true
-            }
-            Some(Oddity::UnseenCategory) => {
-                counts.unseen_category = 1;
-                true
-            }
-        };
-        if far && let Some(row) = self.odd.get_mut(row) {
+        let mut own = Oddities::default();
+        if own.count(odd, value)
+            && let Some(row) = self.odd.get_mut(row)
+        {
             *row = true;
         }
-        counts
+        self.state.own.quality.add(&own);
+        self.state.total.quality.add(&own);
     }
 
     /// All features of the call have been added.
@@ -384,19 +357,5 @@ fn finish(name: &'static str, since: Option<i64>, features: Vec<FeatureReport>) 
         state,
         drifted,
         features,
-    }
-}
-
-fn is_constant(reference: &Reference, counters: &Counters) -> bool {
-    match (reference, counters) {
-        (Reference::Num(numeric), Counters::Num(cells)) => {
-            counters.sufficient() && numeric.distinct > 1 && cells.min == cells.max
-        }
-        (Reference::Cat(cat), Counters::Cat(tally)) => {
-            let several = cat.tally.cells().iter().filter(|count| **count > 0).count() > 1;
-            let now = tally.cells().iter().filter(|count| **count > 0).count();
-            counters.sufficient() && several && now == 1
-        }
-        _ => false,
     }
 }

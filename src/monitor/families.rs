@@ -46,6 +46,11 @@ pub(super) fn of(reports: &[Arc<VersionReport>]) -> Vec<Family> {
         Kind::Gauge,
         "1 for an output that the model is less sure of than it was, else 0",
     );
+    let mut constant = Family::new(
+        "tidegate_drift_constant_features",
+        Kind::Gauge,
+        "Features with one value in the last hour, where the reference has several",
+    );
     let mut quality = Family::new(
         "tidegate_data_quality_total",
         Kind::Counter,
@@ -90,6 +95,8 @@ pub(super) fn of(reports: &[Arc<VersionReport>]) -> Vec<Family> {
             }
             let alarmed = hour.features.iter().filter(|feature| feature.alarm).count();
             alarms.push(labels.clone(), alarmed as f64);
+            let same = hour.features.iter().filter(|feature| feature.constant).count();
+            constant.push(labels.clone(), same as f64);
             for direction in [UP, DOWN] {
                 let is = |mean: &MeanReport| mean.state == direction;
                 let features = hour.features.iter().filter_map(|feature| feature.mean.as_ref());
@@ -106,7 +113,10 @@ pub(super) fn of(reports: &[Arc<VersionReport>]) -> Vec<Family> {
             features(&mut scores, &labels, &hour.features);
         }
     }
-    vec![scores, samples, drifted, alarms, means, sure, quality, outliers, rows, skipped, reference]
+    vec![
+        scores, samples, drifted, alarms, means, sure, constant, quality, outliers, rows, skipped,
+        reference,
+    ]
 }
 
 fn features(scores: &mut Family, labels: &Labels, features: &[FeatureReport]) {

@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 
 use crate::drift::counters::Score;
 use crate::drift::feature::Role;
+pub use crate::drift::quality::Oddities;
 use crate::drift::verdict::State;
 
 /// One version: what it is compared with, and how its arms do.
@@ -89,52 +90,6 @@ pub struct Counted {
     #[schema(minimum = 0)]
     pub outlier_rows: u64,
     pub quality: Oddities,
-}
-
-/// Values that should not be so, by kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize, ToSchema)]
-pub struct Oddities {
-    /// No value where the reference always has one.
-    #[schema(minimum = 0)]
-    pub missing: u64,
-    #[schema(minimum = 0)]
-    pub nan: u64,
-    #[schema(minimum = 0)]
-    pub infinite: u64,
-    /// Outside the quantiles 0.1 % and 99.9 % of the reference.
-    #[schema(minimum = 0)]
-    pub out_of_range: u64,
-    /// Farther than six robust standard deviations from its median.
-    #[schema(minimum = 0)]
-    pub far_out: u64,
-    #[schema(minimum = 0)]
-    pub unseen_category: u64,
-}
-
-impl Oddities {
-    pub const KINDS: [&str; 6] =
-        ["missing", "nan", "infinite", "out_of_range", "far_out", "unseen_category"];
-
-    pub(super) fn add(&mut self, more: &Self) {
-        self.missing += more.missing;
-        self.nan += more.nan;
-        self.infinite += more.infinite;
-        self.out_of_range += more.out_of_range;
-        self.far_out += more.far_out;
-        self.unseen_category += more.unseen_category;
-    }
-
-    /// In the order of [`Oddities::KINDS`].
-    pub fn counts(&self) -> [u64; 6] {
-        [
-            self.missing,
-            self.nan,
-            self.infinite,
-            self.out_of_range,
-            self.far_out,
-            self.unseen_category,
-        ]
-    }
 }
 
 /// Where a feature's mean is, held against the reference's: since the version was watched first, the day

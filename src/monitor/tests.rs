@@ -153,6 +153,40 @@ fn odd_values_are_counted_by_kind() {
 }
 
 #[test]
+fn rows_of_another_length_than_any_before_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let wanted = Settings { provisional_rows: 200, ..settings(dir.path()) };
+    let monitor = Monitor::start(wanted).unwrap().unwrap();
+    let spec = |name: &str, width: Dim| TensorSpec {
+        name: name.to_owned(),
+        datatype: DataType::Fp32,
+        shape: Some([Dim::Dynamic(None), width].into_iter().collect()),
+    };
+    let (inputs, outputs) = (vec![spec("x", Dim::Dynamic(None))], vec![spec("y", Dim::Fixed(1))]);
+    let signature = Signature { inputs, outputs, batched: true };
+    let (model, version) = ("m".parse().unwrap(), Version::new(1).unwrap());
+    let (digest, given) = (Digest::new([7; 32]), Given::Nothing);
+    let watched = monitor.watch(&model, version, digest, &signature, given, Vec::new());
+    let send = |length: usize| {
+        let x: Vec<f32> = (0..length).map(|at| at as f32).collect();
+        watched.offer(&Arm::Stable, &[floats(&[1, length], &x)], &[floats(&[1, 1], &[0.5])]);
+    };
+    (0..200).for_each(|row| send(4 + row % 6));
+    report(&monitor, |report| report.reference.kind == "provisional");
+    [4, 9, 3, 10, 12].into_iter().for_each(send);
+    let found = report(&monitor, |report| rows_are(report, "stable", 5));
+    let counted = arm(&found, "stable").unwrap().total;
+    assert_eq!((counted.quality.shape, counted.outlier_rows), (3, 3));
+    let families = monitor.families();
+    let quality = families.iter().find(|family| family.name == "tidegate_data_quality_total");
+    let shape = |labels: &crate::observe::page::Labels| {
+        labels.iter().any(|(name, value)| name == "kind" && value == "shape")
+    };
+    let sample = quality.unwrap().samples.iter().find(|sample| shape(&sample.labels)).unwrap();
+    assert_eq!(sample.value, crate::observe::page::Value::Number(3.0));
+}
+
+#[test]
 fn a_reference_is_learnt_kept_and_frozen() {
     let dir = tempfile::tempdir().unwrap();
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
