@@ -34,6 +34,7 @@ pub mod rows;
 pub mod scored;
 pub mod scores;
 pub mod sequential;
+mod sparse;
 pub mod tally;
 pub mod verdict;
 pub mod wide;

@@ -87,7 +87,13 @@ impl Monitor {
         };
         let same = |(a, b): (&Start, &Start)| a.share.weight == b.share.weight;
         let weights = self.starts.iter().zip(&other.starts).all(same);
-        self.reference == other.reference && shape(self) == shape(other) && weights
+        let sum =
+            |counts: &Vec<u64>| counts.iter().try_fold(0_u64, |sum, count| sum.checked_add(*count));
+        let few = |start: &Start| sum(&start.counts).is_some_and(|rows| rows <= ROWS_MAX);
+        self.reference == other.reference
+            && shape(self) == shape(other)
+            && weights
+            && self.starts.iter().all(few)
     }
 
     /// Adds rows that came since the last look, as counts in the cells; what is longer than the

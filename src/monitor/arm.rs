@@ -95,6 +95,8 @@ impl ArmState {
             && self.fed.len() == count
             && self.strange.len() == count
             && self.strange.iter().all(Frequent::fits)
+            && self.fed.iter().flatten().all(|rows| *rows <= ROWS_MAX)
+            && self.total.fits()
             && alike(&self.evidence, &fresh.evidence, sequential::Monitor::like)
             && alike(&self.means, &fresh.means, Means::like)
             && self.fed_means.len() == count
@@ -357,5 +359,21 @@ fn finish(name: &'static str, since: Option<i64>, features: Vec<FeatureReport>) 
         state,
         drifted,
         features,
+    }
+}
+
+#[cfg(test)]
+impl ArmState {
+    /// As after a day and an hour with these counters in each slot.
+    pub(super) fn full(profile: &Profile, counters: &[Counters], window_values: usize) -> Self {
+        let mut state = Self::new(profile, 0, window_values);
+        let hours = (1..=25).map(|hour| hour * 3600);
+        let slots = (1..=12).map(|slot| 25 * 3600 + slot * super::slots::SLOT_S);
+        for until in hours.chain(slots) {
+            state.slots.open.counters = counters.to_vec();
+            state.turn(profile, until);
+        }
+        state.slots.open.counters = counters.to_vec();
+        state
     }
 }

@@ -7,34 +7,26 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use super::arm::ArmState;
+use super::memory::{TEXTS_MAX, learner_weight, weight_of};
 use super::report::{ReferenceReport, VersionReport};
 use super::state::{self, StateDir};
 use super::{
     ALL, ARMS_MAX, Freeze, FreezeError, Given, Id, NOTHING, Offer, Reference, Reports, STABLE,
     Settings, Shared, TURN, Watch,
 };
-use crate::domain::{Arm, DataType, Digest};
-use crate::drift;
-use crate::drift::feature::{Feature, Part, Role, Value};
+use crate::domain::{Arm, Digest};
+use crate::drift::feature::{Feature, Role, Value};
 use crate::drift::learn::{LearnSettings, Learner};
 use crate::drift::profile::{FeatureProfile, Profile};
 use crate::drift::rows::{Plan, Scratch};
-use crate::drift::tally::CATEGORY_LEN_MAX;
-use crate::drift::wide::DIMENSIONS;
 use crate::panics::caught;
 
 /// Judging windows takes one part in so many of the thread's time.
 const JUDGE_SHARE: u32 = 50;
-/// Different texts of one feature that are told apart while a reference is learnt.
-const TEXTS_MAX: usize = 1000;
 /// Why nothing is watched of a version.
 const FULL: &str = "as many features as monitor.features_max are watched already";
 /// Names of arms that always have a place.
 const OWN_ARMS: [&str; 3] = ["stable", "canary", "pinned"];
-/// Bytes of a feature's counters that the limit of features is made of.
-const FEATURE_BYTES: usize = 50 << 10;
-/// Slots that a feature's counters are kept of, about.
-const SLOTS: usize = 40;
 
 pub(super) struct Desk {
     shared: Arc<Shared>,
@@ -537,29 +529,6 @@ impl Watched {
             arms,
         }
     }
-}
-
-/// As many features as its counters have the memory of.
-fn weight_of(profile: &Profile) -> usize {
-    let bytes = |feature: &FeatureProfile| match &feature.reference {
-        drift::profile::Reference::Num(numeric) => 16 * SLOTS * (numeric.edges.edges().len() + 1),
-        drift::profile::Reference::Cat(cat) => {
-            cat.categories.names().len() * (8 * SLOTS + 2 * CATEGORY_LEN_MAX)
-        }
-        drift::profile::Reference::Mmd(_) => 2048 * SLOTS,
-    };
-    profile.features.iter().map(|feature| bytes(feature).div_ceil(FEATURE_BYTES).max(1)).sum()
-}
-
-/// The same while it is learnt.
-fn learner_weight(feature: &Feature, settings: &Settings) -> usize {
-    let rows = usize::try_from(settings.provisional_rows).unwrap_or(usize::MAX);
-    let bytes = match (feature.part, feature.datatype) {
-        (Part::Mmd, _) => rows.min(4096) * 8 * DIMENSIONS,
-        (_, DataType::Bytes) => rows * 4 + TEXTS_MAX * 2 * CATEGORY_LEN_MAX,
-        _ => rows * 8,
-    };
-    bytes.div_ceil(FEATURE_BYTES).max(1)
 }
 
 /// What to say of a profile that is another model's, as a whole or in part.

@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 
 use crate::drift::counters::Score;
 use crate::drift::feature::Role;
+use crate::drift::grid::ROWS_MAX;
 pub use crate::drift::quality::Oddities;
 use crate::drift::verdict::State;
 
@@ -90,6 +91,14 @@ pub struct Counted {
     #[schema(minimum = 0)]
     pub outlier_rows: u64,
     pub quality: Oddities,
+}
+
+impl Counted {
+    /// Whether adding to it can go on for ever. For what comes from a file.
+    pub(super) fn fits(&self) -> bool {
+        let counts = self.quality.counts();
+        counts.iter().chain([&self.rows, &self.outlier_rows]).all(|count| *count <= ROWS_MAX)
+    }
 }
 
 /// Where a feature's mean is, held against the reference's: since the version was watched first, the day
