@@ -474,6 +474,86 @@ fn a_model_that_is_less_sure_is_told_of() {
 }
 
 #[test]
+fn series_are_no_more_than_the_limits_allow() {
+    const MODELS: usize = 100;
+    let dir = tempfile::tempdir().unwrap();
+    // Room for two arms of each.
+    let settings = Settings { features_max: MODELS * 4, ..settings(dir.path()) };
+    let monitor = Monitor::start(settings).unwrap().unwrap();
+    let (signature, given) = colours();
+    let name = |model: usize| -> ModelName { format!("m{model}").parse().unwrap() };
+    let (version, digest) = (Version::new(1).unwrap(), Digest::new([7; 32]));
+    let watches: Vec<Arc<Watch>> = (0..MODELS)
+        .map(|at| monitor.watch(&name(at), version, digest, &signature, given.clone(), Vec::new()))
+        .collect();
+    let colours = vec!["red"; 10];
+    let x = [Tensor::from_elements([10, 1].as_slice().into(), &colours).unwrap()];
+    let y = [floats(&[10, 1], &[1.0; 10])];
+    for arm in [Arm::Stable, Arm::Canary, Arm::Pinned] {
+        watches.iter().for_each(|watch| watch.offer(&arm, &x, &y));
+    }
+    let began = Instant::now();
+    // The third arm finds no room.
+    let done = |at: usize| {
+        monitor.reports(&name(at)).iter().any(|it| it.arms.len() == 2 && it.skipped_rows == 10)
+    };
+    while !(0..MODELS).all(done) {
+        assert!(began.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let families = monitor.families();
+    let mut seen = std::collections::HashSet::new();
+    for family in &families {
+        for sample in &family.samples {
+            assert!(seen.insert((family.name.clone(), sample.labels.clone())), "{sample:?}");
+        }
+    }
+    let of = |name: &str| families.iter().find(|it| it.name == name).unwrap().samples.len();
+    // Of categories cell_psi and missing, of numbers wasserstein_low and ks_low besides.
+    assert_eq!(of("tidegate_drift_score"), MODELS * 2 * (2 + 4));
+    assert_eq!(of("tidegate_data_quality_total"), MODELS * 2 * Oddities::KINDS.len());
+    assert_eq!(of("tidegate_drift_features"), MODELS * 2 * 3);
+    assert_eq!(of("tidegate_drift_means"), MODELS * 2 * 2);
+    assert_eq!(of("tidegate_confidence_drop"), 0, "a price is no distribution");
+    for one in
+        ["tidegate_drift_constant_features", "tidegate_drift_samples", "tidegate_drift_alarms"]
+    {
+        assert_eq!(of(one), MODELS * 2, "{one}");
+    }
+    // A model of many features has series of its first ones only.
+    drop(watches);
+    let features = families::SERIES_FEATURES_MAX + 50;
+    let wide = TensorSpec {
+        name: "x".to_owned(),
+        datatype: DataType::Fp32,
+        shape: Some([Dim::Dynamic(None), Dim::Fixed(features)].into_iter().collect()),
+    };
+    let signature = Signature { inputs: vec![wide], outputs: Vec::new(), batched: true };
+    let mut learner = Learner::new(features_of(&signature), LearnSettings::default()).unwrap();
+    for feature in 0..features {
+        (0..300).for_each(|row| {
+            learner.add(feature, crate::drift::feature::Value::Number(f64::from(row)));
+        });
+    }
+    let of = ("m".parse().unwrap(), None);
+    let profile = learner.finish(of, "test", jiff::Timestamp::UNIX_EPOCH).unwrap().profile;
+    let given = Given::File(profile.write().unwrap().into(), Arc::new(profile));
+    let model: ModelName = "m".parse().unwrap();
+    let wide = monitor.watch(&model, version, digest, &signature, given, Vec::new());
+    wide.offer(&Arm::Stable, &[floats(&[1, features], &vec![1.0; features])], &[]);
+    report(&monitor, |report| rows_are(report, "stable", 1));
+    let families = monitor.families();
+    let scores = families.iter().find(|family| family.name == "tidegate_drift_score").unwrap();
+    let value = |sample: &crate::observe::page::Sample, name: &str| {
+        let label = sample.labels.iter().find(|(label, _)| label == name);
+        label.map(|(_, value)| value.clone())
+    };
+    let of_model = scores.samples.iter().filter(|it| value(it, "model").as_deref() == Some("m"));
+    let shown: std::collections::HashSet<_> = of_model.map(|it| value(it, "feature")).collect();
+    assert_eq!(shown.len(), families::SERIES_FEATURES_MAX);
+}
+
+#[test]
 fn a_version_that_is_loaded_again_loses_no_row() {
     let dir = tempfile::tempdir().unwrap();
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
