@@ -178,9 +178,8 @@ impl ArmState {
     }
 
     fn keep_strange(&mut self, feature: usize, value: Value<'_>) {
-        let (Some(strange), now) = (self.strange.get_mut(feature), self.slots.open.from) else {
-            return;
-        };
+        let now = self.slots.open.from;
+        let Some(strange) = self.strange.get_mut(feature) else { return };
         match value {
             Value::Text(bytes) => strange.add(&category(bytes), now),
             Value::Number(number) => strange.add(&number_name(number), now),

@@ -62,7 +62,8 @@ pub(super) fn learner_weight(feature: &Feature, settings: &Settings) -> usize {
     bytes.div_ceil(FEATURE_BYTES).max(1)
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests {
     use super::super::arm::ArmState;
     use super::super::form::tests::full;
