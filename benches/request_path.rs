@@ -24,6 +24,7 @@ use tidegate::domain::{
 use tidegate::engine::conformance::make_inputs;
 use tidegate::engine::{Artifact, EngineError, Engines, LoadOptions, Session};
 use tidegate::gateway;
+use tidegate::monitor::{Given, Monitor, VersionReport};
 use tidegate::observe::Observer;
 use tidegate::proto::inference as pb;
 use tidegate::route::{Keys, Mirror, ModelRoutes, Pick, Published, RouteTable, Served};
@@ -451,7 +452,73 @@ fn record(c: &mut Criterion) {
         }
         group.bench_function(format!("page/{count}_models"), |b| b.iter(|| observer.page(None)));
     }
+    let (observer, _kept) = everything_shown(100);
+    let protobuf = Some(tidegate::observe::page::PROTOBUF);
+    for (name, accept) in [("text", None), ("protobuf", protobuf)] {
+        group.bench_function(format!("page/100_models_all_series/{name}"), |b| {
+            b.iter(|| observer.page(accept));
+        });
+    }
     group.finish();
+}
+
+/// So many models with two arms over two protocols each, and the monitor's series of all of them: as
+/// many features are watched as the usual limit lets be. And what has to live as long.
+fn everything_shown(count: usize) -> (Arc<Observer>, impl Sized) {
+    let observer = Observer::new(tidegate::observe::Settings::default());
+    let models: Vec<_> = (0..count)
+        .map(|at| echo(&observer, &format!("model-{at}"), 0, BatchSettings::default()))
+        .collect();
+    let state = tempfile::tempdir().unwrap();
+    let settings = tidegate::monitor::Settings {
+        interval: Duration::from_secs(1),
+        values_per_second_max: 1 << 40,
+        provisional_rows: 200,
+        ..tidegate::monitor::Settings::new(state.path())
+    };
+    let features = settings.features_max / count / 2;
+    let monitor = Monitor::start(settings).unwrap().unwrap();
+    let spec = |name: &str, width: usize| TensorSpec {
+        name: name.to_owned(),
+        datatype: DataType::Fp32,
+        shape: Some(vec![Dim::Dynamic(None), Dim::Fixed(width)]),
+    };
+    let (inputs, outputs) = (vec![spec("x", features - 1)], vec![spec("y", 1)]);
+    let signature = Signature { inputs, outputs, batched: true };
+    let mut watches = Vec::new();
+    for served in &models {
+        for (arm, protocol) in [Arm::Stable, Arm::Canary]
+            .into_iter()
+            .flat_map(|arm| [(arm.clone(), Protocol::Http), (arm, Protocol::Grpc)])
+        {
+            let arm = Some(arm);
+            let completion = Completion { arm, protocol, ..completion(served, Outcome::Ok) };
+            observer.completed(Some(&served.stats), &completion);
+        }
+        let (given, hidden) = (Given::Nothing, Vec::new());
+        let watch =
+            monitor.watch(&served.model, served.version, served.digest, &signature, given, hidden);
+        // What is learnt from, and then rows to compare.
+        watch.offer(&Arm::Stable, &[tensor(200, features - 1)], &[tensor(200, 1)]);
+        watches.push(watch);
+    }
+    let all = |wanted: &dyn Fn(&VersionReport) -> bool| {
+        while !models.iter().all(|of| monitor.reports(&of.model).iter().any(|it| wanted(it))) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    all(&|report| report.reference.kind == "provisional");
+    for watch in &watches {
+        for arm in [Arm::Stable, Arm::Canary] {
+            watch.offer(&arm, &[tensor(200, features - 1)], &[tensor(200, 1)]);
+        }
+    }
+    all(&|report| report.arms.len() == 2);
+    let shown = Arc::clone(&monitor);
+    observer.add_families(Box::new(move || shown.families()));
+    let lines = observer.page(None).1.iter().filter(|byte| **byte == b'\n').count();
+    eprintln!("{count} models: {lines} lines, {features} features in each of two arms");
+    (observer, (models, watches, state))
 }
 
 fn completion(served: &Served, outcome: Outcome) -> Completion {

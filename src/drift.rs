@@ -23,6 +23,7 @@
 pub mod counters;
 pub mod evidence;
 pub mod feature;
+pub mod frequent;
 pub mod grid;
 pub mod learn;
 pub mod outliers;
@@ -33,6 +34,7 @@ pub mod rows;
 pub mod scored;
 pub mod scores;
 pub mod sequential;
+mod sparse;
 pub mod tally;
 pub mod verdict;
 pub mod wide;

@@ -38,6 +38,10 @@ mod budget;
 mod compare;
 mod desk;
 mod families;
+mod form;
+mod latest;
+mod means;
+mod memory;
 mod report;
 mod slots;
 mod state;
@@ -46,7 +50,8 @@ mod tests;
 
 pub use compare::{CELLS_MAX, Compared, ComparedFeature, LEARN_ROWS, Pair};
 pub use report::{
-    ArmReport, Counted, FeatureReport, Odd, Oddities, ReferenceReport, VersionReport, WindowReport,
+    ArmReport, Counted, FeatureReport, MeanReport, NewCategories, NewCategory, Odd, Oddities,
+    ReferenceReport, VersionReport, WindowReport,
 };
 
 use budget::Budget;
@@ -83,6 +88,8 @@ pub struct Settings {
     pub features_max: usize,
     /// Rows that a reference is learnt from.
     pub provisional_rows: u64,
+    /// Keep, and tell, which categories came that the reference lacks: values of inputs.
+    pub new_categories: bool,
     /// Where the state lies.
     pub dir: PathBuf,
 }
@@ -99,6 +106,7 @@ impl Settings {
             window_values: crate::drift::window::WINDOW,
             features_max: 2000,
             provisional_rows: crate::drift::learn::PROVISIONAL_ROWS,
+            new_categories: true,
             dir: state_dir.join("monitor"),
         }
     }
@@ -133,6 +141,8 @@ pub struct Watch {
     outputs: Vec<String>,
     batched: bool,
     features: Vec<Feature>,
+    /// Tensors whose values nobody is to see.
+    hidden: Vec<String>,
     /// Guards what its files say, until the thread has taken it.
     given: Mutex<Given>,
     /// Set by the thread.
@@ -151,9 +161,9 @@ impl std::fmt::Debug for Watch {
     }
 }
 
-/// A call that was answered.
+/// A call that was answered. Its version stays watched until its rows are counted.
 struct Offer {
-    watch: Weak<Watch>,
+    watch: Arc<Watch>,
     arm: Arm,
     inputs: Vec<Tensor>,
     outputs: Vec<Tensor>,
@@ -173,6 +183,8 @@ struct Intake {
 struct Waiting {
     offers: Vec<Offer>,
     bytes: usize,
+    /// The thread has ended: offers would hold their watches, and those this, for ever.
+    closed: bool,
 }
 
 impl Intake {
@@ -189,7 +201,8 @@ impl Intake {
     fn put(&self, offer: Offer) -> bool {
         let mut queue = self.queue.lock();
         let bytes = queue.bytes + offer.bytes;
-        if queue.offers.len() >= self.queue_max || bytes > self.queue_bytes_max {
+        let full = queue.offers.len() >= self.queue_max || bytes > self.queue_bytes_max;
+        if queue.closed || full {
             return false;
         }
         queue.bytes = bytes;
@@ -199,6 +212,15 @@ impl Intake {
 
     fn all(&self) -> Vec<Offer> {
         std::mem::take(&mut self.queue.lock().offers)
+    }
+
+    /// Takes no more, and forgets what waits.
+    fn close(&self) {
+        let mut queue = self.queue.lock();
+        queue.closed = true;
+        let waiting = std::mem::take(&mut queue.offers);
+        drop(queue);
+        drop(waiting);
     }
 
     /// So many bytes are held no more.
@@ -286,7 +308,8 @@ impl Monitor {
         Ok(Some(Arc::new(Self { shared, thread: Mutex::new(Some(thread)) })))
     }
 
-    /// Watches a version from now on, for as long as the watch is held.
+    /// Watches a version from now on, for as long as the watch is held. `hidden` are tensors whose
+    /// values nobody is to see: no report has one.
     pub fn watch(
         &self,
         model: &ModelName,
@@ -294,6 +317,7 @@ impl Monitor {
         digest: Digest,
         signature: &Signature,
         given: Given,
+        hidden: Vec<String>,
     ) -> Arc<Watch> {
         let names = |specs: &[TensorSpec]| specs.iter().map(|spec| spec.name.clone()).collect();
         let features = features_of(signature);
@@ -304,6 +328,7 @@ impl Monitor {
             outputs: names(&signature.outputs),
             batched: signature.batched,
             features,
+            hidden,
             given: Mutex::new(given),
             wanted: AtomicU8::new(ALL),
             compared: AtomicBool::new(false),
@@ -363,6 +388,7 @@ impl Monitor {
         {
             tracing::error!("the monitor's thread had panicked");
         }
+        self.shared.intake.close();
     }
 }
 
@@ -419,7 +445,7 @@ impl Watch {
         };
         let leave = || {
             let bytes = inputs.iter().chain(outputs).map(|tensor| tensor.data().len()).sum();
-            let (watch, arm) = (Arc::downgrade(self), arm.clone());
+            let (watch, arm) = (Arc::clone(self), arm.clone());
             let (inputs, outputs) = (inputs.to_vec(), outputs.to_vec());
             self.intake.put(Offer { watch, arm, inputs, outputs, bytes })
         };

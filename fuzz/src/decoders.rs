@@ -122,7 +122,7 @@ pub fn profile(data: &[u8]) {
         let scores = feature.score(&counters);
         assert!(scores.iter().all(|(_, score)| score.is_finite()));
         assert_eq!(judge([(feature, &counters, &scores)]).len(), 1);
-        feature.quality(&counters);
+        feature.is_constant(&counters);
     }
     assert!(profile.write().is_ok_and(|bytes| Profile::read(&bytes).is_ok()));
 }

@@ -11,7 +11,7 @@ use crate::drift::counters::{Counters, Scores, score_sides};
 use crate::drift::feature::{Feature, Part};
 use crate::drift::learn::{Column, Data, LearnSettings, TEXTS_MAX};
 use crate::drift::profile::{FeatureProfile, PROFILE_BYTES_MAX, Profile, Reference};
-use crate::drift::quality::Quality;
+use crate::drift::quality::{Oddities, Quality};
 use crate::drift::scores::{ColumnVerdict, Counts, Sides, column_test};
 use crate::drift::verdict::{Verdict, judge};
 
@@ -87,11 +87,17 @@ fn drift(args: &Args) -> Result<(String, bool), Stop> {
         (0..features.len() as u64).map(|seed| Column::new(size, TEXTS_MAX, seed)).collect();
     let mut counters: Vec<Counters> =
         profile.features.iter().map(FeatureProfile::counters).collect();
+    let mut oddities = vec![Oddities::default(); features.len()];
     binding.read(&table, |number, value| {
-        profile.features[number].add(&mut counters[number], value);
+        let feature = &profile.features[number];
+        feature.add(&mut counters[number], value);
+        oddities[number].count(feature.oddity(value), value);
         columns[number].add(value);
     })?;
-    let compared = compare(&profile, &reference, &columns, counters);
+    let mut compared = compare(&profile, &reference, &columns, counters);
+    for (compared, oddities) in compared.iter_mut().zip(oddities) {
+        compared.quality.values = oddities;
+    }
     let report = Report {
         reference: args.reference.display().to_string(),
         current: args.current.display().to_string(),
@@ -214,7 +220,7 @@ fn compare(
             Reference::Mmd(_) => "mmd",
         },
         reference: feature.own(),
-        quality: feature.quality(&current),
+        quality: Quality { constant: feature.is_constant(&current), ..Quality::default() },
         current,
         kept: column.kept(),
         scores,

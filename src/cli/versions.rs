@@ -38,6 +38,9 @@ enum Command {
     Freeze(Changed),
 }
 
+/// New categories of a feature that are shown to people; `--json` has all that are kept.
+const CATEGORIES_SHOWN: usize = 5;
+
 #[derive(clap::Args)]
 struct List {
     /// Name of a model [default: all that this key may see]
@@ -235,8 +238,9 @@ fn drift(args: &Drift) -> Result<String, Stop> {
 }
 
 fn drift_text(body: &Value, window: &str) -> String {
-    let mut table =
-        Table::new(["version", "arm", "feature", "role", "rows", "state", "scores", "alarm"]);
+    let mut table = Table::new([
+        "version", "arm", "feature", "role", "rows", "state", "scores", "mean", "alarm",
+    ]);
     let mut notes = String::new();
     for version in body["versions"].as_array().into_iter().flatten() {
         let (number, reference) = (cell(&version["version"]), &version["reference"]);
@@ -244,6 +248,12 @@ fn drift_text(body: &Value, window: &str) -> String {
         let problem = cell(&reference["problem"]);
         notes += &format!("version {number}: reference {kind}, {rows} rows {problem}\n");
         for arm in version["arms"].as_array().into_iter().flatten() {
+            if arm["confidence_drop"].as_array().is_some_and(|outputs| !outputs.is_empty()) {
+                let outputs = cell(&arm["confidence_drop"]);
+                notes +=
+                    &format!("version {number}: less sure of {outputs} ({})\n", cell(&arm["arm"]));
+            }
+            notes += &new_categories(&number, arm);
             let windows = arm["windows"].as_array().into_iter().flatten();
             for found in windows.filter(|found| found["window"] == window) {
                 for feature in found["features"].as_array().into_iter().flatten() {
@@ -255,6 +265,7 @@ fn drift_text(body: &Value, window: &str) -> String {
                         cell(&feature["rows"]),
                         cell(&feature["state"]),
                         scores(&feature["scores"]),
+                        mean(&feature["mean"]),
                         if feature["alarm"] == true { "yes".to_owned() } else { String::new() },
                     ]);
                 }
@@ -262,6 +273,35 @@ fn drift_text(body: &Value, window: &str) -> String {
         }
     }
     table.text() + &notes
+}
+
+/// A mean that has moved, and from where.
+fn mean(of: &Value) -> String {
+    let (state, mean, before) = (cell(&of["state"]), &of["mean"], &of["reference_mean"]);
+    match (state.as_str(), mean.as_f64(), before.as_f64()) {
+        ("up" | "down", Some(mean), Some(before)) => {
+            format!("{state} to {mean:.4} from {before:.4}")
+        }
+        _ => String::new(),
+    }
+}
+
+/// A line for each feature with categories that the reference lacks.
+fn new_categories(version: &str, arm: &Value) -> String {
+    let mut lines = String::new();
+    for feature in arm["new_categories"].as_array().into_iter().flatten() {
+        let values = feature["values"].as_array().into_iter().flatten().take(CATEGORIES_SHOWN);
+        let each: Vec<String> = values
+            .map(|value| {
+                let (count, over) = (&value["count"], value["over_count"].as_u64().unwrap_or(0));
+                let at_most = if over > 0 { " at most" } else { "" };
+                format!("'{}' {}{at_most}", cell(&value["value"]), cell(count))
+            })
+            .collect();
+        let (arm, feature) = (cell(&arm["arm"]), cell(&feature["feature"]));
+        lines += &format!("version {version}: new in {feature} ({arm}): {}\n", each.join(", "));
+    }
+    lines
 }
 
 /// Those that say most in a line.
@@ -286,6 +326,34 @@ fn freeze(args: &Changed) -> Result<String, Stop> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mean_that_has_moved_stands_beside_its_feature() {
+        let mean = |state: &str| json!({"state": state, "mean": 0.55, "reference_mean": 0.71004});
+        let feature = |name: &str, state: &str| {
+            json!({"feature": name, "role": "output", "rows": 600, "state": "steady",
+                "scores": {"cell_psi": 0.01}, "mean": mean(state), "alarm": false})
+        };
+        let features = [feature("confidence(y)", "down"), feature("margin(y)", "steady")];
+        let arm = json!({"arm": "stable", "confidence_drop": ["y"],
+            "windows": [{"window": "hour", "features": features}]});
+        let reference = json!({"kind": "file", "rows": 1000, "problem": null});
+        let body = json!({"versions": [{"version": "2", "reference": reference, "arms": [arm]}]});
+        let text = drift_text(&body, "hour");
+        assert!(text.contains("cell_psi 0.010  down to 0.5500 from 0.7100"), "{text}");
+        assert_eq!(text.matches(" from ").count(), 1, "{text}");
+        assert!(text.contains("version 2: less sure of y (stable)\n"), "{text}");
+    }
+
+    #[test]
+    fn new_categories_are_a_line_for_each_feature() {
+        let value = |value: &str, count: u64, over: u64| json!({"value": value, "count": count, "over_count": over});
+        let arm = json!({"arm": "stable", "new_categories": [
+            {"feature": "colour", "values": [value("mauve\u{7}", 12, 0), value("pink", 3, 2)]},
+        ]});
+        let want = "version 2: new in colour (stable): 'mauve\u{fffd}' 12, 'pink' 3 at most\n";
+        assert_eq!(new_categories("2", &arm), want);
+    }
 
     #[test]
     fn a_list_shows_what_runs_and_what_is_wrong() {

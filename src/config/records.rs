@@ -53,6 +53,7 @@ pub(super) fn monitor(from: &mut Layers) -> monitor::Settings {
         window_values: from.size("monitor.window_values"),
         features_max: from.size("monitor.features_max"),
         provisional_rows: from.number("monitor.provisional_rows"),
+        new_categories: from.flag("monitor.new_categories"),
         ..monitor::Settings::new(Path::new(&state_dir))
     }
 }

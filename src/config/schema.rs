@@ -148,6 +148,7 @@ pub const KEYS: &[Key] = &[
     key("monitor.window_values", Kind::Int(1, 65_536), "8192"),
     key("monitor.features_max", Kind::Int(0, 1 << 20), "2000"),
     key("monitor.provisional_rows", Kind::Int(200, 100_000), "10000"),
+    key("monitor.new_categories", Kind::Bool, "true"),
     key("feedback.items_max", Kind::Int(1, 65_536), "1000"),
     key("feedback.queue_max", Kind::Int(1, 65_536), "64"),
     key("feedback.window_days", Kind::Int(1, 3650), "30"),

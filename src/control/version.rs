@@ -450,7 +450,8 @@ impl Preparer {
         }
         let watch = self.monitor.get().map(|monitor| {
             let given = checked.reference.clone();
-            monitor.watch(model, version, checked.digest, &signature, given)
+            let hidden = hidden(&recording, &signature);
+            monitor.watch(model, version, checked.digest, &signature, given, hidden)
         });
         let served = Served {
             model: model.clone(),
@@ -492,6 +493,12 @@ fn recording(
     }
     let resolved = capture::resolve(&settings.ledger, all, signature);
     resolved.map_err(|problems| PrepareError::Contradiction(problems.join("; ")))
+}
+
+/// Tensors whose values nobody is to see: those that the ledger does not keep as they are.
+fn hidden(recording: &Recording, signature: &Signature) -> Vec<String> {
+    let names = signature.inputs.iter().chain(&signature.outputs).map(|spec| &spec.name);
+    names.filter(|name| !recording.keeps_as_is(name)).cloned().collect()
 }
 
 /// How the model's requests are padded, if `tidegate.toml` says so.

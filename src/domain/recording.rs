@@ -193,6 +193,18 @@ pub struct Recording {
     pub stamp: String,
 }
 
+impl Recording {
+    /// Whether a tensor of this name is kept as it is: recorded, and neither left out, hashed, cut,
+    /// encrypted nor masked.
+    pub fn keeps_as_is(&self, tensor: &str) -> bool {
+        let kept = match self.tensors.iter().find(|rule| rule.name == tensor) {
+            Some(rule) => rule.treatment == Treatment::Keep && rule.columns.is_none(),
+            None => self.capture == Capture::Full,
+        };
+        kept && self.durability != Durability::Off && self.sample > 0
+    }
+}
+
 impl Default for Recording {
     fn default() -> Self {
         Self {
@@ -207,5 +219,35 @@ impl Default for Recording {
             needs_subject: false,
             stamp: "full".to_owned(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_recorded_whole_is_kept_as_it_is() {
+        let rule = |name: &str, treatment, columns| TensorRule {
+            name: name.to_owned(),
+            treatment,
+            columns,
+        };
+        let tensors = vec![
+            rule("hashed", Treatment::Hash, None),
+            rule("cut", Treatment::Truncate(4), None),
+            rule("masked", Treatment::Keep, Some(Columns::Mask(vec![0]))),
+            rule("kept", Treatment::Keep, None),
+        ];
+        let recording = Recording { tensors, ..Recording::default() };
+        let kept = |recording: &Recording| {
+            ["hashed", "cut", "masked", "kept", "other"].map(|name| recording.keeps_as_is(name))
+        };
+        assert_eq!(kept(&recording), [false, false, false, true, true]);
+        let digests = Recording { capture: Capture::Digest, ..recording.clone() };
+        assert_eq!(kept(&digests), [false, false, false, true, false]);
+        let off = Recording { durability: Durability::Off, ..recording.clone() };
+        let sampled_out = Recording { sample: 0, ..recording };
+        assert_eq!((kept(&off), kept(&sampled_out)), ([false; 5], [false; 5]));
     }
 }

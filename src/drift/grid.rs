@@ -120,8 +120,10 @@ impl Grid {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cells {
     /// Rows in each cell: one more than there are edges.
+    #[serde(with = "super::sparse")]
     pub counts: Vec<u64>,
     /// Sum of the distances to the cell's upper edge; in the last cell to its lower one.
+    #[serde(with = "super::sparse")]
     pub sums: Vec<f64>,
     /// All of `counts` together: the finite values.
     len: u64,

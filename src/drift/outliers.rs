@@ -1,7 +1,7 @@
 //! Whether one row is unlike the reference, feature by feature: cheap enough for every request.
 
 use super::counters::number_name;
-use super::feature::Value;
+use super::feature::{Part, Value};
 use super::grid::LARGEST;
 use super::profile::{FeatureProfile, Numeric, Reference};
 use super::tally::category;
@@ -18,6 +18,8 @@ pub enum Oddity {
     OutOfRange,
     /// More than [`ROBUST_Z_MAX`] from the median as well.
     FarOut,
+    /// A row shorter or longer than any of the reference: its `length(x)` says so.
+    Shape,
     /// A category that the reference has not.
     UnseenCategory,
     /// NaN or infinite, or nothing at all, where the reference has always a value.
@@ -29,7 +31,13 @@ impl FeatureProfile {
     pub fn oddity(&self, value: Value<'_>) -> Option<Oddity> {
         match (&self.reference, value) {
             (Reference::Num(numeric), Value::Number(number)) if number.abs() <= LARGEST => {
-                far(numeric, number)
+                match self.feature.part {
+                    Part::Length => {
+                        let seen = (numeric.cells.min..=numeric.cells.max).contains(&number);
+                        (!seen).then_some(Oddity::Shape)
+                    }
+                    _ => far(numeric, number),
+                }
             }
             (Reference::Num(numeric), _) => {
                 let always = numeric.cells.rows() == numeric.cells.len();

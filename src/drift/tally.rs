@@ -102,6 +102,7 @@ impl Dictionary {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// Rows of each category of the dictionary.
+    #[serde(with = "super::sparse")]
     pub counts: Vec<u64>,
     /// Rows whose category is not in it.
     pub outside: u64,

@@ -140,6 +140,7 @@ pub struct Waves(Vec<([f64; DIMENSIONS], f64)>);
 pub struct Fourier {
     pub rows: u64,
     pub missing: u64,
+    #[serde(with = "super::sparse")]
     pub sums: Vec<f64>,
 }
 

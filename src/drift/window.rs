@@ -15,20 +15,20 @@ pub const WINDOW_MAX: usize = 65_536;
 
 /// The latest values.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Ring {
-    values: Vec<f64>,
+pub struct Ring<T = f64> {
+    values: Vec<T>,
     size: usize,
     /// Where the next value goes when it is full.
     at: usize,
 }
 
-impl Ring {
+impl<T> Ring<T> {
     /// `size` is 1 at least and [`WINDOW_MAX`] at most.
     pub fn new(size: usize) -> Self {
         Self { values: Vec::new(), size: size.clamp(1, WINDOW_MAX), at: 0 }
     }
 
-    pub fn push(&mut self, value: f64) {
+    pub fn push(&mut self, value: T) {
         if self.values.len() < self.size {
             self.values.push(value);
             return;
@@ -40,7 +40,7 @@ impl Ring {
     }
 
     /// In no order.
-    pub fn values(&self) -> &[f64] {
+    pub fn values(&self) -> &[T] {
         &self.values
     }
 

@@ -4,20 +4,25 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::report::{ArmReport, Counted, FeatureReport, Odd, Oddities, WindowReport};
+use super::latest::Latest;
+use super::means::{self, has_mean};
+use super::report::{
+    ArmReport, Counted, FeatureReport, NewCategories, NewCategory, Odd, Oddities, WindowReport,
+};
 use super::slots::{Slots, Turned, Window};
-use crate::drift::counters::{Counters, Score, Scores};
-use crate::drift::feature::{Role, Value};
-use crate::drift::grid::LARGEST;
+use crate::drift::counters::{Counters, Score, Scores, number_name};
+use crate::drift::feature::{Part, Value};
+use crate::drift::frequent::{Frequent, Kept};
+use crate::drift::grid::ROWS_MAX;
 use crate::drift::outliers::Oddity;
-use crate::drift::profile::{FeatureProfile, Profile, Reference};
-use crate::drift::quality::Quality;
-use crate::drift::scores::Sample;
-use crate::drift::sequential;
+use crate::drift::profile::{FeatureProfile, Profile};
+use crate::drift::quality::COUNTED;
+use crate::drift::sequential::{self, Means};
+use crate::drift::tally::category;
 use crate::drift::verdict::{State, Verdict, judge};
-use crate::drift::window::Ring;
 
-/// A version alarms by chance with this probability at most, however long it is watched.
+/// A version alarms by chance with this probability at most, however long it is watched; one of its
+/// means moves by chance with no more.
 const ALPHA: f64 = 0.05;
 /// Processes of evidence that begin anew: by the day and by the hour.
 const DAILY: usize = 0;
@@ -31,13 +36,18 @@ pub(super) struct ArmState {
     evidence: Vec<Option<sequential::Monitor>>,
     /// Rows in the cells of the open slot that the evidence has already.
     fed: Vec<Vec<u64>>,
+    /// Of features that have a mean; and what it has of the open slot: how many values, and their sum.
+    means: Vec<Option<Means>>,
+    fed_means: Vec<(u64, f64)>,
+    /// Categories of each feature that the reference lacks.
+    strange: Vec<Frequent>,
     total: Counted,
     /// The same since this process has it: what a counter of the metrics page must not lose.
     #[serde(skip)]
     own: Counted,
-    /// The latest values; begins anew with a restart.
+    /// Begins anew with a restart.
     #[serde(skip)]
-    latest: Vec<Option<Ring>>,
+    latest: Latest,
 }
 
 /// Counters for one row after the other of one call.
@@ -46,6 +56,8 @@ pub(super) struct Counting<'a> {
     state: &'a mut ArmState,
     /// Whether each row of the call has been odd.
     odd: &'a mut Vec<bool>,
+    /// Whether values of each feature may be seen.
+    told: &'a [bool],
 }
 
 impl ArmState {
@@ -54,23 +66,22 @@ impl ArmState {
             let own = feature.cells(&feature.own());
             (!own.is_empty()).then(|| sequential::Monitor::new(&own, 2))
         });
-        let mut state = Self {
+        Self {
             slots: Slots::new(now, empty(profile)),
             evidence: evidence.collect(),
             fed: vec![Vec::new(); profile.features.len()],
+            means: profile.features.iter().map(|of| has_mean(of).then(|| Means::new(2))).collect(),
+            fed_means: vec![(0, 0.0); profile.features.len()],
+            strange: vec![Frequent::default(); profile.features.len()],
             total: Counted::default(),
             own: Counted::default(),
-            latest: Vec::new(),
-        };
-        state.begin_latest(profile, window_values);
-        state
+            latest: Latest::new(profile, window_values),
+        }
     }
 
     /// After a restart.
     pub(super) fn begin_latest(&mut self, profile: &Profile, window_values: usize) {
-        let ring = |kept: bool| kept.then(|| Ring::new(window_values));
-        let features = profile.features.iter();
-        self.latest = features.map(|feature| ring(feature.sample().is_some())).collect();
+        self.latest = Latest::new(profile, window_values);
     }
 
     /// Whether it is of this profile. For what comes from a file.
@@ -81,15 +92,16 @@ impl ArmState {
                 && profile.features.iter().zip(counters).all(|(feature, own)| feature.fits(own))
         };
         let fresh = Self::new(profile, 0, 1);
-        let like = |have: &Option<sequential::Monitor>, want: &Option<sequential::Monitor>| match (
-            have, want,
-        ) {
-            (Some(have), Some(want)) => have.like(want),
-            (have, want) => have.is_none() && want.is_none(),
-        };
         self.evidence.len() == count
             && self.fed.len() == count
-            && self.evidence.iter().zip(&fresh.evidence).all(|(have, want)| like(have, want))
+            && self.strange.len() == count
+            && self.strange.iter().all(Frequent::fits)
+            && self.fed.iter().flatten().all(|rows| *rows <= ROWS_MAX)
+            && self.total.fits()
+            && alike(&self.evidence, &fresh.evidence, sequential::Monitor::like)
+            && alike(&self.means, &fresh.means, Means::like)
+            && self.fed_means.len() == count
+            && self.fed_means.iter().all(|(rows, sum)| *rows <= ROWS_MAX && sum.is_finite())
             && self.slots.fits(cells)
     }
 
@@ -98,10 +110,20 @@ impl ArmState {
         profile: &'a Profile,
         rows: usize,
         odd: &'a mut Vec<bool>,
+        told: &'a [bool],
     ) -> Counting<'a> {
         odd.clear();
         odd.resize(rows, false);
-        Counting { profile, state: self, odd }
+        Counting { profile, state: self, odd, told }
+    }
+
+    /// Forgets values of features that are not to be seen.
+    pub(super) fn hide(&mut self, told: &[bool]) {
+        for (strange, told) in self.strange.iter_mut().zip(told) {
+            if !told {
+                *strange = Frequent::default();
+            }
+        }
     }
 
     /// Ends slots that have ended; whether any has.
@@ -116,14 +138,16 @@ impl ArmState {
         let turned = self.slots.turn(now, || empty(profile));
         if turned != Turned::Nothing {
             self.fed.iter_mut().for_each(Vec::clear);
+            self.fed_means.fill((0, 0.0));
         }
-        for evidence in self.evidence.iter_mut().flatten() {
-            if turned == Turned::Day {
-                evidence.restart(DAILY);
-            }
-            if matches!(turned, Turned::Day | Turned::Hour) {
-                evidence.restart(HOURLY);
-            }
+        let ended: &[usize] = match turned {
+            Turned::Day => &[DAILY, HOURLY],
+            Turned::Hour => &[HOURLY],
+            Turned::Slot | Turned::Nothing => &[],
+        };
+        for process in ended {
+            self.evidence.iter_mut().flatten().for_each(|own| own.restart(*process));
+            self.means.iter_mut().flatten().for_each(|own| own.restart(*process));
         }
         turned != Turned::Nothing
     }
@@ -143,6 +167,25 @@ impl ArmState {
             evidence.add(&new);
             *fed = cells;
         }
+        for ((counters, means), fed) in
+            counters.iter().zip(&mut self.means).zip(&mut self.fed_means)
+        {
+            if let (Counters::Num(cells), Some(means)) = (counters, means) {
+                let now = (cells.len(), cells.mean * cells.len() as f64);
+                means.add(now.0.saturating_sub(fed.0), now.1 - fed.1);
+                *fed = now;
+            }
+        }
+    }
+
+    fn keep_strange(&mut self, feature: usize, value: Value<'_>) {
+        let now = self.slots.open.from;
+        let Some(strange) = self.strange.get_mut(feature) else { return };
+        match value {
+            Value::Text(bytes) => strange.add(&category(bytes), now),
+            Value::Number(number) => strange.add(&number_name(number), now),
+            Value::Vector(_) | Value::Missing => {}
+        }
     }
 
     /// Whether no row came for a day.
@@ -157,7 +200,35 @@ impl ArmState {
             self.window("day", Window::Day, profile),
         ];
         windows.extend(self.latest(profile));
-        ArmReport { arm: arm.to_owned(), total: self.total, own: self.own, windows }
+        let new_categories = self.new_categories(profile);
+        let dropped = |of: &FeatureProfile, report: &FeatureReport| {
+            of.feature.part == Part::Confidence
+                && report.mean.is_some_and(|mean| mean.state == means::DOWN)
+        };
+        // The first window is the hour, which has the means.
+        let hour = windows.first().map_or(&[][..], |hour: &WindowReport| &hour.features);
+        let drops = profile.features.iter().zip(hour).filter(|(of, report)| dropped(of, report));
+        let confidence_drop = drops.map(|(of, _)| of.feature.tensor.clone()).collect();
+        let (total, own) = (self.total, self.own);
+        ArmReport { arm: arm.to_owned(), total, own, windows, confidence_drop, new_categories }
+    }
+
+    fn new_categories(&self, profile: &Profile) -> Vec<NewCategories> {
+        let features = profile.features.iter().zip(&self.strange);
+        let some = features.filter(|(_, strange)| !strange.is_empty());
+        let told = |kept: &Kept| NewCategory {
+            value: kept.text.clone(),
+            count: kept.count,
+            over_count: kept.over_count,
+            last_seen: jiff::Timestamp::from_second(kept.last_at).ok().map(|at| at.to_string()),
+        };
+        some.map(|(of, strange)| NewCategories {
+            feature: of.feature.name.clone(),
+            role: of.feature.role,
+            tensor: of.feature.tensor.clone(),
+            values: strange.ordered().into_iter().map(told).collect(),
+        })
+        .collect()
     }
 
     fn window(&self, name: &'static str, window: Window, profile: &Profile) -> WindowReport {
@@ -172,6 +243,7 @@ impl ArmState {
         let verdicts =
             judge(judged.map(|((feature, counters), scores)| (feature, counters, scores)));
         let watched = self.evidence.iter().flatten().count().max(1);
+        let alpha_of_mean = ALPHA / self.means.iter().flatten().count().max(1) as f64;
         let mut features = Vec::with_capacity(verdicts.len());
         for (at, (verdict, scores)) in verdicts.into_iter().zip(&scores).enumerate() {
             let (of, counters) = (&profile.features[at], &sum.counters[at]);
@@ -180,8 +252,11 @@ impl ArmState {
             let mut report = feature_report(&of.feature, counters.rows(), verdict, scores);
             report.alarm = ln.is_some_and(|ln| ln >= (watched as f64 / ALPHA).ln());
             report.ln_evidence = ln.filter(|ln| ln.is_finite());
-            report.constant = is_constant(&of.reference, counters);
             report.odd = odd(of, counters);
+            report.constant = of.is_constant(counters);
+            let means = self.means.get(at).and_then(Option::as_ref);
+            let means = means.filter(|_| window == Window::Hour);
+            report.mean = means.and_then(|own| means::report(of, own, alpha_of_mean));
             features.push(report);
         }
         finish(name, Some(sum.from), features)
@@ -190,14 +265,8 @@ impl ArmState {
     /// What Evidently and scipy would say of the latest values.
     fn latest(&self, profile: &Profile) -> Option<WindowReport> {
         let mut features = Vec::new();
-        for (of, ring) in profile.features.iter().zip(&self.latest) {
-            let Some(ring) = ring else { continue };
-            let integers = match &of.reference {
-                Reference::Num(numeric) => numeric.integers,
-                _ => false,
-            };
-            let scores = of.score_values(&Sample::new(ring.values().to_vec(), integers));
-            let rows = ring.values().len() as u64;
+        for (at, of) in profile.features.iter().enumerate() {
+            let Some((rows, scores)) = self.latest.scores(at, of) else { continue };
             let enough = rows >= crate::drift::evidence::ROWS_MIN;
             // For people: alerts are made of the other windows.
             let state = if enough { State::Steady } else { State::InsufficientData };
@@ -214,47 +283,19 @@ impl Counting<'_> {
         if let Some(counters) = self.state.slots.open.counters.get_mut(feature) {
             of.add(counters, value);
         }
-        if let (Some(Some(ring)), Value::Number(number)) =
-            (self.state.latest.get_mut(feature), value)
-            && number.abs() <= LARGEST
+        self.state.latest.add(feature, of, value);
+        let odd = of.oddity(value);
+        if odd == Some(Oddity::UnseenCategory) && self.told.get(feature) == Some(&true) {
+            self.state.keep_strange(feature, value);
+        }
+        let mut own = Oddities::default();
+        if own.count(odd, value)
+            && let Some(row) = self.odd.get_mut(row)
         {
-            ring.push(number);
-        }
-        let own = self.count(row, of.oddity(value), value);
-        self.state.own.quality.add(&own);
-        self.state.total.quality.add(&own);
-    }
-
-    /// What is wrong with one value, as counts.
-    fn count(&mut self, row: usize, odd: Option<Oddity>, value: Value<'_>) -> Oddities {
-        let mut counts = Oddities::default();
-        if let Value::Number(number) = value {
-            counts.nan = u64::from(number.is_nan());
-            counts.infinite = u64::from(number.abs() > LARGEST);
-        }
-        let far = match odd {
-            None => false,
-            Some(Oddity::NoValue) => {
-                counts.missing = u64::from(!matches!(value, Value::Number(_)));
-                false
-            }
-            Some(Oddity::OutOfRange) => {
-                counts.out_of_range = 1;
-                false
-            }
-            Some(Oddity::FarOut) => {
-                counts.far_out = 1;
-                true
-            }
-            Some(Oddity::UnseenCategory) => {
-                counts.unseen_category = 1;
-                true
-            }
-        };
-        if far && let Some(row) = self.odd.get_mut(row) {
             *row = true;
         }
-        counts
+        self.state.own.quality.add(&own);
+        self.state.total.quality.add(&own);
     }
 
     /// All features of the call have been added.
@@ -265,6 +306,15 @@ impl Counting<'_> {
             counted.outlier_rows += outliers;
         }
     }
+}
+
+/// Whether each of a list is like that of another, where there is one.
+fn alike<T>(have: &[Option<T>], want: &[Option<T>], like: impl Fn(&T, &T) -> bool) -> bool {
+    let both = |(have, want): (&Option<T>, &Option<T>)| match (have, want) {
+        (Some(have), Some(want)) => like(have, want),
+        (have, want) => have.is_none() && want.is_none(),
+    };
+    have.len() == want.len() && have.iter().zip(want).all(both)
 }
 
 fn empty(profile: &Profile) -> Vec<Counters> {
@@ -279,10 +329,7 @@ fn feature_report(
 ) -> FeatureReport {
     FeatureReport {
         feature: feature.name.clone(),
-        role: match feature.role {
-            Role::Input => Role::Input,
-            Role::Output => Role::Output,
-        },
+        role: feature.role,
         tensor: feature.tensor.clone(),
         rows,
         state: verdict.state,
@@ -291,6 +338,7 @@ fn feature_report(
         p_value: Some(verdict.p).filter(|p| p.is_finite()),
         ln_evidence: None,
         alarm: false,
+        mean: None,
         constant: false,
         odd: BTreeMap::new(),
     }
@@ -318,27 +366,29 @@ fn finish(name: &'static str, since: Option<i64>, features: Vec<FeatureReport>) 
 
 /// Rows that something is wrong with, beside those of the reference.
 fn odd(of: &FeatureProfile, counters: &Counters) -> BTreeMap<&'static str, Odd> {
-    let now = of.quality(counters).counts();
+    let now = of.counted(counters);
     if now.iter().all(|rows| *rows == 0) {
         return BTreeMap::new();
     }
     let own = of.own();
-    let (before, all) = (of.quality(&own).counts(), own.rows().max(1) as f64);
-    let pairs = Quality::KINDS.into_iter().zip(now.into_iter().zip(before));
+    let (before, all) = (of.counted(&own), own.rows().max(1) as f64);
+    let pairs = COUNTED.into_iter().zip(now.into_iter().zip(before));
     let pairs = pairs.filter(|(_, (rows, _))| *rows > 0);
     pairs.map(|(kind, (rows, own))| (kind, Odd { rows, reference: own as f64 / all })).collect()
 }
 
-fn is_constant(reference: &Reference, counters: &Counters) -> bool {
-    match (reference, counters) {
-        (Reference::Num(numeric), Counters::Num(cells)) => {
-            counters.sufficient() && numeric.distinct > 1 && cells.min == cells.max
+#[cfg(test)]
+impl ArmState {
+    /// As after a day and an hour with these counters in each slot.
+    pub(super) fn full(profile: &Profile, counters: &[Counters], window_values: usize) -> Self {
+        let mut state = Self::new(profile, 0, window_values);
+        let hours = (1..=25).map(|hour| hour * 3600);
+        let slots = (1..=12).map(|slot| 25 * 3600 + slot * super::slots::SLOT_S);
+        for until in hours.chain(slots) {
+            state.slots.open.counters = counters.to_vec();
+            state.turn(profile, until);
         }
-        (Reference::Cat(cat), Counters::Cat(tally)) => {
-            let several = cat.tally.cells().iter().filter(|count| **count > 0).count() > 1;
-            let now = tally.cells().iter().filter(|count| **count > 0).count();
-            counters.sufficient() && several && now == 1
-        }
-        _ => false,
+        state.slots.open.counters = counters.to_vec();
+        state
     }
 }

@@ -16,7 +16,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::desk::{Memory, TEXTS_MAX, read};
+use super::desk::{Memory, read};
+use super::memory::TEXTS_MAX;
 use super::{Offer, Watch};
 use crate::domain::{Arm, Digest, ModelName, Version};
 use crate::drift::counters::Counters;

@@ -1,6 +1,6 @@
 //! The thread `monitor`: counts what was offered, judges windows, keeps the state.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -8,34 +8,26 @@ use std::time::Instant;
 
 use super::arm::ArmState;
 use super::compare::Comparisons;
+use super::memory::{TEXTS_MAX, learner_weight, weight_of};
 use super::report::{ReferenceReport, VersionReport};
 use super::state::{self, StateDir};
 use super::{
     ALL, ARMS_MAX, Freeze, FreezeError, Given, Id, NOTHING, Offer, Reference, Reports, STABLE,
     Settings, Shared, TURN, Watch,
 };
-use crate::domain::{Arm, DataType, Digest};
-use crate::drift;
-use crate::drift::feature::{Feature, Part, Role, Value};
+use crate::domain::{Arm, Digest};
+use crate::drift::feature::{Feature, Role, Value};
 use crate::drift::learn::{LearnSettings, Learner};
 use crate::drift::profile::{FeatureProfile, Profile};
 use crate::drift::rows::{Plan, Scratch};
-use crate::drift::tally::CATEGORY_LEN_MAX;
-use crate::drift::wide::DIMENSIONS;
 use crate::panics::caught;
 
 /// Judging windows takes one part in so many of the thread's time.
 const JUDGE_SHARE: u32 = 50;
-/// Different texts of one feature that are told apart while a reference is learnt.
-pub(super) const TEXTS_MAX: usize = 1000;
 /// Why nothing is watched of a version.
 const FULL: &str = "as many features as monitor.features_max are watched already";
 /// Names of arms that always have a place.
 const OWN_ARMS: [&str; 3] = ["stable", "canary", "pinned"];
-/// Bytes of a feature's counters that the limit of features is made of.
-const FEATURE_BYTES: usize = 50 << 10;
-/// Slots that a feature's counters are kept of, about.
-const SLOTS: usize = 40;
 
 pub(super) struct Desk {
     shared: Arc<Shared>,
@@ -60,6 +52,8 @@ struct Watched {
     basis: Basis,
     plan: Plan,
     arms: BTreeMap<String, ArmState>,
+    /// Whether values of each feature of the reference may be seen.
+    told: Vec<bool>,
     /// What is odd about the reference.
     note: Option<String>,
     /// Features that an arm, or learning, takes the memory of.
@@ -148,38 +142,41 @@ impl Desk {
 
     /// Begins to watch versions that came, and forgets those that went.
     fn follow_versions(&mut self) {
-        for watched in self.watched.values_mut() {
-            if watched.watch.strong_count() == 0 {
-                watched.keep();
-            }
-        }
-        self.watched.retain(|_, watched| watched.watch.strong_count() > 0);
         let watches: Vec<Arc<Watch>> = {
             let mut watches = self.shared.watches.lock();
             watches.retain(|watch| watch.strong_count() > 0);
             watches.iter().filter_map(Weak::upgrade).collect()
         };
-        for watch in watches {
+        let there: HashSet<&Id> = watches.iter().map(|watch| &watch.id).collect();
+        self.watched.retain(|id, watched| {
+            let stays = there.contains(id);
+            if !stays {
+                watched.keep();
+            }
+            stays
+        });
+        for watch in &watches {
             let others = self.watched.iter().filter(|(id, _)| **id != watch.id);
             let features: usize = others.map(|(_, watched)| watched.features()).sum();
             let settings = &self.shared.settings;
             let left = settings.features_max.saturating_sub(features);
             if let Some(known) = self.watched.get_mut(&watch.id) {
-                if known.is_as_given(&watch) && !known.finds_room(left) {
+                if known.is_as_given(watch) && known.fits(watch) && !known.finds_room(left) {
+                    known.follow(watch, settings);
                     continue;
                 }
                 known.keep();
             }
-            let watched = Watched::new(&watch, settings, left);
+            let watched = Watched::new(watch, settings, left);
             self.watched.insert(watch.id.clone(), watched);
         }
     }
 
     fn take(&mut self, offer: &Offer) {
-        let Some(watch) = offer.watch.upgrade() else { return };
-        let compared = self.comparisons.take(&watch, offer, &mut self.memory);
-        if !self.count(&watch, offer) && !compared {
-            let rows = rows_of(&watch, offer) as u64;
+        let watch = &offer.watch;
+        let compared = self.comparisons.take(watch, offer, &mut self.memory);
+        if !self.count(watch, offer) && !compared {
+            let rows = rows_of(watch, offer) as u64;
             watch.skipped.fetch_add(rows, Ordering::Relaxed);
         }
     }
@@ -250,6 +247,7 @@ impl Watched {
             basis: Basis::Nothing("none of its inputs and outputs can be watched".to_owned()),
             plan: Plan::new([]),
             arms: BTreeMap::new(),
+            told: Vec::new(),
             note: None,
             weight: 0,
         };
@@ -292,7 +290,7 @@ impl Watched {
                 arm.turn(&reference.0, now);
             }
             watched.note = strangers(&reference.0, watch);
-            watched.compare_with(reference, kind);
+            watched.compare_with(reference, kind, watch, settings);
         } else if !watch.features.is_empty() {
             watched.learn(watch, settings);
         }
@@ -328,6 +326,42 @@ impl Watched {
         same
     }
 
+    /// Whether what is being learnt is what this watch has.
+    fn fits(&self, watch: &Watch) -> bool {
+        match &self.basis {
+            Basis::Learning(learner) => learner.features() == watch.features,
+            _ => true,
+        }
+    }
+
+    /// Goes on with a watch that came later: the version was loaded again.
+    fn follow(&mut self, watch: &Arc<Watch>, settings: &Settings) {
+        if watch.number <= self.number {
+            return;
+        }
+        if let Some(before) = self.watch.upgrade() {
+            let skipped = before.skipped.load(Ordering::Relaxed);
+            watch.skipped.fetch_add(skipped, Ordering::Relaxed);
+        }
+        (self.watch, self.number) = (Arc::downgrade(watch), watch.number);
+        if let Basis::Known { profile, .. } = &self.basis {
+            let profile = Arc::clone(profile);
+            self.hide(&profile, watch, settings);
+        }
+        self.tell(watch);
+    }
+
+    /// Keeps and tells no values of tensors that nobody is to see.
+    fn hide(&mut self, profile: &Profile, watch: &Watch, settings: &Settings) {
+        let told = |feature: &FeatureProfile| {
+            settings.new_categories && !watch.hidden.contains(&feature.feature.tensor)
+        };
+        self.told = profile.features.iter().map(told).collect();
+        for arm in self.arms.values_mut() {
+            arm.hide(&self.told);
+        }
+    }
+
     /// Whether there is room now, and was none.
     fn finds_room(&self, left: usize) -> bool {
         matches!(self.basis, Basis::Full { features } if features <= left)
@@ -345,7 +379,14 @@ impl Watched {
         };
     }
 
-    fn compare_with(&mut self, (profile, digest): Reference, kind: &'static str) {
+    fn compare_with(
+        &mut self,
+        (profile, digest): Reference,
+        kind: &'static str,
+        watch: &Watch,
+        settings: &Settings,
+    ) {
+        self.hide(&profile, watch, settings);
         self.plan = Plan::new(profile.features.iter().map(|feature| &feature.feature));
         self.weight = weight_of(&profile);
         self.basis = Basis::Known { profile, digest, kind };
@@ -385,7 +426,7 @@ impl Watched {
                     learner.add(feature, value);
                 });
                 if learner.rows() >= settings.provisional_rows {
-                    self.learnt(watch);
+                    self.learnt(watch, settings);
                 }
             }
             Basis::Known { profile, .. } => {
@@ -401,7 +442,7 @@ impl Watched {
                     self.arms.insert(name.to_owned(), state);
                 }
                 let Some(arm) = self.arms.get_mut(name) else { return false };
-                let mut counting = arm.counting(profile, rows, odd);
+                let mut counting = arm.counting(profile, rows, odd, &self.told);
                 read(&self.plan, watch, offer, scratch, |row, feature, value| {
                     counting.add(row, feature, value);
                 });
@@ -412,7 +453,7 @@ impl Watched {
     }
 
     /// The rows that were learnt from become the reference.
-    fn learnt(&mut self, watch: &Watch) {
+    fn learnt(&mut self, watch: &Watch, settings: &Settings) {
         let before = std::mem::replace(&mut self.basis, Basis::Nothing(String::new()));
         let Basis::Learning(learner) = before else { return };
         let of = (watch.id.model.clone(), Some(watch.id.version));
@@ -429,13 +470,15 @@ impl Watched {
             Ok(digest) => {
                 let rows = profile.source.rows;
                 tracing::info!(%model, %version, rows, "a provisional reference was learnt");
-                self.compare_with((Arc::new(profile), digest), "provisional");
+                let reference = (Arc::new(profile), digest);
+                self.compare_with(reference, "provisional", watch, settings);
             }
             Err(error) => {
                 tracing::warn!(%error, %model, %version, "a learnt reference cannot be kept");
                 self.note = Some(format!("it could not be kept: {error}"));
                 let nowhere = Digest::new([0; 32]);
-                self.compare_with((Arc::new(profile), nowhere), "provisional");
+                let reference = (Arc::new(profile), nowhere);
+                self.compare_with(reference, "provisional", watch, settings);
             }
         }
         self.tell(watch);
@@ -517,29 +560,6 @@ impl Watched {
             arms,
         }
     }
-}
-
-/// As many features as its counters have the memory of.
-fn weight_of(profile: &Profile) -> usize {
-    let bytes = |feature: &FeatureProfile| match &feature.reference {
-        drift::profile::Reference::Num(numeric) => 16 * SLOTS * (numeric.edges.edges().len() + 1),
-        drift::profile::Reference::Cat(cat) => {
-            cat.categories.names().len() * (8 * SLOTS + 2 * CATEGORY_LEN_MAX)
-        }
-        drift::profile::Reference::Mmd(_) => 2048 * SLOTS,
-    };
-    profile.features.iter().map(|feature| bytes(feature).div_ceil(FEATURE_BYTES).max(1)).sum()
-}
-
-/// The same while it is learnt.
-fn learner_weight(feature: &Feature, settings: &Settings) -> usize {
-    let rows = usize::try_from(settings.provisional_rows).unwrap_or(usize::MAX);
-    let bytes = match (feature.part, feature.datatype) {
-        (Part::Mmd, _) => rows.min(4096) * 8 * DIMENSIONS,
-        (_, DataType::Bytes) => rows * 4 + TEXTS_MAX * 2 * CATEGORY_LEN_MAX,
-        _ => rows * 8,
-    };
-    bytes.div_ceil(FEATURE_BYTES).max(1)
 }
 
 /// What to say of a profile that is another model's, as a whole or in part.

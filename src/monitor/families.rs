@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::report::{FeatureReport, Oddities, VersionReport};
+use super::means::{DOWN, UP};
+use super::report::{FeatureReport, MeanReport, Oddities, VersionReport};
 use crate::drift::counters::Score;
 use crate::drift::feature::Role;
 use crate::drift::verdict::State;
@@ -34,6 +35,21 @@ pub(super) fn of(reports: &[Arc<VersionReport>]) -> Vec<Family> {
         "tidegate_drift_alarms",
         Kind::Gauge,
         "Features with evidence of a change since the version was loaded",
+    );
+    let mut means = Family::new(
+        "tidegate_drift_means",
+        Kind::Gauge,
+        "Features whose mean has moved by more than chance, and by much, by direction",
+    );
+    let mut sure = Family::new(
+        "tidegate_confidence_drop",
+        Kind::Gauge,
+        "1 for an output that the model is less sure of than it was, else 0",
+    );
+    let mut constant = Family::new(
+        "tidegate_drift_constant_features",
+        Kind::Gauge,
+        "Features with one value in the last hour, where the reference has several",
     );
     let mut quality = Family::new(
         "tidegate_data_quality_total",
@@ -79,10 +95,28 @@ pub(super) fn of(reports: &[Arc<VersionReport>]) -> Vec<Family> {
             }
             let alarmed = hour.features.iter().filter(|feature| feature.alarm).count();
             alarms.push(labels.clone(), alarmed as f64);
+            let same = hour.features.iter().filter(|feature| feature.constant).count();
+            constant.push(labels.clone(), same as f64);
+            for direction in [UP, DOWN] {
+                let is = |mean: &MeanReport| mean.state == direction;
+                let features = hour.features.iter().filter_map(|feature| feature.mean.as_ref());
+                let moved = features.filter(|mean| is(mean)).count();
+                means.push(with(&labels, "direction", direction), moved as f64);
+            }
+            for feature in hour.features.iter().take(SERIES_FEATURES_MAX) {
+                let is_output = feature.role == Role::Output && feature.mean.is_some();
+                if is_output && feature.feature == format!("confidence({})", feature.tensor) {
+                    let dropped = arm.confidence_drop.contains(&feature.tensor);
+                    sure.push(with(&labels, "tensor", &feature.tensor), f64::from(dropped));
+                }
+            }
             features(&mut scores, &labels, &hour.features);
         }
     }
-    vec![scores, samples, drifted, alarms, quality, outliers, rows, skipped, reference]
+    vec![
+        scores, samples, drifted, alarms, means, sure, constant, quality, outliers, rows, skipped,
+        reference,
+    ]
 }
 
 fn features(scores: &mut Family, labels: &Labels, features: &[FeatureReport]) {

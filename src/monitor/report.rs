@@ -7,6 +7,8 @@ use utoipa::ToSchema;
 
 use crate::drift::counters::Score;
 use crate::drift::feature::Role;
+use crate::drift::grid::ROWS_MAX;
+pub use crate::drift::quality::Oddities;
 use crate::drift::verdict::State;
 
 /// One version: what it is compared with, and how its arms do.
@@ -48,6 +50,35 @@ pub struct ArmReport {
     #[serde(skip)]
     pub own: Counted,
     pub windows: Vec<WindowReport>,
+    /// Outputs that the model is less sure of than it was: the mean of the largest score went `down`.
+    pub confidence_drop: Vec<String>,
+    /// Of features that had any; none where values are not to be seen.
+    pub new_categories: Vec<NewCategories>,
+}
+
+/// Categories of one feature that the reference lacks, since the version was watched first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct NewCategories {
+    pub feature: String,
+    /// `input` or `output`.
+    #[schema(value_type = String)]
+    pub role: Role,
+    pub tensor: String,
+    /// The most frequent ones, 32 at most.
+    pub values: Vec<NewCategory>,
+}
+
+/// It came `count` times at most, and `count - over_count` times at least.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct NewCategory {
+    /// Its first 64 bytes.
+    pub value: String,
+    #[schema(minimum = 1)]
+    pub count: u64,
+    #[schema(minimum = 0)]
+    pub over_count: u64,
+    /// Start of the five minutes in which it came last.
+    pub last_seen: Option<String>,
 }
 
 /// Since the version was watched first, restarts included.
@@ -62,50 +93,29 @@ pub struct Counted {
     pub quality: Oddities,
 }
 
-/// Values that should not be so, by kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize, ToSchema)]
-pub struct Oddities {
-    /// No value where the reference always has one.
-    #[schema(minimum = 0)]
-    pub missing: u64,
-    #[schema(minimum = 0)]
-    pub nan: u64,
-    #[schema(minimum = 0)]
-    pub infinite: u64,
-    /// Outside the quantiles 0.1 % and 99.9 % of the reference.
-    #[schema(minimum = 0)]
-    pub out_of_range: u64,
-    /// Farther than six robust standard deviations from its median.
-    #[schema(minimum = 0)]
-    pub far_out: u64,
-    #[schema(minimum = 0)]
-    pub unseen_category: u64,
+impl Counted {
+    /// Whether adding to it can go on for ever. For what comes from a file.
+    pub(super) fn fits(&self) -> bool {
+        let counts = self.quality.counts();
+        counts.iter().chain([&self.rows, &self.outlier_rows]).all(|count| *count <= ROWS_MAX)
+    }
 }
 
-impl Oddities {
-    pub const KINDS: [&str; 6] =
-        ["missing", "nan", "infinite", "out_of_range", "far_out", "unseen_category"];
-
-    pub(super) fn add(&mut self, more: &Self) {
-        self.missing += more.missing;
-        self.nan += more.nan;
-        self.infinite += more.infinite;
-        self.out_of_range += more.out_of_range;
-        self.far_out += more.far_out;
-        self.unseen_category += more.unseen_category;
-    }
-
-    /// In the order of [`Oddities::KINDS`].
-    pub fn counts(&self) -> [u64; 6] {
-        [
-            self.missing,
-            self.nan,
-            self.infinite,
-            self.out_of_range,
-            self.far_out,
-            self.unseen_category,
-        ]
-    }
+/// Where a feature's mean is, held against the reference's: since the version was watched first, the day
+/// began or the hour, whichever says most.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, ToSchema)]
+pub struct MeanReport {
+    /// Values since then.
+    #[schema(minimum = 0)]
+    pub rows: u64,
+    pub mean: f64,
+    pub reference_mean: f64,
+    /// What the mean is apart from the reference's by chance at most, however often one looks.
+    pub band: f64,
+    /// From where a change of the mean is held to be large.
+    pub limit: f64,
+    /// `insufficient_data`, `steady`, or what is both beyond the band and large: `up` or `down`.
+    pub state: &'static str,
 }
 
 /// A stretch of time, or a number of rows.
@@ -150,6 +160,8 @@ pub struct FeatureReport {
     pub ln_evidence: Option<f64>,
     /// The evidence is beyond what chance reaches once in twenty versions.
     pub alarm: bool,
+    /// Of numbers, and of the window `hour` only.
+    pub mean: Option<MeanReport>,
     /// All values of the window are one, and the reference has several.
     pub constant: bool,
     /// By what is wrong with rows as such: `missing`, `nan`, `infinite`, `out_of_range` (of the

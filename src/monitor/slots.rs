@@ -16,6 +16,9 @@ const DAY_S: i64 = 24 * HOUR_S;
 const SHORT_MAX: usize = 13;
 const HOURS_MAX: usize = 25;
 
+/// No slot of a file begins later: in the year 36812.
+const FROM_MAX: i64 = 1 << 40;
+
 /// Counters of all features over some time.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Slot {
@@ -119,8 +122,9 @@ impl Slots {
     /// Whether all of it was counted by somebody with these features. For what comes from a file.
     pub(super) fn fits(&self, fits: impl Fn(&[Counters]) -> bool) -> bool {
         let few = self.short.len() <= SHORT_MAX && self.hours.len() <= HOURS_MAX;
+        let of_time = |slot: &&Slot| (0..FROM_MAX).contains(&slot.from);
         let all = self.short.iter().chain(&self.hours).chain([&self.open, &self.hour]);
-        few && all.into_iter().all(|slot| fits(&slot.counters))
+        few && all.into_iter().all(|slot| of_time(&slot) && fits(&slot.counters))
     }
 }
 

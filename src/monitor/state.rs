@@ -4,10 +4,12 @@
 //! <state>/monitor/<model>/<version>-<start of the digest>/learnt.json     a provisional reference
 //!                                                         frozen.json     one that somebody took for good: it stays
 //!                                                         given.json      the one that came with its files
-//!                                                         counters.json   of which reference, and the arms
+//!                                                         counters        of which reference, and the arms
 //! ```
 //!
-//! Whatever does not fit is left aside, and counting begins anew: these are statistics, not records.
+//! What somebody may want to read is JSON. Counters, which are written every five minutes and may be
+//! many, are a [`form`] of their own. Whatever does not fit is left aside, said in the log, and counting
+//! begins anew: these are statistics, not records.
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
@@ -16,9 +18,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use serde::{Deserialize, Serialize};
-
 use super::arm::ArmState;
+use super::form;
 use super::{ARMS_MAX, Id, Reference};
 use crate::domain::Digest;
 use crate::drift::profile::{PROFILE_BYTES_MAX, Profile};
@@ -26,24 +27,11 @@ use crate::drift::profile::{PROFILE_BYTES_MAX, Profile};
 const LEARNT: &str = "learnt.json";
 const FROZEN: &str = "frozen.json";
 const GIVEN: &str = "given.json";
-const COUNTERS: &str = "counters.json";
+const COUNTERS: &str = "counters";
 /// Largest file of counters: those of the most features.
-const COUNTERS_BYTES_MAX: u64 = 256 << 20;
+pub(super) const COUNTERS_BYTES_MAX: u64 = 256 << 20;
 /// What was not written for so long is of a version that is gone.
 const KEPT: Duration = Duration::from_secs(30 * 86_400);
-
-/// The arms of a version, and what they are compared with.
-#[derive(Serialize)]
-struct Written<'a> {
-    reference: String,
-    arms: &'a BTreeMap<String, ArmState>,
-}
-
-#[derive(Deserialize)]
-struct Found {
-    reference: String,
-    arms: BTreeMap<String, ArmState>,
-}
 
 /// One version's folder.
 #[derive(Clone, Debug)]
@@ -108,16 +96,11 @@ impl StateDir {
         let Some(bytes) = read(&self.0.join(COUNTERS), COUNTERS_BYTES_MAX) else {
             return BTreeMap::new();
         };
-        let found: Result<Found, _> = serde_json::from_slice(&bytes);
-        match found {
-            Ok(found)
-                if found.reference == digest.to_string()
-                    && found.arms.len() <= ARMS_MAX
-                    && found.arms.values().all(|arm| arm.fits(profile)) =>
-            {
-                found.arms
+        match form::read(&bytes) {
+            Ok((reference, arms)) => {
+                let fit = arms.len() <= ARMS_MAX && arms.values().all(|arm| arm.fits(profile));
+                if reference == digest.to_string() && fit { arms } else { BTreeMap::new() }
             }
-            Ok(_) => BTreeMap::new(),
             Err(error) => {
                 let path = self.0.display();
                 tracing::warn!(%error, %path, "counters cannot be read, counting begins anew");
@@ -131,8 +114,7 @@ impl StateDir {
         digest: &Digest,
         arms: &BTreeMap<String, ArmState>,
     ) -> io::Result<()> {
-        let written = Written { reference: digest.to_string(), arms };
-        self.write(COUNTERS, |file| serde_json::to_writer(file, &written).map_err(io::Error::other))
+        self.write(COUNTERS, |file| form::write(file, &digest.to_string(), arms))
     }
 
     fn write(

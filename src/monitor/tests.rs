@@ -73,7 +73,8 @@ fn reference() -> Given {
 
 fn watch(monitor: &Monitor, given: Given) -> Arc<Watch> {
     let digest = Digest::new([7; 32]);
-    monitor.watch(&"m".parse().unwrap(), Version::new(1).unwrap(), digest, &signature(), given)
+    let (model, version) = ("m".parse().unwrap(), Version::new(1).unwrap());
+    monitor.watch(&model, version, digest, &signature(), given, Vec::new())
 }
 
 /// The report once it is as wanted; it may take a turn or two.
@@ -152,6 +153,40 @@ fn odd_values_are_counted_by_kind() {
 }
 
 #[test]
+fn rows_of_another_length_than_any_before_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let wanted = Settings { provisional_rows: 200, ..settings(dir.path()) };
+    let monitor = Monitor::start(wanted).unwrap().unwrap();
+    let spec = |name: &str, width: Dim| TensorSpec {
+        name: name.to_owned(),
+        datatype: DataType::Fp32,
+        shape: Some([Dim::Dynamic(None), width].into_iter().collect()),
+    };
+    let (inputs, outputs) = (vec![spec("x", Dim::Dynamic(None))], vec![spec("y", Dim::Fixed(1))]);
+    let signature = Signature { inputs, outputs, batched: true };
+    let (model, version) = ("m".parse().unwrap(), Version::new(1).unwrap());
+    let (digest, given) = (Digest::new([7; 32]), Given::Nothing);
+    let watched = monitor.watch(&model, version, digest, &signature, given, Vec::new());
+    let send = |length: usize| {
+        let x: Vec<f32> = (0..length).map(|at| at as f32).collect();
+        watched.offer(&Arm::Stable, &[floats(&[1, length], &x)], &[floats(&[1, 1], &[0.5])]);
+    };
+    (0..200).for_each(|row| send(4 + row % 6));
+    report(&monitor, |report| report.reference.kind == "provisional");
+    [4, 9, 3, 10, 12].into_iter().for_each(send);
+    let found = report(&monitor, |report| rows_are(report, "stable", 5));
+    let counted = arm(&found, "stable").unwrap().total;
+    assert_eq!((counted.quality.shape, counted.outlier_rows), (3, 3));
+    let families = monitor.families();
+    let quality = families.iter().find(|family| family.name == "tidegate_data_quality_total");
+    let shape = |labels: &crate::observe::page::Labels| {
+        labels.iter().any(|(name, value)| name == "kind" && value == "shape")
+    };
+    let sample = quality.unwrap().samples.iter().find(|sample| shape(&sample.labels)).unwrap();
+    assert_eq!(sample.value, crate::observe::page::Value::Number(3.0));
+}
+
+#[test]
 fn a_reference_is_learnt_kept_and_frozen() {
     let dir = tempfile::tempdir().unwrap();
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
@@ -194,6 +229,7 @@ fn a_reference_is_learnt_kept_and_frozen() {
         Digest::new([8; 32]),
         &signature(),
         Given::Nothing,
+        Vec::new(),
     );
     let found = report(&monitor, |report| report.reference.kind == "learning");
     assert!(found.arms.is_empty());
@@ -218,17 +254,19 @@ fn what_does_not_fit_begins_anew() {
     report(&monitor, |report| rows_are(report, "stable", 300));
     drop(monitor);
     drop(watched);
-    let id = "m/1-0707070707070707/counters.json";
+    let id = "m/1-0707070707070707/counters";
     let path = dir.path().join("monitor").join(id);
-    let text = std::fs::read_to_string(&path).unwrap();
-    let cut = text.replacen("\"counts\":[", "\"counts\":[1,", 1);
-    for (wrong, rows) in [(cut.as_str(), 0), ("{", 0), ("{}", 0), (&*text, 300)] {
+    let whole = std::fs::read(&path).unwrap();
+    let mut damaged = whole.clone();
+    damaged[100] ^= 4;
+    for (wrong, rows) in [(&damaged[..], 0), (&whole[..40], 0), (b"{}", 0), (&[], 0), (&whole, 300)]
+    {
         std::fs::write(&path, wrong).unwrap();
         let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
         // Restored without its files.
         let watched = watch(&monitor, Given::AsBefore);
         let found = report(&monitor, |report| report.reference.kind == "file");
-        assert_eq!(arm(&found, "stable").map_or(0, |arm| arm.total.rows), rows, "{wrong:.60}");
+        assert_eq!(arm(&found, "stable").map_or(0, |arm| arm.total.rows), rows, "{}", wrong.len());
         drop(watched);
     }
 }
@@ -288,6 +326,269 @@ fn rules_leave_room_for_the_arms_that_are_always_there() {
     assert_eq!((found.arms.len(), found.skipped_rows), (ARMS_MAX, 5));
 }
 
+/// Of a model that takes a colour and gives a number: a reference with three colours.
+pub(super) fn colours() -> (Signature, Given) {
+    let spec = |name: &str, datatype: DataType| TensorSpec {
+        name: name.to_owned(),
+        datatype,
+        shape: Some([Dim::Dynamic(None), Dim::Fixed(1)].into_iter().collect()),
+    };
+    let (inputs, outputs) =
+        (vec![spec("colour", DataType::Bytes)], vec![spec("price", DataType::Fp32)]);
+    let signature = Signature { inputs, outputs, batched: true };
+    let mut learner = Learner::new(features_of(&signature), LearnSettings::default()).unwrap();
+    for row in 0..300_u32 {
+        learner
+            .add(0, crate::drift::feature::Value::Text([b"red", b"tan", b"sky"][row as usize % 3]));
+        learner.add(1, crate::drift::feature::Value::Number(f64::from(row)));
+    }
+    let of = ("m".parse().unwrap(), None);
+    let profile = learner.finish(of, "test", jiff::Timestamp::UNIX_EPOCH).unwrap().profile;
+    let bytes = profile.write().unwrap();
+    let profile = Arc::new(Profile::read(&bytes).unwrap());
+    (signature, Given::File(bytes.into(), profile))
+}
+
+#[test]
+fn new_categories_are_told_of_unless_they_are_not_to_be_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    let watch = |monitor: &Monitor, hidden: &[&str]| {
+        let (signature, given) = colours();
+        let (model, version) = ("m".parse().unwrap(), Version::new(1).unwrap());
+        let hidden = hidden.iter().map(|name| (*name).to_owned()).collect();
+        monitor.watch(&model, version, Digest::new([7; 32]), &signature, given, hidden)
+    };
+    let offer = |watch: &Arc<Watch>, colours: &[&str]| {
+        let x = Tensor::from_elements([colours.len(), 1].as_slice().into(), colours).unwrap();
+        let prices = vec![1.0; colours.len()];
+        watch.offer(&Arm::Stable, &[x], &[floats(&[colours.len(), 1], &prices)]);
+    };
+    let told = |monitor: &Monitor, rows: u64| -> Vec<(String, u64, u64)> {
+        let found = report(monitor, |report| rows_are(report, "stable", rows));
+        let [of] = &arm(&found, "stable").unwrap().new_categories[..] else { return Vec::new() };
+        assert_eq!((of.feature.as_str(), of.tensor.as_str()), ("colour", "colour"));
+        assert!(of.values.iter().all(|value| value.last_seen.is_some()));
+        of.values.iter().map(|of| (of.value.clone(), of.count, of.over_count)).collect()
+    };
+    let want = |counts: &[(&str, u64)]| -> Vec<(String, u64, u64)> {
+        counts.iter().map(|(name, count)| ((*name).to_owned(), *count, 0)).collect()
+    };
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, &["price"]);
+    offer(&watched, &["red", "mauve", "pink", "mauve"]);
+    assert_eq!(told(&monitor, 4), want(&[("mauve", 2), ("pink", 1)]));
+    drop(monitor);
+    drop(watched);
+    // They survive a restart, as all counts do.
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, &[]);
+    offer(&watched, &["pink", "pink"]);
+    assert_eq!(told(&monitor, 6), want(&[("pink", 3), ("mauve", 2)]));
+    drop(monitor);
+    drop(watched);
+    // The ledger does not keep the tensor any more: what was kept here goes, too.
+    for (hidden, new_categories) in [(&["colour"][..], true), (&[][..], false)] {
+        let settings = Settings { new_categories, ..settings(dir.path()) };
+        let monitor = Monitor::start(settings).unwrap().unwrap();
+        let watched = watch(&monitor, hidden);
+        let before = report(&monitor, |report| arm(report, "stable").is_some());
+        let before = arm(&before, "stable").unwrap().total;
+        offer(&watched, &["violet"]);
+        assert_eq!(told(&monitor, before.rows + 1), []);
+        let after = report(&monitor, |report| rows_are(report, "stable", before.rows + 1));
+        let after = arm(&after, "stable").unwrap().total;
+        assert_eq!(after.quality.unseen_category, before.quality.unseen_category + 1);
+        drop(monitor);
+        drop(watched);
+    }
+}
+
+#[test]
+fn a_model_that_is_less_sure_is_told_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, reference());
+    let mean = |report: &VersionReport, name: &str, feature: &str| {
+        let arm = arm(report, name).unwrap();
+        let of = |window: &WindowReport| {
+            let found = window.features.iter().find(|found| found.feature == feature);
+            found.and_then(|found| found.mean)
+        };
+        // Since the version was watched, not since a window's begin: it stands in one of them.
+        assert!(arm.windows[1..].iter().all(|window| of(window).is_none()));
+        of(&arm.windows[0]).unwrap()
+    };
+    // The same inputs, and answers that are hardly any.
+    for number in 0..600 {
+        let [x, _] = row(number, 0.0);
+        watched.offer(&Arm::Stable, &[floats(&[1, 2], &x)], &[floats(&[1, 2], &[0.55, 0.45])]);
+    }
+    offer(&watched, &Arm::Canary, 0..600, 0.0);
+    offer(&watched, &Arm::Pinned, 0..150, 2.0);
+    let all = |report: &VersionReport| {
+        rows_are(report, "stable", 600)
+            && rows_are(report, "canary", 600)
+            && rows_are(report, "pinned", 150)
+    };
+    let found = report(&monitor, all);
+    let drops = |name: &str| arm(&found, name).unwrap().confidence_drop.clone();
+    assert_eq!(
+        (drops("stable"), drops("canary"), drops("pinned")),
+        (vec!["y".to_owned()], vec![], vec![])
+    );
+    let sure = mean(&found, "stable", "confidence(y)");
+    assert_eq!((sure.state, sure.rows), ("down", 600));
+    assert!((sure.mean - 0.55).abs() < 1e-6 && sure.reference_mean > 0.65, "{sure:?}");
+    assert!(sure.reference_mean - sure.mean > sure.band && sure.limit >= 0.01, "{sure:?}");
+    let inputs = mean(&found, "stable", "x[0]");
+    assert_eq!(inputs.state, "steady");
+    assert!((inputs.mean - inputs.reference_mean).abs() < inputs.band, "{inputs:?}");
+    assert_eq!(mean(&found, "canary", "confidence(y)").state, "steady");
+    // However far: too few rows are neither good nor bad.
+    assert_eq!(mean(&found, "pinned", "x[0]").state, "insufficient_data");
+    let series = |name: &str, of: &[(&str, &str)]| -> f64 {
+        let families = monitor.families();
+        let family = families.iter().find(|family| family.name == name).unwrap();
+        let is = |(label, value): &(&str, &str), labels: &crate::observe::page::Labels| {
+            labels.iter().any(|(have, is)| have == label && is == value)
+        };
+        let sample = family.samples.iter().find(|it| of.iter().all(|want| is(want, &it.labels)));
+        match sample.unwrap().value {
+            crate::observe::page::Value::Number(number) => number,
+            crate::observe::page::Value::Histogram { .. } => f64::NAN,
+        }
+    };
+    assert_eq!(series("tidegate_confidence_drop", &[("arm", "stable"), ("tensor", "y")]), 1.0);
+    assert_eq!(series("tidegate_confidence_drop", &[("arm", "canary"), ("tensor", "y")]), 0.0);
+    assert!(series("tidegate_drift_means", &[("arm", "stable"), ("direction", "down")]) >= 1.0);
+    assert_eq!(series("tidegate_drift_means", &[("arm", "canary"), ("direction", "down")]), 0.0);
+    // What it has seen survives a restart.
+    drop(monitor);
+    drop(watched);
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watched = watch(&monitor, reference());
+    offer(&watched, &Arm::Stable, 0..1, 0.0);
+    let found = report(&monitor, |report| rows_are(report, "stable", 601));
+    let sure = mean(&found, "stable", "confidence(y)");
+    assert_eq!((sure.state, sure.rows), ("down", 601));
+}
+
+#[test]
+fn series_are_no_more_than_the_limits_allow() {
+    const MODELS: usize = 100;
+    let dir = tempfile::tempdir().unwrap();
+    // Room for two arms of each.
+    let settings = Settings { features_max: MODELS * 4, ..settings(dir.path()) };
+    let monitor = Monitor::start(settings).unwrap().unwrap();
+    let (signature, given) = colours();
+    let name = |model: usize| -> ModelName { format!("m{model}").parse().unwrap() };
+    let (version, digest) = (Version::new(1).unwrap(), Digest::new([7; 32]));
+    let watches: Vec<Arc<Watch>> = (0..MODELS)
+        .map(|at| monitor.watch(&name(at), version, digest, &signature, given.clone(), Vec::new()))
+        .collect();
+    let colours = vec!["red"; 10];
+    let x = [Tensor::from_elements([10, 1].as_slice().into(), &colours).unwrap()];
+    let y = [floats(&[10, 1], &[1.0; 10])];
+    for arm in [Arm::Stable, Arm::Canary, Arm::Pinned] {
+        watches.iter().for_each(|watch| watch.offer(&arm, &x, &y));
+    }
+    let began = Instant::now();
+    // The third arm finds no room.
+    let done = |at: usize| {
+        monitor.reports(&name(at)).iter().any(|it| it.arms.len() == 2 && it.skipped_rows == 10)
+    };
+    while !(0..MODELS).all(done) {
+        assert!(began.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let families = monitor.families();
+    let mut seen = std::collections::HashSet::new();
+    for family in &families {
+        for sample in &family.samples {
+            assert!(seen.insert((family.name.clone(), sample.labels.clone())), "{sample:?}");
+        }
+    }
+    let of = |name: &str| families.iter().find(|it| it.name == name).unwrap().samples.len();
+    // Of categories cell_psi and missing, of numbers wasserstein_low and ks_low besides.
+    assert_eq!(of("tidegate_drift_score"), MODELS * 2 * (2 + 4));
+    assert_eq!(of("tidegate_data_quality_total"), MODELS * 2 * Oddities::KINDS.len());
+    assert_eq!(of("tidegate_drift_features"), MODELS * 2 * 3);
+    assert_eq!(of("tidegate_drift_means"), MODELS * 2 * 2);
+    assert_eq!(of("tidegate_confidence_drop"), 0, "a price is no distribution");
+    for one in
+        ["tidegate_drift_constant_features", "tidegate_drift_samples", "tidegate_drift_alarms"]
+    {
+        assert_eq!(of(one), MODELS * 2, "{one}");
+    }
+    // A model of many features has series of its first ones only.
+    drop(watches);
+    let features = families::SERIES_FEATURES_MAX + 50;
+    let wide = TensorSpec {
+        name: "x".to_owned(),
+        datatype: DataType::Fp32,
+        shape: Some([Dim::Dynamic(None), Dim::Fixed(features)].into_iter().collect()),
+    };
+    let signature = Signature { inputs: vec![wide], outputs: Vec::new(), batched: true };
+    let mut learner = Learner::new(features_of(&signature), LearnSettings::default()).unwrap();
+    for feature in 0..features {
+        (0..300).for_each(|row| {
+            learner.add(feature, crate::drift::feature::Value::Number(f64::from(row)));
+        });
+    }
+    let of = ("m".parse().unwrap(), None);
+    let profile = learner.finish(of, "test", jiff::Timestamp::UNIX_EPOCH).unwrap().profile;
+    let given = Given::File(profile.write().unwrap().into(), Arc::new(profile));
+    let model: ModelName = "m".parse().unwrap();
+    let wide = monitor.watch(&model, version, digest, &signature, given, Vec::new());
+    wide.offer(&Arm::Stable, &[floats(&[1, features], &vec![1.0; features])], &[]);
+    report(&monitor, |report| rows_are(report, "stable", 1));
+    let families = monitor.families();
+    let scores = families.iter().find(|family| family.name == "tidegate_drift_score").unwrap();
+    let value = |sample: &crate::observe::page::Sample, name: &str| {
+        let label = sample.labels.iter().find(|(label, _)| label == name);
+        label.map(|(_, value)| value.clone())
+    };
+    let of_model = scores.samples.iter().filter(|it| value(it, "model").as_deref() == Some("m"));
+    let shown: std::collections::HashSet<_> = of_model.map(|it| value(it, "feature")).collect();
+    assert_eq!(shown.len(), families::SERIES_FEATURES_MAX);
+}
+
+#[test]
+fn a_version_that_is_loaded_again_loses_no_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let mut watched = watch(&monitor, reference());
+    for load in 0..5_u64 {
+        offer(&watched, &Arm::Stable, load * 100..load * 100 + 100, 0.0);
+        // The old one goes before anybody has looked at its rows.
+        watched = watch(&monitor, reference());
+    }
+    let found = report(&monitor, |report| rows_are(report, "stable", 500));
+    assert_eq!(found.skipped_rows, 0);
+    // The latest values go on, too.
+    let latest =
+        arm(&found, "stable").unwrap().windows.iter().find(|found| found.window == "latest");
+    assert_eq!(latest.unwrap().rows, 500);
+    drop(watched);
+    report_gone(&monitor);
+
+    let other = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(other.path())).unwrap().unwrap();
+    let first = watch(&monitor, Given::Nothing);
+    offer(&first, &Arm::Canary, 0..10, 0.0);
+    offer(&first, &Arm::Stable, 0..1000, 0.0);
+    report(&monitor, |report| report.reference.rows == 1000 && report.skipped_rows == 10);
+    let second = watch(&monitor, Given::Nothing);
+    offer(&second, &Arm::Stable, 1000..1500, 0.0);
+    let found = report(&monitor, |report| report.reference.rows == 1500);
+    assert_eq!((found.reference.kind, found.skipped_rows), ("learning", 10));
+    drop(first);
+    monitor.stop();
+    // Nobody holds what is offered too late.
+    offer(&second, &Arm::Stable, 0..1, 0.0);
+    assert_eq!((Arc::strong_count(&second), second.skipped.load(Ordering::Relaxed)), (1, 11));
+}
+
 #[test]
 fn what_is_summed_up_costs_what_it_has() {
     let dir = tempfile::tempdir().unwrap();
@@ -308,7 +609,8 @@ fn outputs_of_two_versions_are_counted_in_the_same_cells() {
     // Neither has a reference; the candidate's rows are wanted all the same.
     let watch = |number: u8| {
         let digest = Digest::new([number; 32]);
-        monitor.watch(&model, version(number.into()), digest, &signature(), Given::Nothing)
+        let of = (version(number.into()), digest);
+        monitor.watch(&model, of.0, of.1, &signature(), Given::Nothing, Vec::new())
     };
     let (one, two, other) = (watch(1), watch(2), watch(3));
     let pair = Pair { model: model.clone(), stable: version(1), candidate: version(2) };
@@ -351,7 +653,8 @@ fn outputs_of_two_versions_are_counted_in_the_same_cells() {
     assert_eq!(monitor.compare("another", &pair).features, []);
     drop(one);
     let digest = Digest::new([9; 32]);
-    let _again = monitor.watch(&model, version(1), digest, &signature(), Given::Nothing);
+    let _again =
+        monitor.watch(&model, version(1), digest, &signature(), Given::Nothing, Vec::new());
     let anew = found(&|found| found.epoch != done.epoch);
     assert!(anew.features.is_empty(), "{anew:?}");
 }

@@ -9,8 +9,10 @@ import urllib.parse
 import urllib.request
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import BINARY, HOST, MODELS, ROOT, Server, eventually, free_ports, running, tidegate
+from test_drift import close, drift, evidently
 
 SEED = 11
 ROWS = 600
@@ -125,6 +127,112 @@ def test_rows_that_move_are_seen(repository, tmp_path):
         assert 0 < low <= high <= 1
         text = tidegate("versions", "drift", "iris", "--address", f"http://{server.admin}", "--state-dir", server.state)
         assert "drifted" in text and "reference file" in text, text
+
+
+def answered(server, path):
+    """The ledger's Parquet of what was answered."""
+    tidegate("audit", "export", server.state, "--format", "parquet", "--out", path, "--model", "iris")
+    whole = pyarrow.parquet.read_table(path)
+    return whole.filter([status == "ok" for status in whole["status"].to_pylist()])
+
+
+def as_theirs(latest, hour, theirs):
+    """The gateway's scores of the latest values are Evidently's and scipy's; the bounds of counters hold."""
+    assert set(latest) == set(theirs["scores"])
+    seen = set()
+    for name, scores in theirs["scores"].items():
+        own, counted = latest[name]["scores"], hour[name]["scores"]
+        for score, value in scores.items():
+            close(f"{name}: {score}", own[score], value)
+            seen.add(score)
+        if "ks" in scores:
+            assert counted["ks_low"] - 1e-12 <= scores["ks"] <= counted["ks_high"] + 1e-12, name
+            assert counted["wasserstein_low"] <= scores["wasserstein"] * (1 + 1e-9), name
+    assert seen == {"psi", "kl_div", "jensenshannon", "hellinger", "wasserstein", "ks", "ks_p", "chisquare_p"}
+
+
+def test_a_stream_is_scored_as_evidently_and_scipy_score_its_record(tmp_path):
+    """A stream that drifts, with a restart in the middle: the gateway's numbers beside those of the ledger's Parquet."""
+    reference, first, second, both = (tmp_path / f"{name}.parquet" for name in ("reference", "first", "second", "both"))
+    models = tmp_path / "models"
+    shutil.copytree(MODELS / "iris", models / "iris")
+    with running(models, tmp_path / "before") as server:
+        send(server, flowers(1400, SEED), batch=10)
+        pyarrow.parquet.write_table(answered(server, tmp_path / "all.parquet"), reference)
+    tidegate(
+        *("profile", reference, "--model", "iris", "--repository", models, "--keep-values"),
+        *("--out", models / "iris" / "2" / "reference.json"),
+    )
+    stream = flowers(1000, SEED + 1)
+    stream[:, 0] += np.linspace(0, 1.5, len(stream), dtype=np.float32)
+    stream[:, 2] += np.linspace(0, 2, len(stream), dtype=np.float32)
+    with running(models, tmp_path / "gate", environment=FAST) as server:
+        send(server, stream[:640], batch=10)
+        arm = stable(server, 640)
+        pyarrow.parquet.write_table(answered(server, tmp_path / "all.parquet"), first)
+        (found, latest), (_, hour) = window(arm, "latest"), window(arm, "hour")
+        assert found["rows"] == 640
+        as_theirs(latest, hour, evidently(reference, first))
+    with running(models, tmp_path / "gate", environment=FAST) as server:
+        send(server, stream[640:], batch=10)
+        arm = stable(server, 1000)
+        record = answered(server, tmp_path / "all.parquet")
+        assert record.num_rows == 100
+        pyarrow.parquet.write_table(record.slice(64), second)
+        pyarrow.parquet.write_table(record, both)
+        (found, latest), (_, hour) = window(arm, "latest"), window(arm, "hour")
+        # The latest values begin anew with a restart.
+        assert found["rows"] == 360
+        assert set(latest) == set(hour)
+        theirs = evidently(reference, second)
+        for name, scores in theirs["scores"].items():
+            for score, value in scores.items():
+                close(f"{name}: {score}", latest[name]["scores"][score], value)
+    # The hour's counters, half of them from before the restart, are those of the whole record.
+    offline = {each["name"]: each for each in drift(models / "iris" / "2" / "reference.json", both)["features"]}
+    for name, each in hour.items():
+        assert each["rows"] == 1000
+        assert each["state"] == offline[name]["state"], name
+        counted = {score: offline[name]["scores"][score] for score in each["scores"]}
+        assert each["scores"] == pytest.approx(counted, rel=1e-9, abs=1e-12), name
+    assert hour["features[0]"]["state"] == "drifted" and hour["features[1]"]["state"] == "steady"
+    # And its bounds are those of the values of the whole.
+    for name, scores in evidently(reference, both)["scores"].items():
+        if "ks" in scores:
+            assert hour[name]["scores"]["ks_low"] - 1e-12 <= scores["ks"] <= hour[name]["scores"]["ks_high"] + 1e-12
+            assert hour[name]["scores"]["wasserstein_low"] <= scores["wasserstein"] * (1 + 1e-9)
+
+
+def test_categories_that_the_reference_lacks_are_named(tmp_path):
+    """Classes that the reference never had; with a capture policy that keeps the tensor back it is counted and not named."""
+    models, reference = tmp_path / "models", tmp_path / "reference.parquet"
+    shutil.copytree(MODELS / "iris", models / "iris")
+    rows = flowers(ROWS, SEED)
+    small = rows[rows[:, 2] < 2.8]
+    with running(models, tmp_path / "before") as server:
+        send(server, small)
+        record = answered(server, tmp_path / "all.parquet")
+        pyarrow.parquet.write_table(record, reference)
+    seen = {int(np.argmax(row)) for each in record["out_probabilities"].to_pylist() for row in np.reshape(each, (-1, 3))}
+    assert seen == {0}
+    out = models / "iris" / "2" / "reference.json"
+    tidegate("profile", reference, "--model", "iris", "--repository", models, "--out", out)
+    with running(models, tmp_path / "gate", environment=FAST) as server:
+        send(server, rows)
+        arm = stable(server, ROWS)
+        (new,) = arm["new_categories"]
+        first, second = new["values"]
+        assert (new["feature"], new["role"]) == ("class(probabilities)", "output")
+        assert {first["value"], second["value"]} == {"1", "2"} and first["over_count"] == second["over_count"] == 0
+        unseen = first["count"] + second["count"]
+        assert first["count"] >= second["count"] > 0 and unseen == arm["quality"]["unseen_category"]
+        text = tidegate("versions", "drift", "iris", "--address", f"http://{server.admin}", "--state-dir", server.state)
+        assert f"new in class(probabilities) (stable): '{first['value']}' {first['count']}, " in text, text
+    (models / "iris" / "tidegate.toml").write_text('[[ledger.tensors]]\nname = "probabilities"\naction = "hash"\n')
+    with running(models, tmp_path / "gate", environment=FAST) as server:
+        send(server, rows[:20])
+        arm = stable(server, ROWS + 20)
+        assert arm["new_categories"] == [] and arm["quality"]["unseen_category"] >= unseen, arm
 
 
 def test_a_reference_is_learnt_and_frozen(tmp_path):

@@ -40,6 +40,8 @@ pub enum Kind {
     Drift,
     /// The evidence for a change since the version was watched first, however small that is.
     Alarm,
+    /// The model is less sure of its outputs than it was.
+    ConfidenceDrop,
     /// Rows with something wrong with them.
     DataQuality,
     /// What labels say of a version's predictions.
@@ -47,12 +49,14 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 4] = [Self::Drift, Self::Alarm, Self::DataQuality, Self::Quality];
+    pub const ALL: [Self; 5] =
+        [Self::Drift, Self::Alarm, Self::ConfidenceDrop, Self::DataQuality, Self::Quality];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Drift => "drift",
             Self::Alarm => "alarm",
+            Self::ConfidenceDrop => "confidence_drop",
             Self::DataQuality => "data_quality",
             Self::Quality => "quality",
         }
@@ -62,7 +66,7 @@ impl Kind {
     pub fn severity(self) -> Severity {
         match self {
             Self::Alarm => Severity::Info,
-            Self::Drift | Self::DataQuality => Severity::Warning,
+            Self::Drift | Self::ConfidenceDrop | Self::DataQuality => Severity::Warning,
             Self::Quality => Severity::Critical,
         }
     }
@@ -223,6 +227,9 @@ pub fn of_rows(reports: &[impl AsRef<VersionReport>], limits: &Limits) -> BTreeM
                     add(Kind::Alarm, about, alarm(hour, role));
                 }
             }
+            if let Some(found) = window(arm, "hour").and_then(|hour| less_sure(hour, arm)) {
+                add(Kind::ConfidenceDrop, "outputs", found);
+            }
             for (odd, max) in &limits.odd_max {
                 if let Some(window) = window(arm, limits.window) {
                     add(Kind::DataQuality, odd, odd_rows(window, odd, *max, limits));
@@ -294,6 +301,32 @@ fn alarm(hour: &WindowReport, role: Role) -> Found {
     let alarmed = of_role(hour, role).filter(|feature| feature.alarm);
     let evidence = |feature: &FeatureReport| feature.ln_evidence.unwrap_or(f64::MAX);
     holds(hour, alarmed.map(|feature| (evidence(feature), feature_detail(feature))).collect())
+}
+
+/// `None` without an output of scores. Means are since the arm was watched first, the day, or the hour.
+fn less_sure(hour: &WindowReport, arm: &ArmReport) -> Option<Found> {
+    let confidences = of_role(hour, Role::Output)
+        .filter(|feature| feature.feature == format!("confidence({})", feature.tensor));
+    let judged: Vec<_> = confidences.filter_map(|of| Some((of, of.mean.as_ref()?))).collect();
+    if judged.is_empty() {
+        return None;
+    }
+    if judged.iter().all(|(_, mean)| mean.state == "insufficient_data") {
+        return Some(Found::Unknown);
+    }
+    let dropped = judged.into_iter().filter(|(of, _)| arm.confidence_drop.contains(&of.tensor));
+    let details = dropped.map(|(feature, found)| {
+        let by = found.reference_mean - found.mean;
+        let limit = found.reference_mean - found.limit;
+        let detail = FeatureDetail {
+            scores: BTreeMap::from([("mean".to_owned(), found.mean)]),
+            limits: BTreeMap::from([("mean".to_owned(), limit)]),
+            rows: found.rows,
+            ..named(feature)
+        };
+        (by, detail)
+    });
+    Some(holds(hour, details.collect()))
 }
 
 fn odd_rows(window: &WindowReport, odd: &str, max: f64, limits: &Limits) -> Found {
@@ -428,6 +461,7 @@ pub fn summary(model: &ModelName, subject: &Subject, detail: &Detail) -> String 
         (Kind::Alarm, _) => {
             format!("{features} of {of} changed for certain, by however much: {names}")
         }
+        (Kind::ConfidenceDrop, _) => format!("{of} is less sure of {features}: {names}"),
         (Kind::DataQuality, _) => {
             let features = if count == 1 { "1 feature" } else { &format!("{count} features") };
             format!("too many rows of {features} of {of} are {about}: {names}")

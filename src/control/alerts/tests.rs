@@ -146,13 +146,21 @@ impl Sight for World {
             ln_evidence: None,
             alarm: false,
             constant: false,
+            mean: None,
             odd: BTreeMap::new(),
         };
         let features = vec![feature];
         let window =
             WindowReport { window: "hour", since: None, rows: 1000, state, drifted: 1, features };
         let (total, own) = (Counted::default(), Counted::default());
-        let arm = ArmReport { arm: "stable".to_owned(), total, own, windows: vec![window] };
+        let arm = ArmReport {
+            arm: "stable".to_owned(),
+            total,
+            own,
+            windows: vec![window],
+            confidence_drop: Vec::new(),
+            new_categories: Vec::new(),
+        };
         vec![Arc::new(VersionReport {
             model: "loans".to_owned(),
             version: "2".to_owned(),

@@ -132,26 +132,70 @@ fn a_shifted_projection_is_seen_and_the_same_is_not() {
 
 #[test]
 fn wrong_rows_are_counted_by_kind() {
-    use super::super::quality::Quality;
-    let mut learner = learner(one(DataType::Fp64), false);
-    (0..1000).for_each(|row| learner.add(0, Value::Number(uniform(4, row))));
-    let numbers = finished(learner).profile.features.remove(0);
+    use super::super::quality::Oddities;
     let count = |feature: &FeatureProfile, values: &[Value<'_>]| {
-        let mut counters = feature.counters();
-        values.iter().for_each(|value| feature.add(&mut counters, *value));
-        feature.quality(&counters)
+        let (mut found, mut outliers) = (Oddities::default(), 0);
+        for value in values {
+            outliers += u32::from(found.count(feature.oddity(*value), *value));
+        }
+        (found, outliers)
     };
-    let odd = [0.5, -1.0, 2.0, f64::NAN, f64::INFINITY].map(Value::Number);
-    let mut found = count(&numbers, &[&odd[..], &[Value::Missing]].concat());
-    let want = Quality { missing: 1, nan: 1, infinite: 1, out_of_range: 2, ..Quality::default() };
-    assert_eq!(found, want);
-    found = count(&numbers, &[Value::Number(0.5), Value::Number(0.5)]);
-    assert_eq!(found, Quality { constant: true, ..Quality::default() });
+    let mut learner = learner(one(DataType::Fp64), false);
+    (0..5000).for_each(|row| learner.add(0, Value::Number(normal(4, row))));
+    let numbers = finished(learner).profile.features.remove(0);
+    let odd = [0.5, -4.0, 9.0, f64::NAN, f64::INFINITY].map(Value::Number);
+    let want = Oddities {
+        missing: 1,
+        nan: 1,
+        infinite: 1,
+        out_of_range: 1,
+        far_out: 1,
+        ..Oddities::default()
+    };
+    assert_eq!(count(&numbers, &[&odd[..], &[Value::Missing]].concat()), (want, 1));
+    assert_eq!(
+        Oddities::KINDS.into_iter().zip(want.counts()).find(|(_, n)| *n == 0),
+        Some(("shape", 0))
+    );
     let mut learner = self::learner(one(DataType::Bytes), false);
     [&b"a"[..], b"b"].iter().for_each(|text| learner.add(0, Value::Text(text)));
     let texts = finished(learner).profile.features.remove(0);
-    let found = count(&texts, &[b"c", b"c"].map(|text| Value::Text(text)));
-    assert_eq!(found, Quality { unseen_category: 2, constant: true, ..Quality::default() });
+    let want = Oddities { unseen_category: 2, missing: 1, ..Oddities::default() };
+    let values = [Value::Text(b"c"), Value::Text(b"a"), Value::Text(b"c"), Value::Missing];
+    assert_eq!(count(&texts, &values), (want, 2));
+    // Of a tensor whose length varies: between 3 and 12, and no other.
+    let features = of_rows(Role::Input, "x", DataType::Int64, None);
+    let of_length = features.into_iter().filter(|feature| feature.name == "length(x)").collect();
+    let mut learner = self::learner(of_length, false);
+    (0..1000).for_each(|row| learner.add(0, Value::Number(f64::from(3 + row % 10))));
+    let length = finished(learner).profile.features.remove(0);
+    let want = Oddities { shape: 3, ..Oddities::default() };
+    let lengths = [0.0, 2.0, 3.0, 12.0, 13.0].map(Value::Number);
+    assert_eq!(count(&length, &lengths), (want, 3));
+}
+
+#[test]
+fn one_value_where_the_reference_has_several_is_constant() {
+    let constant = |feature: &FeatureProfile, values: &[Value<'_>], rows: usize| {
+        let mut counters = feature.counters();
+        values.iter().cycle().take(rows).for_each(|value| feature.add(&mut counters, *value));
+        feature.is_constant(&counters)
+    };
+    let mut learner = learner(one(DataType::Fp64), false);
+    (0..1000).for_each(|row| learner.add(0, Value::Number(uniform(4, row))));
+    let numbers = finished(learner).profile.features.remove(0);
+    let (half, both) = ([Value::Number(0.5)], [0.5, 0.6].map(Value::Number));
+    assert!(constant(&numbers, &half, 200) && !constant(&numbers, &both, 200));
+    assert!(!constant(&numbers, &half, 199), "too few rows");
+    let mut learner = self::learner(one(DataType::Bytes), false);
+    [&b"a"[..], b"b"].iter().for_each(|text| learner.add(0, Value::Text(text)));
+    let texts = finished(learner).profile.features.remove(0);
+    let (a, both) = ([Value::Text(b"a")], [&b"a"[..], b"b"].map(Value::Text));
+    assert!(constant(&texts, &a, 200) && !constant(&texts, &both, 200));
+    let mut learner = self::learner(one(DataType::Fp64), false);
+    (0..1000).for_each(|_| learner.add(0, Value::Number(0.5)));
+    let same = finished(learner).profile.features.remove(0);
+    assert!(!constant(&same, &half, 200), "as the reference is");
 }
 
 #[test]

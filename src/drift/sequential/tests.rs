@@ -90,4 +90,94 @@ fn the_mean_stays_within_its_band() {
     assert_eq!(mean_band(1.0, 0, 1000, 0.05), f64::INFINITY);
 }
 
+/// Rows until a mean that is watched as a gateway does leaves its band; `None` when none of `rows` does.
+/// The reference, its mean and its standard deviation are of `reference` draws; the others are moved by
+/// `shift` of its standard deviations.
+fn leaves(
+    seed: u64,
+    reference: u64,
+    rows: u64,
+    shift: f64,
+    draw: impl Fn(&mut StdRng) -> f64,
+) -> Option<u64> {
+    let mut random = StdRng::seed_from_u64(seed);
+    let own: Vec<f64> = (0..reference).map(|_| draw(&mut random)).collect();
+    let mean = own.iter().sum::<f64>() / reference as f64;
+    let squares: f64 = own.iter().map(|value| (value - mean).powi(2)).sum();
+    let std = (squares / reference as f64).sqrt();
+    let band = Band { std, reference: Some(reference), expected: 2000 };
+    let mut means = Means::new(2);
+    for look in 1..=rows / 50 {
+        let sum: f64 = (0..50).map(|_| draw(&mut random) + shift * std).sum();
+        means.add(50, sum);
+        let left = |found: &MeanFound| found.count >= 200 && (found.mean - mean).abs() > found.band;
+        if means.found(&band, 0.05).iter().any(left) {
+            return Some(look * 50);
+        }
+        // An hour of 1,000 rows, a day of 4,000.
+        if look % 20 == 0 {
+            means.restart(1);
+        }
+        if look % 80 == 0 {
+            means.restart(0);
+        }
+    }
+    None
+}
+
+/// Of a classifier that is mostly sure: between 1/3 and 1, skewed.
+fn confidence(random: &mut StdRng) -> f64 {
+    1.0 - 2.0 / 3.0 * random.random::<f64>().powi(4)
+}
+
+fn exponential(random: &mut StdRng) -> f64 {
+    -(1.0 - random.random::<f64>()).ln()
+}
+
+#[test]
+fn a_mean_stays_within_the_bands_of_all_its_processes() {
+    // Nominal: 5 %. 150 streams of 6,000 rows and 120 looks each, with starts by the hour and the day; the
+    // mean and the standard deviation that they are held against are those of a sample.
+    for reference in [500, 5000] {
+        let rate = share(150, |seed| leaves(seed, reference, 6000, 0.0, confidence).is_some());
+        assert!(rate <= 0.05, "confidence, reference of {reference}: {rate}");
+        let rate = share(150, |seed| leaves(seed, reference, 6000, 0.0, exponential).is_some());
+        assert!(rate <= 0.05, "exponential, reference of {reference}: {rate}");
+    }
+}
+
+#[test]
+fn a_mean_that_moves_by_a_fifth_of_a_standard_deviation_is_found() {
+    let mut found: Vec<u64> =
+        (0..60).filter_map(|seed| leaves(seed, 5000, 6000, -0.2, confidence)).collect();
+    found.sort_unstable();
+    assert!(found.len() >= 57, "{} of 60", found.len());
+    assert!((200..2000).contains(&found[found.len() / 2]), "{found:?}");
+}
+
+#[test]
+fn a_band_is_that_of_the_truth_when_the_reference_is_large() {
+    let band = |reference| Band { std: 2.0, reference, expected: 1000 };
+    let (sampled, true_mean) = (band(Some(1 << 40)), band(None));
+    for n in [1, 100, 10_000] {
+        let (a, b) = (sampled.half_width(n, 0.05), true_mean.half_width(n, 0.05));
+        assert!((a / b - 1.0).abs() < 1e-4, "{n}: {a} and {b}");
+        // The closed form, as it is printed.
+        let rho2 = (2.0 * 20.0_f64.ln() + (2.0 * 20.0_f64.ln() + 1.0).ln()) / 1000.0;
+        let grown = n as f64 * rho2 + 1.0;
+        let root = 2.0 * grown / ((n * n) as f64 * rho2) * (grown.sqrt() / 0.05).ln();
+        assert!((b - 2.0 * root.sqrt()).abs() < 1e-9 * b, "{n}: {b}");
+    }
+    // A reference of 500 values leaves room for its own error for ever.
+    let (soon, late) =
+        (band(Some(500)).half_width(10_000, 0.05), band(Some(500)).half_width(1 << 40, 0.05));
+    assert!(soon > late && late > 3.0 * 2.0 / 500.0_f64.sqrt() / 2.0, "{soon}, {late}");
+    let mut means = Means::new(2);
+    means.add(100, 250.0);
+    means.restart(1);
+    let found = means.found(&band(Some(500)), 0.05);
+    assert_eq!(found.iter().map(|found| found.mean).collect::<Vec<_>>(), [2.5, 2.5]);
+    assert!(found[0].band < found[1].band, "the one that started again has a smaller share");
+}
+
 const LN_EVIDENCE: f64 = -2.2299182070368317;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::drift::counters::Score;
-use crate::monitor::{Counted, Odd, ReferenceReport};
+use crate::monitor::{Counted, MeanReport, Odd, ReferenceReport};
 use crate::quality::{ClassRow, Figures, Judged, Tally};
 
 fn limits() -> Limits {
@@ -29,6 +29,7 @@ fn feature(name: &str, role: Role, state: State) -> FeatureReport {
         ln_evidence: Some(12.0),
         alarm: false,
         constant: false,
+        mean: None,
         odd: BTreeMap::new(),
     }
 }
@@ -41,7 +42,14 @@ fn window(name: &'static str, features: Vec<FeatureReport>) -> WindowReport {
 fn report(kind: &'static str, windows: Vec<WindowReport>) -> Arc<VersionReport> {
     let reference = ReferenceReport { kind, digest: Some("sha256:1".into()), ..Default::default() };
     let (total, own) = (Counted::default(), Counted::default());
-    let arms = vec![ArmReport { arm: "stable".to_owned(), total, own, windows }];
+    let arms = vec![ArmReport {
+        arm: "stable".to_owned(),
+        total,
+        own,
+        windows,
+        confidence_drop: Vec::new(),
+        new_categories: Vec::new(),
+    }];
     Arc::new(VersionReport {
         model: "loans".to_owned(),
         version: "2".to_owned(),
@@ -109,6 +117,43 @@ fn what_nobody_vouches_for_and_too_few_rows_say_nothing() {
     assert_eq!(*find(&found, Kind::Drift, "outputs"), Found::Unknown);
     // The other feature has rows enough to see that they are no NaN.
     assert_eq!(*find(&found, Kind::DataQuality, "nan"), Found::Clear);
+}
+
+#[test]
+fn a_model_that_is_less_sure_is_told_of() {
+    let mean = |state| MeanReport {
+        rows: 900,
+        mean: 0.7,
+        reference_mean: 0.9,
+        band: 0.02,
+        limit: 0.05,
+        state,
+    };
+    let judged = |state: &'static str, dropped: &[&str]| {
+        let mut confidence = feature("confidence(x)", Role::Output, State::Steady);
+        confidence.mean = Some(mean(state));
+        let mut other = feature("x[0]", Role::Output, State::Steady);
+        other.mean = Some(mean("down"));
+        let mut report =
+            VersionReport::clone(&report("file", vec![window("hour", vec![confidence, other])]));
+        report.arms[0].confidence_drop = dropped.iter().map(|name| (*name).to_owned()).collect();
+        of_rows(&[Arc::new(report)], &limits())
+    };
+    let found = judged("down", &["x"]);
+    let dropped = detail(find(&found, Kind::ConfidenceDrop, "outputs"));
+    let [only] = &dropped.features[..] else { panic!("{dropped:?}") };
+    assert_eq!((&*only.feature, only.rows, only.scores["mean"]), ("confidence(x)", 900, 0.7));
+    assert!((only.limits["mean"] - 0.85).abs() < 1e-12, "{only:?}");
+    let (subject, _) = found.iter().find(|(of, _)| of.kind == Kind::ConfidenceDrop).unwrap();
+    let said = summary(&"loans".parse().unwrap(), subject, dropped);
+    assert_eq!(said, "loans version 2 (stable) is less sure of 1 output: confidence(x)");
+    let steady = judged("steady", &[]);
+    assert_eq!(*find(&steady, Kind::ConfidenceDrop, "outputs"), Found::Clear);
+    let few = judged("insufficient_data", &[]);
+    assert_eq!(*find(&few, Kind::ConfidenceDrop, "outputs"), Found::Unknown);
+    // Of a model without scores there is nothing to say.
+    let none = rows(vec![feature("y[0]", Role::Output, State::Steady)]);
+    assert!(none.keys().all(|of| of.kind != Kind::ConfidenceDrop));
 }
 
 #[test]
