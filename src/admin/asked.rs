@@ -22,7 +22,9 @@ use utoipa::{PartialSchema, ToSchema};
 use super::etag::Condition;
 use super::gate::Caller;
 use super::json;
-use super::limits::{BODY_BYTES_MAX, BODY_WAIT_MAX, PATH_TEXT_MAX};
+use super::limits::{
+    BODY_BYTES_MAX, BODY_WAIT_MAX, DISCARDED_BYTES_MAX, DISCARDED_WAIT_MAX, PATH_TEXT_MAX,
+};
 use super::problem::{INTERNAL, NOT_FOUND, Problem, SLOW_BODY, TOO_LARGE, UNSUPPORTED_MEDIA};
 use crate::control::call::{Call, REASON_LEN_MAX};
 use crate::domain::{Label, ModelName, Version};
@@ -257,6 +259,7 @@ pub(super) async fn whole(headers: &HeaderMap, body: axum::body::Body) -> Result
     let too_large = || TOO_LARGE.because(format!("the limit is {BODY_BYTES_MAX} bytes"));
     let declared = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
     if declared.is_some_and(|len: u64| len > BODY_BYTES_MAX as u64) {
+        discard(body).await;
         return Err(too_large());
     }
     if headers.get(CONTENT_ENCODING).is_some_and(|value| value != "identity") {
@@ -269,6 +272,22 @@ pub(super) async fn whole(headers: &HeaderMap, body: axum::body::Body) -> Result
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(_)) => Err(Problem::invalid(vec!["body: ended before it was whole".to_owned()])),
     }
+}
+
+/// Takes what is on its way, and keeps nothing of it: whoever is still sending when the connection
+/// ends would not hear why.
+async fn discard(mut body: axum::body::Body) {
+    let mut left = DISCARDED_BYTES_MAX;
+    let read = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    // Whoever takes longer is not told.
+    timeout(DISCARDED_WAIT_MAX, read).await.ok();
 }
 
 /// `application/json`, and no charset but UTF-8.

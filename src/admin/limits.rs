@@ -43,6 +43,9 @@ pub(super) const PATH_TEXT_MAX: usize = 128;
 pub(super) const REQUEST_ID_MAX: usize = 128;
 /// One body.
 pub(super) const BODY_BYTES_MAX: usize = 1 << 20;
+/// Of a larger one so much is taken and thrown away, for so long, so that its sender hears why.
+pub(super) const DISCARDED_BYTES_MAX: usize = 8 << 20;
+pub(super) const DISCARDED_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Time for a whole body to arrive.
 pub(super) const BODY_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Calls being answered at once; readers of events count apart.
