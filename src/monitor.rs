@@ -48,7 +48,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use compare::{CELLS_MAX, Compared, ComparedFeature, LEARN_ROWS, Pair};
+pub use compare::{Compared, ComparedFeature, Pair};
 pub use report::{
     ArmReport, Counted, FeatureReport, MeanReport, NewCategories, NewCategory, Odd, Oddities,
     ReferenceReport, VersionReport, WindowReport,
@@ -241,6 +241,7 @@ struct Shared {
     /// Guard lists, for as long as something is put there or read.
     watches: Mutex<Vec<Weak<Watch>>>,
     reports: Mutex<Reports>,
+    /// Guards who is compared, for as long as it is asked for or shown.
     compared: Mutex<compare::Asked>,
     /// Guards what the thread was asked to do, which it sleeps on.
     asked: Mutex<Asked>,
@@ -426,7 +427,8 @@ impl Watch {
         }
     }
 
-    /// What a call costs of the budget: its features, and of what is summed up every element.
+    /// What a call costs of the budget: its features, and of what is summed up every element; twice that
+    /// while it is compared with another version's as well.
     fn cost(&self, rows: usize, inputs: &[Tensor], outputs: &[Tensor]) -> u64 {
         let wide = |tensor: &Tensor| {
             let elements = tensor.elements();
@@ -434,7 +436,9 @@ impl Watch {
             if summed_up { elements * ELEMENT_COST } else { 0 }
         };
         let summed_up: usize = inputs.iter().chain(outputs).map(wide).sum();
-        (rows as u64).saturating_mul(self.features.len() as u64).saturating_add(summed_up as u64)
+        let values = (rows as u64).saturating_mul(self.features.len() as u64);
+        let times = 1 + u64::from(self.compared.load(Ordering::Relaxed));
+        values.saturating_add(summed_up as u64).saturating_mul(times)
     }
 
     /// Leaves a call's tensors to be looked at, if there is room for them. Never waits.

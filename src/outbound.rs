@@ -21,6 +21,8 @@ use url::{Host, Url};
 
 use crate::secret::{Secret, SecretError};
 
+#[cfg(test)]
+pub(crate) mod recorder;
 mod signature;
 
 pub use signature::{Key, KeyError};

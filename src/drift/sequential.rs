@@ -149,13 +149,6 @@ fn ratio(a: f64, count: u64) -> f64 {
     if count == 0 { 0.0 } else { ln_gamma(a) - ln_gamma(a + count as f64) }
 }
 
-/// Half the width of the band around the reference's mean that the mean of `n` values never leaves,
-/// with probability `1 - alpha`, when nothing has changed: a normal mixture that is narrowest near
-/// `expected` values. `std` is the reference's, whose mean is the truth; infinite without values.
-pub fn mean_band(std: f64, n: u64, expected: u64, alpha: f64) -> f64 {
-    Band { std, reference: None, expected }.half_width(n, alpha)
-}
-
 /// What a mean is held against.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Band {
@@ -168,7 +161,9 @@ pub struct Band {
 }
 
 impl Band {
-    /// As [`mean_band`]. With a reference of `m` values the mean is compared under two distributions of
+    /// Half the width of the band around the reference's mean that the mean of `n` values never leaves,
+    /// with probability `1 - alpha`, when nothing has changed: a normal mixture. Infinite without values.
+    /// With a reference of `m` values the mean is compared under two distributions of
     /// the true one around the reference's, both normal: with variance `1/m`, as it is when nothing has
     /// changed, and with `1/m + rho²`; their ratio is `1 / alpha` at the band. It has a width that it
     /// never goes below, however many values come.

@@ -20,6 +20,7 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
+use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
@@ -32,7 +33,7 @@ use super::durable::{self, PUBLIC, TEMPORARY};
 use super::frame::{self, Form, Frame, MARK, SEGMENT_HEAD_BYTES};
 use super::log::Unrecorded;
 use super::proofs::now_ns;
-use super::reader::{self, ReadError, SegmentFile, SegmentReader};
+use super::reader::{self, Damage, Piece, ReadError, SegmentFile, SegmentReader};
 use super::record::{Head, Kind, Payload, Record};
 use super::subjects::Tag;
 use super::{ADMIN, FEEDBACK, Ledger, PREDICTIONS};
@@ -232,54 +233,31 @@ pub fn find(log: &Path, wanted: &Wanted) -> Result<(Vec<Range>, u64), ReadError>
     Ok((merged(ranges), unreadable))
 }
 
-/// A part of a segment.
-pub(super) enum Piece<'a> {
-    Frame(&'a Frame<'a>),
-    /// Bytes of the file that cannot be read as records; to its end, when that is `None`.
-    Damaged(u64, Option<u64>),
-}
-
 /// Goes through a segment, over what is damaged if it is sealed; how many records that is. `end` is the
 /// number of the next segment's first record, if there is one.
 pub(super) fn each(
     segment: &SegmentFile,
     end: Option<u64>,
-    mut take: impl FnMut(Piece<'_>) -> io::Result<()>,
+    mut take: impl FnMut(&Piece<'_>) -> io::Result<()>,
 ) -> Result<u64, ReadError> {
     let failed = |error| ReadError::Io { file: segment.path.clone(), error };
-    let lost = |from: u64| end.map_or(1, |end| end.saturating_sub(from));
-    let mut reader = match SegmentReader::open_cut(segment) {
-        Ok((reader, _)) => reader,
-        Err(ReadError::Fault(_)) if segment.sealed => {
-            take(Piece::Damaged(0, None)).map_err(failed)?;
-            return Ok(lost(segment.first_seq));
+    let mut unreadable = 0;
+    let mut one = |piece: Piece<'_>| {
+        if let Piece::Damage(Damage { seq: (from, to), .. }) = &piece {
+            let lost = to.or(end).map_or(1, |to| to.saturating_sub(*from));
+            unreadable += lost;
+        }
+        take(&piece).map_err(failed).map(ControlFlow::Continue)
+    };
+    match SegmentReader::open_cut(segment) {
+        Ok((mut reader, cut)) => reader.around(cut, |error| error, one)?,
+        Err(ReadError::Fault(fault)) if segment.sealed => {
+            let (offset, seq) = ((0, None), (segment.first_seq, None));
+            one(Piece::Damage(Damage { offset, seq, fault })).map(|_| ())?;
         }
         Err(error) => return Err(error),
-    };
-    let mut unreadable = 0;
-    loop {
-        match reader.next_frame() {
-            Ok(Some(frame)) => take(Piece::Frame(&frame)).map_err(failed)?,
-            Ok(None) => {
-                let cut = end.map_or(0, |end| end.saturating_sub(reader.next_seq()));
-                return Ok(unreadable + cut);
-            }
-            Err(error @ ReadError::Fault(_)) => {
-                if !reader.segment().sealed {
-                    return Err(error);
-                }
-                let (offset, seq) = (reader.offset(), reader.next_seq());
-                let next = reader.skip_damage()?;
-                let to = next.map(|_| reader.offset());
-                take(Piece::Damaged(offset, to)).map_err(failed)?;
-                unreadable += next.map_or_else(|| lost(seq), |next| next - seq);
-                if next.is_none() {
-                    return Ok(unreadable);
-                }
-            }
-            Err(error) => return Err(error),
-        }
     }
+    Ok(unreadable)
 }
 
 fn is_wanted(frame: &Frame<'_>, wanted: &Wanted) -> bool {
@@ -316,9 +294,9 @@ pub fn rewrite(segment: &SegmentFile, ranges: &[Range]) -> Result<bool, EraseErr
             copy.write_all(&frame.erased())
         }
         Piece::Frame(frame) => copy.write_all(frame.bytes),
-        Piece::Damaged(from, to) => {
-            source.seek(SeekFrom::Start(from))?;
-            let len = to.map_or(u64::MAX, |to| to.saturating_sub(from));
+        Piece::Damage(Damage { offset: (from, to), .. }) => {
+            source.seek(SeekFrom::Start(*from))?;
+            let len = to.map_or(u64::MAX, |to| to.saturating_sub(*from));
             io::copy(&mut (&source).take(len), &mut copy).map(drop)
         }
     })?;

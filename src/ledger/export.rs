@@ -17,7 +17,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::frame::SegmentHead;
-use super::reader::{self, Fault, ReadError, Rest, SEGMENTS, SegmentFile, SegmentReader};
+use super::reader::{
+    self, Damage, Fault, Piece, ReadError, Rest, SEGMENTS, SegmentFile, SegmentReader,
+};
 
 mod civil;
 mod json;
@@ -200,39 +202,29 @@ pub(super) fn scan_around<E: From<ExportError>>(
         opened => opened.map_err(ExportError::from)?,
     };
     let head = reader.head().clone();
-    loop {
-        let offset = reader.offset();
-        let frame = match reader.next_frame() {
-            Ok(Some(frame)) => frame,
-            Ok(None) => {
-                if let Some(fault) = cut {
-                    damaged((reader.next_seq(), None), fault)?;
-                }
-                break;
+    let mut at = reader.offset();
+    let failed = |error| ExportError::from(error).into();
+    reader.around(cut, failed, |piece| {
+        let frame = match piece {
+            Piece::Frame(frame) => frame,
+            Piece::Damage(Damage { offset, seq, fault }) => {
+                at = offset.1.unwrap_or(at);
+                damaged(seq, fault)?;
+                return Ok(ControlFlow::Continue(()));
             }
-            Err(ReadError::Fault(fault)) => {
-                let from = reader.next_seq();
-                let to = reader.skip_damage().map_err(ExportError::from)?;
-                damaged((from, to), fault)?;
-                match to {
-                    Some(_) => continue,
-                    None => break,
-                }
-            }
-            Err(error) => return Err(ExportError::from(error).into()),
         };
-        let view = match View::read(&frame) {
-            Ok(view) => view,
+        let offset = at;
+        at += frame.bytes.len() as u64;
+        match View::read(frame) {
+            Ok(view) if wanted.takes(&view) => take(&head, &view),
+            Ok(_) => Ok(ControlFlow::Continue(())),
             Err(what) => {
                 let fault = Fault { file: segment.path.clone(), offset, what: what.to_owned() };
                 damaged((frame.seq, Some(frame.seq + 1)), fault)?;
-                continue;
+                Ok(ControlFlow::Continue(()))
             }
-        };
-        if wanted.takes(&view) && take(&head, &view)?.is_break() {
-            break;
         }
-    }
+    })?;
     Ok(Some(reader))
 }
 

@@ -14,6 +14,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use super::frame::{self, Frame, Parsed, SEGMENT_HEAD_BYTES, SegmentHead};
@@ -312,6 +313,43 @@ impl SegmentReader {
         }
     }
 
+    /// Goes through a sealed segment over what is damaged in it, as far as `take` likes; of one that is still
+    /// written, to the first fault.
+    ///
+    /// # Errors
+    /// When the file cannot be read, as `failed` puts it, and what `take` says.
+    pub fn around<E>(
+        &mut self,
+        cut: Option<Fault>,
+        failed: impl Fn(ReadError) -> E,
+        mut take: impl FnMut(Piece<'_>) -> Result<ControlFlow<()>, E>,
+    ) -> Result<(), E> {
+        loop {
+            let flow = match self.next_frame() {
+                Ok(Some(frame)) => take(Piece::Frame(&frame))?,
+                Ok(None) => {
+                    let Some(fault) = cut else { return Ok(()) };
+                    let (offset, seq) = ((self.offset, None), (self.next_seq, None));
+                    return take(Piece::Damage(Damage { offset, seq, fault })).map(|_| ());
+                }
+                Err(ReadError::Fault(fault)) => {
+                    if !self.segment.sealed {
+                        return Err(failed(fault.into()));
+                    }
+                    let (offset, seq) = (self.offset, self.next_seq);
+                    let next = self.skip_damage().map_err(&failed)?;
+                    let (offset, seq) = ((offset, next.map(|_| self.offset)), (seq, next));
+                    let flow = take(Piece::Damage(Damage { offset, seq, fault }))?;
+                    if next.is_none() { ControlFlow::Break(()) } else { flow }
+                }
+                Err(error) => return Err(failed(error)),
+            };
+            if flow.is_break() {
+                return Ok(());
+            }
+        }
+    }
+
     /// Reads until `needed` bytes are there, a chunk at least; whether any came.
     fn fill(&mut self, needed: usize) -> Result<bool, ReadError> {
         self.buffer.drain(..self.at);
@@ -329,6 +367,23 @@ impl SegmentReader {
     fn fault(&self, what: &str) -> Fault {
         fault(&self.segment.path, self.offset, what)
     }
+}
+
+/// A part of a segment.
+#[derive(Debug)]
+pub enum Piece<'a> {
+    Frame(&'a Frame<'a>),
+    Damage(Damage),
+}
+
+/// What of a sealed segment cannot be read.
+#[derive(Debug)]
+pub struct Damage {
+    /// Bytes of the file, from the first to before the second; all that follow where there is no second.
+    pub offset: (u64, Option<u64>),
+    /// Numbers of records, likewise.
+    pub seq: (u64, Option<u64>),
+    pub fault: Fault,
 }
 
 /// What is behind the last whole frame of a segment.

@@ -29,9 +29,9 @@ use crate::drift::rows::Plan;
 /// A comparison ends when nobody has asked for it for so long.
 const KEPT_FOR: Duration = Duration::from_secs(60);
 /// Rows of the stable version that the cells are learnt from.
-pub const LEARN_ROWS: u64 = 500;
+pub(super) const LEARN_ROWS: u64 = 500;
 /// Cells of one version that are counted, of all features together; features beyond it are left out.
-pub const CELLS_MAX: usize = 2048;
+pub(super) const CELLS_MAX: usize = 2048;
 
 /// Who is compared, for whom.
 #[derive(Clone, Debug, PartialEq, Eq)]

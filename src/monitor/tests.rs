@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::compare::LEARN_ROWS;
 use super::*;
 use crate::domain::{DataType, Dim};
 use crate::drift::learn::{LearnSettings, Learner};

@@ -1,15 +1,6 @@
 //! The whole of it: a real store, real HTTP receivers on this machine, and reports as the test says.
 
-use std::convert::Infallible;
-use std::net::SocketAddr;
-
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
-use hyper::service::service_fn;
-use hyper::{Request, Response};
-use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
@@ -20,6 +11,7 @@ use crate::drift::counters::Score;
 use crate::drift::feature::Role;
 use crate::drift::verdict::State;
 use crate::monitor::{ArmReport, Counted, FeatureReport, ReferenceReport, WindowReport};
+use crate::outbound::recorder::{Received, Recorder};
 use crate::secret::SecretRef;
 
 pub(super) const SECRET: &str = "0123456789abcdef0123456789abcdef";
@@ -31,96 +23,15 @@ pub(super) fn secret_file() -> (SecretRef, tempfile::NamedTempFile) {
     (SecretRef::File(file.path().to_owned()), file)
 }
 
-/// What a recorder answers: a status, a header, a body. Status 0: never.
-pub(super) type Canned = (u16, Option<(&'static str, &'static str)>, &'static str);
-
-#[derive(Clone, Debug)]
-pub(super) struct Received {
-    pub(super) method: String,
-    /// With the query.
-    pub(super) path: String,
-    pub(super) headers: http::HeaderMap,
-    pub(super) body: Bytes,
-}
-
-impl Received {
-    pub(super) fn header(&self, name: &str) -> String {
-        let value = self.headers.get(name).map(|value| value.to_str().unwrap().to_owned());
-        value.unwrap_or_default()
-    }
-
-    fn event(&self) -> (String, String) {
-        let event: Value = serde_json::from_slice(&self.body).unwrap();
-        assert_eq!(event["id"], self.header("webhook-id"));
+/// The type and the id of each event that was received.
+fn events(recorder: &Recorder) -> Vec<(String, String)> {
+    let event = |received: Received| {
+        let event: Value = serde_json::from_slice(&received.body).unwrap();
+        assert_eq!(event["id"], received.header("webhook-id"));
         let text = |name: &str| event[name].as_str().unwrap().to_owned();
         (text("type"), text("id"))
-    }
-}
-
-/// An HTTP server that writes down what it gets, and answers from a list, the last again and again.
-pub(super) struct Recorder {
-    address: SocketAddr,
-    received: Arc<Mutex<Vec<Received>>>,
-}
-
-impl Recorder {
-    pub(super) async fn start(answers: Vec<Canned>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let received = Arc::new(Mutex::new(Vec::new()));
-        let all = Arc::clone(&received);
-        tokio::spawn(async move {
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
-                let (all, answers) = (Arc::clone(&all), answers.clone());
-                tokio::spawn(async move {
-                    let service = service_fn(move |request| {
-                        let (all, answers) = (Arc::clone(&all), answers.clone());
-                        async move { Ok::<_, Infallible>(write_down(request, &all, &answers).await) }
-                    });
-                    let http = hyper::server::conn::http1::Builder::new();
-                    drop(http.serve_connection(TokioIo::new(stream), service).await);
-                });
-            }
-        });
-        Self { address, received }
-    }
-
-    pub(super) fn url(&self) -> String {
-        format!("http://{}/", self.address)
-    }
-
-    pub(super) fn received(&self) -> Vec<Received> {
-        self.received.lock().clone()
-    }
-
-    fn events(&self) -> Vec<(String, String)> {
-        self.received().iter().map(Received::event).collect()
-    }
-}
-
-async fn write_down(
-    request: Request<hyper::body::Incoming>,
-    all: &Mutex<Vec<Received>>,
-    answers: &[Canned],
-) -> Response<Full<Bytes>> {
-    let (head, body) = request.into_parts();
-    let body = body.collect().await.unwrap().to_bytes();
-    let (method, path) = (head.method.to_string(), head.uri.to_string());
-    let at = {
-        let mut all = all.lock();
-        all.push(Received { method, path, headers: head.headers, body });
-        all.len() - 1
     };
-    let (status, header, body) = answers.get(at).or(answers.last()).unwrap();
-    if *status == 0 {
-        std::future::pending::<()>().await;
-    }
-    let mut response = Response::builder().status(*status);
-    if let Some((name, value)) = header {
-        response = response.header(*name, *value);
-    }
-    response.body(Full::new(Bytes::from_static(body.as_bytes()))).unwrap()
+    recorder.received().into_iter().map(event).collect()
 }
 
 /// One version, and whether its one input has drifted.
@@ -309,11 +220,11 @@ async fn a_drift_is_told_once_and_its_end_once_whatever_is_started_again() {
     let running = bench.start();
     assert_eq!(all(&running.alerts)[0].id, id, "shown from the first moment on");
     a_while().await;
-    assert_eq!(ops.events(), [("dev.tidegate.alert.firing".to_owned(), format!("{id}-firing-1"))]);
+    assert_eq!(events(&ops), [("dev.tidegate.alert.firing".to_owned(), format!("{id}-firing-1"))]);
     bench.drifts(false);
-    until(|| ops.events().len() == 2).await;
+    until(|| events(&ops).len() == 2).await;
     assert_eq!(
-        ops.events()[1],
+        events(&ops)[1],
         ("dev.tidegate.alert.resolved".to_owned(), format!("{id}-resolved"))
     );
     until(|| bench.actions().len() == 4).await;
@@ -340,14 +251,16 @@ async fn what_was_on_its_way_is_told_after_a_restart_by_the_same_id() {
     running.stop().await;
     let running = bench.start();
     until(|| progress_of(&running.alerts, "ops") == Some(Progress::Delivered)).await;
-    let events = silent.events();
+    let events = events(&silent);
     assert_eq!((events.len(), &events[0]), (2, &events[1]));
     running.stop().await;
 }
 
 #[tokio::test]
 async fn tries_end_and_one_receiver_holds_up_no_other() {
-    let busy = Recorder::start(vec![(503, Some(("retry-after", "0")), ""), (204, None, "")]).await;
+    let busy =
+        Recorder::start(vec![(503, Some(("retry-after", "0".to_owned())), ""), (204, None, "")])
+            .await;
     let never = Recorder::start(vec![(500, None, "")]).await;
     let no = Recorder::start(vec![(
         422,
@@ -355,7 +268,9 @@ async fn tries_end_and_one_receiver_holds_up_no_other() {
         "{\"message\": \"No such 0123456789abcdef0123456789abcdef\"}",
     )])
     .await;
-    let away = Recorder::start(vec![(307, Some(("location", "http://127.0.0.1:9/")), "")]).await;
+    let away =
+        Recorder::start(vec![(307, Some(("location", "http://127.0.0.1:9/".to_owned())), "")])
+            .await;
     let silent = Recorder::start(vec![(0, None, "")]).await;
     let receivers = [
         ("a-silent", silent.url()),
@@ -380,7 +295,7 @@ async fn tries_end_and_one_receiver_holds_up_no_other() {
     }
     until(|| progress_of(&running.alerts, "mute") == Some(Progress::Failed)).await;
     for (recorder, tries) in [(&busy, 2), (&never, 3), (&no, 1), (&away, 3)] {
-        let events = recorder.events();
+        let events = events(&recorder);
         assert_eq!(events.len(), tries);
         assert!(events.iter().all(|event| *event == events[0]), "one event, however often");
     }
@@ -473,7 +388,7 @@ async fn a_test_says_that_it_is_one_and_changes_nothing() {
     let running = bench.start();
     let told = running.alerts.test("ops").await.unwrap();
     assert_eq!((told.outcome, told.detail), (Progress::Delivered, None));
-    assert_eq!(ops.events(), [("dev.tidegate.alert.test".to_owned(), told.event)]);
+    assert_eq!(events(&ops), [("dev.tidegate.alert.test".to_owned(), told.event)]);
     let data: Value = serde_json::from_slice(&ops.received()[0].body).unwrap();
     assert_eq!((&data["data"]["state"], &data["data"]["model"]), (&json!("test"), &json!("test")));
     let told = running.alerts.test("ops").await.unwrap();

@@ -75,19 +75,20 @@ fn evidence_is_that_of_the_two_likelihoods() {
 
 #[test]
 fn the_mean_stays_within_its_band() {
-    // 200 streams of 4,000 rows at the nominal 5 %.
+    // 200 streams of 4,000 rows at the nominal 5 %; the reference's mean is the truth.
+    let band = Band { std: 1.0, reference: None, expected: 1000 };
     let leaves = |seed: u64| {
         let mut sum = 0.0;
         (1..=4000_u64).any(|n| {
             sum += super::super::random::normal(seed, n);
-            n % 10 == 0 && (sum / n as f64).abs() > mean_band(1.0, n, 1000, 0.05)
+            n % 10 == 0 && (sum / n as f64).abs() > band.half_width(n, 0.05)
         })
     };
     let rate = share(200, leaves);
     assert!(rate <= 0.05, "{rate}");
     // 0.2 standard deviations are outside once there are enough rows, and not before.
-    assert!(mean_band(1.0, 100, 1000, 0.05) > 0.2 && mean_band(1.0, 2000, 1000, 0.05) < 0.1);
-    assert_eq!(mean_band(1.0, 0, 1000, 0.05), f64::INFINITY);
+    assert!(band.half_width(100, 0.05) > 0.2 && band.half_width(2000, 0.05) < 0.1);
+    assert_eq!(band.half_width(0, 0.05), f64::INFINITY);
 }
 
 /// Rows until a mean that is watched as a gateway does leaves its band; `None` when none of `rows` does.

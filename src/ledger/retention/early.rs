@@ -14,9 +14,9 @@ use std::io;
 use serde_json::json;
 
 use super::{DAY_NS, Manifest, Retention};
-use crate::ledger::erase::{Piece, RANGES_MAX, Range, each};
+use crate::ledger::erase::{RANGES_MAX, Range, each};
 use crate::ledger::export::{Date, View};
-use crate::ledger::reader::{ReadError, SegmentFile};
+use crate::ledger::reader::{Piece, ReadError, SegmentFile};
 use crate::ledger::record::{Head, Kind, Payload};
 
 /// Word of a record that says that payloads went.

@@ -9,7 +9,8 @@ use super::*;
 use crate::control::alerts::board::tests::{held, receiver, subject};
 use crate::control::alerts::board::{Board, Change, Look, Times};
 use crate::control::alerts::condition::{Detail, FEATURES_MAX, FeatureDetail, Found};
-use crate::control::alerts::tests::{Received, Recorder, SECRET, secret_file};
+use crate::control::alerts::tests::{SECRET, secret_file};
+use crate::outbound::recorder::{Received, Recorder};
 use crate::outbound::{Answer, Sender, Settings};
 
 /// An alert that has fired.
@@ -151,7 +152,8 @@ async fn gitlab_gets_a_trigger_with_variables() {
 async fn jenkins_gets_a_build_with_parameters_and_says_where_it_is() {
     let alert = fired(held());
     let recorder =
-        Recorder::start(vec![(201, Some(("location", "https://ci/queue/item/7/")), "")]).await;
+        Recorder::start(vec![(201, Some(("location", "https://ci/queue/item/7/".to_owned())), "")])
+            .await;
     let (secret, _kept) = secret_file();
     let target = Target::Jenkins {
         job: url(&format!("{}job/ml/job/train/", recorder.url())),
