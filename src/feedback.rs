@@ -259,11 +259,10 @@ impl Feedback {
     /// were held against, of the requests that the split sent to it. `None` while that is not known:
     /// at the start, and after something failed.
     pub fn mistakes(&self, model: &ModelName, version: Version) -> Option<(u64, u64)> {
-        let split = [Arm::Stable, Arm::Canary];
         let wants = |series: &Series| {
             series.model == model.as_str()
                 && series.version == version.get()
-                && split.iter().any(|arm| arm.as_str() == series.arm)
+                && Arm::is_of_split(&series.arm)
         };
         self.shared.board.lock().mistakes(wants)
     }

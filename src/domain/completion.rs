@@ -19,6 +19,15 @@ pub enum Arm {
 }
 
 impl Arm {
+    /// What the split names: which of the two a version is called depends on its share, not on whether
+    /// it is the candidate of a rollout.
+    pub const SPLIT: [Self; 2] = [Self::Stable, Self::Canary];
+
+    /// Whether the split names an arm so.
+    pub fn is_of_split(name: &str) -> bool {
+        Self::SPLIT.iter().any(|arm| arm.as_str() == name)
+    }
+
     pub fn as_str(&self) -> &str {
         match self {
             Self::Stable => "stable",

@@ -6,7 +6,8 @@
 //! of both are counted in them.
 //!
 //! Invariants:
-//! - Only rows that the split sent are counted: who names a version is no random sample.
+//! - Only rows that the split sent are counted, whatever it calls the version: who names one is no
+//!   random sample.
 //! - Rows that the cells were learnt from are not counted: they would fit them too well.
 //! - Who does not ask for [`KEPT_FOR`] is forgotten; nobody has to say that he is gone.
 //! - Counts of one [`Compared::epoch`] only grow. Another epoch has other cells, and begins at nothing.
@@ -104,6 +105,13 @@ struct Comparison {
     changed: bool,
 }
 
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Stable,
+    Candidate,
+}
+
 enum Basis {
     Learning { learner: Box<Learner>, plan: Plan },
     Known(Box<Sides>),
@@ -158,16 +166,19 @@ impl Comparisons {
 
     /// Has the versions that are compared leave their rows, and no others that do not want to.
     pub(super) fn tell(&self, watch: &Watch) {
-        let wanted = self.running.values().any(|running| running.arm_of(watch).is_some());
+        let wanted = self.running.values().any(|running| running.side_of(watch).is_some());
         watch.compared.store(wanted, Ordering::Relaxed);
     }
 
     /// Counts a call's rows; whether anybody wanted them.
     pub(super) fn take(&mut self, watch: &Watch, offer: &Offer, memory: &mut Memory) -> bool {
+        if !Arm::SPLIT.contains(&offer.arm) {
+            return false;
+        }
         let mut taken = false;
         for running in self.running.values_mut() {
-            if running.arm_of(watch).is_some_and(|arm| arm == offer.arm) {
-                running.take(watch, offer, memory);
+            if let Some(side) = running.side_of(watch) {
+                running.take(side, watch, offer, memory);
                 taken = true;
             }
         }
@@ -176,13 +187,13 @@ impl Comparisons {
 }
 
 impl Comparison {
-    /// Which of this version's rows count.
-    fn arm_of(&self, watch: &Watch) -> Option<Arm> {
+    /// Whose rows this version's are.
+    fn side_of(&self, watch: &Watch) -> Option<Side> {
         let Pair { model, stable, candidate } = &self.pair;
         match watch.id.version {
             _ if watch.id.model != *model => None,
-            version if version == *stable => Some(Arm::Stable),
-            version if version == *candidate => Some(Arm::Canary),
+            version if version == *stable => Some(Side::Stable),
+            version if version == *candidate => Some(Side::Candidate),
             _ => None,
         }
     }
@@ -200,11 +211,10 @@ impl Comparison {
         };
     }
 
-    fn take(&mut self, watch: &Watch, offer: &Offer, memory: &mut Memory) {
+    fn take(&mut self, side: Side, watch: &Watch, offer: &Offer, memory: &mut Memory) {
         self.changed = true;
-        let is_stable = offer.arm == Arm::Stable;
         match &mut self.basis {
-            Basis::Learning { learner, plan } if is_stable => {
+            Basis::Learning { learner, plan } if side == Side::Stable => {
                 read(plan, watch, offer, &mut memory.scratch, |_, feature, value| {
                     learner.add(feature, value);
                 });
@@ -215,7 +225,7 @@ impl Comparison {
             Basis::Learning { .. } | Basis::Nothing(_) => {}
             Basis::Known(sides) => {
                 let Sides { profile, plan, features, stable, candidate, .. } = &mut **sides;
-                let counters = if is_stable { stable } else { candidate };
+                let counters = if side == Side::Stable { stable } else { candidate };
                 read(plan, watch, offer, &mut memory.scratch, |_, at, value| {
                     let of = features.get(at).and_then(|of| profile.features.get(*of));
                     if let (Some(of), Some(counters)) = (of, counters.get_mut(at)) {

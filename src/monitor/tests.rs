@@ -634,10 +634,13 @@ fn outputs_of_two_versions_are_counted_in_the_same_cells() {
     let begun = found(&|found| !found.features.is_empty());
     let names: Vec<&str> = begun.features.iter().map(|own| own.name.as_str()).collect();
     assert!(names.contains(&"y[0]") && names.contains(&"class(y)"), "{names:?}");
-    offer(&one, &Arm::Stable, 1000..3000, 0.0);
+    // Whoever has more than half is called stable.
+    offer(&one, &Arm::Stable, 1000..2000, 0.0);
+    offer(&one, &Arm::Canary, 2000..3000, 0.0);
     offer(&one, &Arm::Pinned, 3000..3100, 5.0);
-    offer(&two, &Arm::Canary, 4000..5000, 1.0);
-    offer(&two, &Arm::Stable, 5000..5100, 5.0);
+    offer(&two, &Arm::Canary, 4000..4500, 1.0);
+    offer(&two, &Arm::Stable, 4500..5000, 1.0);
+    offer(&two, &Arm::Rule("r".parse().unwrap()), 5000..5100, 5.0);
     offer(&other, &Arm::Canary, 6000..6100, 5.0);
     let rows = |cells: &[u64]| cells.iter().sum::<u64>();
     let done = found(&|found| {

@@ -12,14 +12,14 @@ from test_monitor import FAST, SEED, admin, flowers, send
 
 PLAN = {
     "candidate": "3",
-    "steps": [{"weight": 50, "bake_s": 1, "min_samples": 100}],
+    "steps": [{"weight": 50, "bake_s": 1, "min_samples": 100}, {"weight": 80, "bake_s": 1, "min_samples": 100}],
     "interval_s": 1,
     "guards": {"drift": {"score_max": 0.1, "min_rows": 300}},
 }
 
 
-def repository(folder, rotated=False):
-    """iris with a version 3: the same as 2, or with its classes in another order."""
+def repository(folder, rotated=False, number="3"):
+    """iris with another version: the same as 2, or with its classes in another order."""
     models = folder / "models"
     shutil.copytree(MODELS / "iris", models / "iris")
     model = onnx.load(models / "iris" / "2" / "model.onnx")
@@ -29,8 +29,10 @@ def repository(folder, rotated=False):
         order = numpy_helper.from_array(np.array([2, 0, 1], dtype=np.int64), "order")
         model.graph.initializer.append(order)
         model.graph.node.append(helper.make_node("Gather", ["before", "order"], ["probabilities"], axis=1))
-    (models / "iris" / "3").mkdir()
-    onnx.save(model, models / "iris" / "3" / "model.onnx")
+    made = models / "iris" / number
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    onnx.save(model, made / "model.onnx")
     return models
 
 
@@ -66,10 +68,12 @@ def guard(rollout, name):
     return next(each for each in rollout["guards"] if each["guard"] == name)
 
 
+@pytest.mark.parametrize("number", ["1", "3"])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_outputs_are_compared_between_the_arms(tmp_path, rotated):
-    with running(repository(tmp_path, rotated), tmp_path / "gate", environment=FAST) as server:
-        ended = rollout(server, PLAN, SEED)
+def test_outputs_are_compared_between_the_arms(tmp_path, rotated, number):
+    """Also of a candidate that is older: of equal weights it is what the split calls stable, as is one with more than half."""
+    with running(repository(tmp_path, rotated, number), tmp_path / "gate", environment=FAST) as server:
+        ended = rollout(server, PLAN | {"candidate": number}, SEED)
         drift = guard(ended, "drift")
         assert drift["candidate"]["of"] > 100 and drift["stable"]["of"] > 100, drift
         if not rotated:

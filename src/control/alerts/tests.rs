@@ -295,7 +295,7 @@ async fn tries_end_and_one_receiver_holds_up_no_other() {
     }
     until(|| progress_of(&running.alerts, "mute") == Some(Progress::Failed)).await;
     for (recorder, tries) in [(&busy, 2), (&never, 3), (&no, 1), (&away, 3)] {
-        let events = events(&recorder);
+        let events = events(recorder);
         assert_eq!(events.len(), tries);
         assert!(events.iter().all(|event| *event == events[0]), "one event, however often");
     }

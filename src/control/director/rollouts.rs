@@ -1,6 +1,7 @@
 //! Rollouts: what they begin with, what they may see, and how their decisions become durable and in
 //! force. What they decide is [`crate::control::rollout`]'s.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -122,12 +123,15 @@ fn own_drift(reports: &[Arc<VersionReport>], candidate: Version) -> OwnDrift {
     if !matches!(report.reference.kind, "file" | "frozen") {
         return problem("the candidate has no reference, or a provisional one");
     }
-    let arm = report.arms.iter().find(|arm| arm.arm == Arm::Canary.as_str());
-    let hour = arm.and_then(|arm| arm.windows.iter().find(|window| window.window == "hour"));
-    let Some(hour) = hour else { return OwnDrift::default() };
-    let certain = hour.features.iter().filter(|own| own.alarm && !own.beyond.is_empty());
-    let drifted = certain.map(|own| own.feature.clone()).collect();
-    OwnDrift { rows: hour.rows, drifted, problem: None }
+    let arms = report.arms.iter().filter(|arm| Arm::is_of_split(&arm.arm));
+    let hours = arms.flat_map(|arm| arm.windows.iter().filter(|window| window.window == "hour"));
+    let (mut rows, mut drifted) = (0, BTreeSet::new());
+    for hour in hours {
+        rows += hour.rows;
+        let certain = hour.features.iter().filter(|own| own.alarm && !own.beyond.is_empty());
+        drifted.extend(certain.map(|own| own.feature.clone()));
+    }
+    OwnDrift { rows, drifted: drifted.into_iter().collect(), problem: None }
 }
 
 fn expect(books: &Books, id: &str) -> crate::control::store::Expect {
