@@ -418,6 +418,16 @@ impl Watch {
         *self.given.lock() = given;
     }
 
+    /// Inputs and outputs that a profile has no feature of.
+    fn without(&self, profile: &Profile) -> Vec<String> {
+        let known = |role: Role, name: &str| {
+            profile.features.iter().any(|of| of.feature.role == role && of.feature.tensor == name)
+        };
+        let inputs = self.inputs.iter().filter(|name| !known(Role::Input, name));
+        let outputs = self.outputs.iter().filter(|name| !known(Role::Output, name));
+        inputs.chain(outputs).cloned().collect()
+    }
+
     /// Whether rows of this arm would be looked at.
     fn wants(&self, arm: &Arm) -> bool {
         match self.wanted.load(Ordering::Relaxed) {

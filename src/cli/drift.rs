@@ -81,7 +81,7 @@ fn drift(args: &Args) -> Result<(String, bool), Stop> {
     let table = Table::open(&args.current, model)?;
     let features: Vec<Feature> = profile.features.iter().map(|f| f.feature.clone()).collect();
     let binding = Binding::new(&features, &table)?;
-    notes.extend(binding.notes.iter().cloned());
+    notes.extend(binding.notes(&features, &[]));
     let size = sample_max(features.len());
     let mut columns: Vec<Column> =
         (0..features.len() as u64).map(|seed| Column::new(size, TEXTS_MAX, seed)).collect();

@@ -1,7 +1,8 @@
 //! Tables of rows out of files: Parquet, CSV, or a folder of the ledger's Parquet.
 //!
 //! A file is read as it comes, some thousand rows at a time; nothing of it is kept here. [`features`]
-//! says which features it has, [`bind`] which of its columns are which.
+//! says which features it has, [`bind`] which of its columns are which, and [`inputs`] makes its rows
+//! into what a model takes.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -12,10 +13,12 @@ use crate::domain::DataType;
 mod bind;
 mod csv;
 mod features;
+mod inputs;
 mod parquet;
 
 pub(super) use bind::Binding;
 pub(super) use features::{of_signature, of_table};
+pub(super) use inputs::Inputs;
 
 /// Columns of one file.
 const COLUMNS_MAX: usize = 10_000;

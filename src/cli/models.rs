@@ -75,7 +75,7 @@ impl Shared {
     }
 }
 
-fn engine(text: &str) -> Result<EngineChoice, String> {
+pub(super) fn engine(text: &str) -> Result<EngineChoice, String> {
     match text {
         "auto" => Ok(EngineChoice::Auto),
         "ort" => Ok(EngineChoice::Ort),

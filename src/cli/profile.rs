@@ -10,12 +10,16 @@ use sha2::{Digest as _, Sha256};
 
 use super::admin::{Stop, finish, table::Table as Shown};
 use super::frame::{self, Binding, Table};
-use crate::domain::{Digest, ModelName, Signature, Version};
+use crate::domain::{Digest, EngineChoice, ModelName, Signature, Version};
 use crate::drift::feature::Feature;
 use crate::drift::grid::{CELLS, CELLS_MAX, CELLS_MIN};
 use crate::drift::learn::{LearnSettings, Learner, Learnt};
 use crate::drift::profile::{FeatureProfile, Profile, Reference};
 use crate::engine::onnx;
+
+mod predict;
+
+use predict::Predictor;
 
 /// Values that are looked at, of one feature and of all: 8 bytes each.
 const SAMPLE_MAX: usize = 1_000_000;
@@ -24,6 +28,7 @@ const SAMPLE_TOTAL_MAX: usize = 32 << 20;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  \
     tidegate profile train.parquet --model iris --repository models --out models/iris/2/reference.json\n  \
+    tidegate profile train.csv --model iris --repository models --predict --out models/iris/2/reference.json\n  \
     tidegate profile train.csv --model iris --out reference.json --keep-values\n  \
     tidegate profile tidegate-state/ledger/parquet/model=iris --model iris --out may.json --json\n\n\
     A column is the feature of its name: `x`, `x[3]`; a list is the tensor of its name.\n\
@@ -44,6 +49,15 @@ pub(super) struct Args {
     /// The model's version [default: the highest in the repository]
     #[arg(long = "model-version", value_name = "NUMBER")]
     version: Option<Version>,
+    /// Run the model on the rows, for outputs that have no column: a table of inputs alone has none
+    #[arg(long, requires = "repository")]
+    predict: bool,
+    /// Engine to run it on: auto, ort or tract
+    #[arg(long, default_value = "auto", value_parser = super::models::engine, requires = "predict")]
+    engine: EngineChoice,
+    /// ONNX Runtime's shared library, if it is not in a usual place
+    #[arg(long, value_name = "PATH", requires = "predict")]
+    ort_library: Option<PathBuf>,
     /// Cells of a numeric feature, 16 to 256; more for narrower bounds
     #[arg(long, value_name = "COUNT", default_value_t = CELLS, value_parser = cells)]
     cells: usize,
@@ -70,11 +84,13 @@ pub(super) fn run(args: &Args) -> ExitCode {
 
 fn profile(args: &Args) -> Result<String, Stop> {
     let table = Table::open(&args.reference, Some(args.model.as_str()))?;
-    let (features, version) = match &args.repository {
-        None => (frame::of_table(&table)?, args.version),
+    let (features, version, predictor) = match &args.repository {
+        None => (frame::of_table(&table)?, args.version, None),
         Some(repository) => {
-            let (signature, version) = signature(repository, &args.model, args.version)?;
-            (frame::of_signature(&signature), Some(version))
+            let found = Found::new(repository, &args.model, args.version)?;
+            let predictor = args.predict.then(|| Predictor::new(args, &found, &table));
+            let features = frame::of_signature(&found.signature);
+            (features, Some(found.version), predictor.transpose()?)
         }
     };
     let settings = LearnSettings {
@@ -82,7 +98,8 @@ fn profile(args: &Args) -> Result<String, Stop> {
         keep_values: args.keep_values,
         ..LearnSettings::default()
     };
-    let mut learnt = learn(&table, features, settings, (args.model.clone(), version))?;
+    let model = (args.model.clone(), version);
+    let mut learnt = learn_with(predictor, &table, features, settings, model)?;
     learnt.profile.source.sha256 = match args.reference.is_file() {
         true => Some(sha256(&args.reference).map_err(Stop::failed)?),
         false => None,
@@ -106,15 +123,30 @@ pub(super) fn learn(
     settings: LearnSettings,
     model: (ModelName, Option<Version>),
 ) -> Result<Learnt, Stop> {
+    learn_with(None, table, features, settings, model)
+}
+
+/// The same; outputs that the table lacks are what the predictor says of its rows.
+fn learn_with(
+    predictor: Option<Predictor>,
+    table: &Table,
+    features: Vec<Feature>,
+    settings: LearnSettings,
+    model: (ModelName, Option<Version>),
+) -> Result<Learnt, Stop> {
     let binding = Binding::new(&features, table)?;
     let settings = LearnSettings { sample_max: sample_max(features.len()), ..settings };
     let mut learner = Learner::new(features, settings).map_err(Stop::failed)?;
     binding.read(table, |feature, value| learner.add(feature, value))?;
+    let predicted = predictor.map(|predictor| predictor.fill(table, &binding, &mut learner));
+    let predicted = predicted.transpose()?.unwrap_or_default();
+    let mut notes = binding.notes(learner.features(), &predicted.features);
+    notes.extend(predicted.notes);
     let uri = table.path().display().to_string();
     let learnt = learner.finish(model, &uri, jiff::Timestamp::now());
     let mut learnt = learnt
         .map_err(|error| Stop::failed(format_args!("'{}': {error}", table.path().display())))?;
-    learnt.notes.splice(0..0, binding.notes);
+    learnt.notes.splice(0..0, notes);
     Ok(learnt)
 }
 
@@ -123,29 +155,34 @@ pub(super) fn sample_max(features: usize) -> usize {
     SAMPLE_MAX.min(SAMPLE_TOTAL_MAX / features.max(1))
 }
 
-/// What a version of a repository takes and gives; of no version the highest.
-fn signature(
-    repository: &Path,
-    model: &ModelName,
-    version: Option<Version>,
-) -> Result<(Signature, Version), Stop> {
-    let folder = repository.join(model.as_str());
-    let wrong = |problem: &dyn std::fmt::Display| {
-        Stop::usage(format_args!("'{}': {problem}", folder.display()))
-    };
-    let version = match version {
-        Some(version) => version,
-        None => {
-            let entries = std::fs::read_dir(&folder).map_err(|error| wrong(&error))?;
-            let names = entries.flatten().map(|entry| entry.file_name());
-            let versions = names.filter_map(|name| name.to_str()?.parse::<Version>().ok());
-            versions.max().ok_or_else(|| wrong(&"it has no version"))?
-        }
-    };
-    let path = folder.join(version.to_string()).join("model.onnx");
-    let model = onnx::read(&path)
-        .map_err(|error| Stop::usage(format_args!("'{}': {error}", path.display())))?;
-    Ok((model.signature, version))
+/// A version of a repository.
+struct Found {
+    path: PathBuf,
+    signature: Signature,
+    version: Version,
+}
+
+impl Found {
+    /// Of no version the highest.
+    fn new(repository: &Path, model: &ModelName, version: Option<Version>) -> Result<Self, Stop> {
+        let folder = repository.join(model.as_str());
+        let wrong = |problem: &dyn std::fmt::Display| {
+            Stop::usage(format_args!("'{}': {problem}", folder.display()))
+        };
+        let version = match version {
+            Some(version) => version,
+            None => {
+                let entries = std::fs::read_dir(&folder).map_err(|error| wrong(&error))?;
+                let names = entries.flatten().map(|entry| entry.file_name());
+                let versions = names.filter_map(|name| name.to_str()?.parse::<Version>().ok());
+                versions.max().ok_or_else(|| wrong(&"it has no version"))?
+            }
+        };
+        let path = folder.join(version.to_string()).join("model.onnx");
+        let model = onnx::read(&path)
+            .map_err(|error| Stop::usage(format_args!("'{}': {error}", path.display())))?;
+        Ok(Self { path, signature: model.signature, version })
+    }
 }
 
 fn sha256(path: &Path) -> io::Result<Digest> {

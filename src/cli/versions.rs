@@ -247,6 +247,10 @@ fn drift_text(body: &Value, window: &str) -> String {
         let (kind, rows) = (cell(&reference["kind"]), cell(&reference["rows"]));
         let problem = cell(&reference["problem"]);
         notes += &format!("version {number}: reference {kind}, {rows} rows {problem}\n");
+        let without = cell(&reference["without"]);
+        if !without.is_empty() {
+            notes += &format!("version {number}: not in the reference, not watched: {without}\n");
+        }
         for arm in version["arms"].as_array().into_iter().flatten() {
             if arm["confidence_drop"].as_array().is_some_and(|outputs| !outputs.is_empty()) {
                 let outputs = cell(&arm["confidence_drop"]);
@@ -337,12 +341,14 @@ mod tests {
         let features = [feature("confidence(y)", "down"), feature("margin(y)", "steady")];
         let arm = json!({"arm": "stable", "confidence_drop": ["y"],
             "windows": [{"window": "hour", "features": features}]});
-        let reference = json!({"kind": "file", "rows": 1000, "problem": null});
+        let reference =
+            json!({"kind": "file", "rows": 1000, "problem": null, "without": ["a", "b"]});
         let body = json!({"versions": [{"version": "2", "reference": reference, "arms": [arm]}]});
         let text = drift_text(&body, "hour");
         assert!(text.contains("cell_psi 0.010  down to 0.5500 from 0.7100"), "{text}");
         assert_eq!(text.matches(" from ").count(), 1, "{text}");
         assert!(text.contains("version 2: less sure of y (stable)\n"), "{text}");
+        assert!(text.contains("version 2: not in the reference, not watched: a, b\n"), "{text}");
     }
 
     #[test]

@@ -527,6 +527,7 @@ impl Watched {
     }
 
     fn report(&mut self, id: &Id) -> VersionReport {
+        let watch = self.watch.upgrade();
         let reference = match &self.basis {
             Basis::Known { profile, digest, kind } => ReferenceReport {
                 kind,
@@ -534,6 +535,7 @@ impl Watched {
                 digest: Some(digest.to_string()),
                 source: Some(profile.source.uri.clone()),
                 problem: self.note.clone(),
+                without: watch.as_ref().map_or_else(Vec::new, |watch| watch.without(profile)),
             },
             Basis::Learning(learner) => {
                 ReferenceReport { kind: "learning", rows: learner.rows(), ..Default::default() }
@@ -550,7 +552,7 @@ impl Watched {
         if let Basis::Known { profile, .. } = &self.basis {
             arms.extend(self.arms.iter_mut().map(|(name, arm)| arm.report(name, profile)));
         }
-        let skipped = self.watch.upgrade().map(|watch| watch.skipped.load(Ordering::Relaxed));
+        let skipped = watch.map(|watch| watch.skipped.load(Ordering::Relaxed));
         VersionReport {
             model: id.model.to_string(),
             version: id.version.to_string(),

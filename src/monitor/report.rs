@@ -38,6 +38,8 @@ pub struct ReferenceReport {
     pub source: Option<String>,
     /// Why there is none.
     pub problem: Option<String>,
+    /// Inputs and outputs of the model that it has no feature of, and that nobody looks at therefore.
+    pub without: Vec<String>,
 }
 
 /// The rows of one version that came in one way.

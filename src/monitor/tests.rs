@@ -51,7 +51,13 @@ fn offer(watch: &Arc<Watch>, arm: &Arm, rows: std::ops::Range<u64>, shift: f32) 
 
 /// A profile of 5,000 rows as [`offer`] makes them.
 fn reference() -> Given {
-    let features = features_of(&signature());
+    reference_of(&[Role::Input, Role::Output])
+}
+
+/// The same, of a table that has only some of the columns.
+fn reference_of(roles: &[Role]) -> Given {
+    let mut features = features_of(&signature());
+    features.retain(|feature| roles.contains(&feature.role));
     let plan = crate::drift::rows::Plan::new(&features);
     let how = LearnSettings { keep_values: true, ..LearnSettings::default() };
     let mut learner = Learner::new(features, how).unwrap();
@@ -100,6 +106,21 @@ fn rows_are(report: &VersionReport, name: &str, rows: u64) -> bool {
 }
 
 #[test]
+fn what_a_reference_lacks_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
+    let watch = watch(&monitor, reference_of(&[Role::Input]));
+    offer(&watch, &Arm::Stable, 0..300, 0.0);
+    let found = report(&monitor, |report| rows_are(report, "stable", 300));
+    assert_eq!(
+        (found.reference.kind, &found.reference.without[..]),
+        ("file", &["y".to_owned()][..])
+    );
+    let features = &arm(&found, "stable").unwrap().windows[0].features;
+    assert!(features.iter().all(|feature| feature.role == Role::Input), "{features:?}");
+}
+
+#[test]
 fn a_shift_is_seen_and_its_absence_too() {
     let dir = tempfile::tempdir().unwrap();
     let monitor = Monitor::start(settings(dir.path())).unwrap().unwrap();
@@ -110,6 +131,7 @@ fn a_shift_is_seen_and_its_absence_too() {
         rows_are(report, "stable", 3000) && rows_are(report, "canary", 3000)
     });
     assert_eq!((report.reference.kind, report.skipped_rows), ("file", 0));
+    assert_eq!(report.reference.without, Vec::<String>::new());
     let window = |name: &str, window: &str| {
         let arm = arm(&report, name).unwrap();
         arm.windows.iter().find(|found| found.window == window).unwrap().clone()

@@ -3,16 +3,18 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
 
 import numpy as np
+import onnxruntime
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import BINARY, MODELS, ROOT, running
+from conftest import BINARY, MODELS, ROOT, eventually, running
 
 PYTHON = pathlib.Path(sys.prefix) / "evidently" / "bin" / "python"
 SCRIPT = pathlib.Path(__file__).with_name("evidently_scores.py")
@@ -178,10 +180,87 @@ def test_what_a_gateway_recorded_is_scored_as_evidently_scores_it(tmp_path):
         assert by_profile[name] == pytest.approx(each["scores"], rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("columns", ["names", "lists", "order"])
+def test_a_table_of_inputs_alone_is_predicted(tmp_path, columns):
+    """The profile is that of a table to which Python's onnxruntime added what the model says."""
+    inputs, whole, current, profile = (
+        tmp_path / name for name in ("inputs.parquet", "whole.parquet", "current.parquet", "reference.json")
+    )
+    session = onnxruntime.InferenceSession(MODELS / "iris" / "2" / "model.onnx", providers=["CPUExecutionProvider"])
+
+    def rows(count, shift, seed):
+        random = np.random.default_rng(seed)
+        flowers = random.normal([5.8, 3.0, 3.7 + shift, 1.2 + shift], [0.8, 0.4, 1.7, 0.7], (count, 4)).astype(np.float32)
+        flowers[::100, 1] = np.nan
+        (probabilities,) = session.run(["probabilities"], {"features": flowers})
+        return flowers, probabilities
+
+    flowers, said = rows(3000, 0.0, 1)
+    lists = {"features": flowers.tolist(), "probabilities": said.tolist()}
+    pyarrow.parquet.write_table(pyarrow.table(lists), whole)
+    named = {
+        "names": {"label": ["a"] * 3000} | {f"features[{at}]": flowers[:, at] for at in range(4)},
+        "lists": {"features": lists["features"]},
+        "order": dict(zip(("sepal_length", "sepal_width", "petal_length", "petal_width"), flowers.T)),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(named[columns]), inputs)
+    moved, said = rows(2000, 0.6, 2)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"features": moved.tolist(), "probabilities": said.tolist()}), current
+    )
+    make = ("profile", inputs, "--model", "iris", "--repository", MODELS, "--out", profile, "--keep-values")
+    without = json.loads(tidegate(*make, "--json"))
+    assert {each["role"] for each in without["features"]} == {"input"}
+    assert any("have no column" in note for note in without["notes"])
+    made = json.loads(tidegate(*make, "--predict", "--json"))
+    assert any("what iris/2 says of 3000 rows" in note for note in made["notes"]), made["notes"]
+    assert not any("have no column" in note for note in made["notes"])
+    wanted = tmp_path / "wanted.json"
+    of_whole = ("profile", whole, "--model", "iris", "--repository", MODELS, "--out", wanted, "--keep-values", "--json")
+    assert json.loads(tidegate(*of_whole))["notes"] == []
+    by_file = {each["name"]: each for each in drift(wanted, current)["features"]}
+    by_profile = {each["name"]: each for each in drift(profile, current)["features"]}
+    assert set(by_profile) == set(by_file) >= {"probabilities[2]", "class(probabilities)", "entropy(probabilities)"}
+    for name, each in by_file.items():
+        assert by_profile[name]["scores"] == pytest.approx(each["scores"], rel=1e-4, abs=1e-6), name
+        assert by_profile[name]["state"] == each["state"]
+    assert by_profile["class(probabilities)"]["state"] == "drifted"
+    tract = json.loads(tidegate(*make, "--predict", "--engine", "tract", "--json"))
+    assert any("(tract)" in note for note in tract["notes"]), tract["notes"]
+    refused = subprocess.run([BINARY, *map(str, (*make[:4], *make[6:], "--predict"))], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--repository" in refused.stderr
+
+
+def test_a_gateway_tells_what_its_reference_lacks(tmp_path):
+    models, inputs = tmp_path / "models", tmp_path / "inputs.parquet"
+    shutil.copytree(MODELS / "iris", models / "iris")
+    random = np.random.default_rng(3)
+    flowers = random.normal([5.8, 3.0, 3.7, 1.2], [0.8, 0.4, 1.7, 0.7], (3000, 4)).astype(np.float32)
+    pyarrow.parquet.write_table(pyarrow.table({"features": flowers.tolist()}), inputs)
+    make = ("profile", inputs, "--model", "iris", "--repository", models, "--out", models / "iris" / "2" / "reference.json")
+    for predict, lacks in (((), True), (("--predict",), False)):
+        tidegate(*make, *predict)
+        with running(models, tmp_path / f"gate-{lacks}", environment={"TIDEGATE_MONITOR_INTERVAL_S": "1"}) as server:
+            for row in flowers[:300]:
+                tensor = {**FLOWER, "shape": [1, 4], "data": row.tolist()}
+                assert server.post("/v2/models/iris/versions/2/infer", {"inputs": [tensor]})[0] == 200
+
+            def shown():
+                text = tidegate("versions", "drift", "iris", "--address", f"http://{server.admin}", "--state-dir", server.state)
+                return text if "features[0]" in text else None
+
+            text = eventually(shown)
+            assert ("not in the reference, not watched: probabilities" in text) == lacks, text
+            assert ("class(probabilities)" in text) != lacks, text
+
+
 def test_the_page_shows_commands_that_work(tmp_path):
     """The shell blocks of docs/monitor.md, one after the other in one folder, with its example's files."""
     pyarrow.parquet.write_table(table(5000, 0, 1), tmp_path / "train.parquet")
     pyarrow.parquet.write_table(table(2000, 0.0, 2), tmp_path / "june.parquet")
+    flowers = np.random.default_rng(4).normal(3, 1, (500, 4))
+    pyarrow.csv.write_csv(pyarrow.table({f"features[{at}]": flowers[:, at] for at in range(4)}), tmp_path / "flowers.csv")
+    shutil.copytree(MODELS / "iris", tmp_path / "models" / "iris")
     # What needs a gateway is run by test_monitor.
     page = (ROOT / "docs" / "monitor.md").read_text().split("## Online")[0]
     blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)

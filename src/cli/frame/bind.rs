@@ -23,8 +23,9 @@ pub(in crate::cli) struct Binding {
     /// Outputs whose scores are in columns of their own, and places of those.
     scored: Vec<(String, Vec<usize>)>,
     of_scores: Plan,
-    /// What a reader should know.
-    pub(in crate::cli) notes: Vec<String>,
+    /// Features that no column is, those aside that follow from others.
+    lacking: Vec<usize>,
+    by_order: bool,
 }
 
 enum Is {
@@ -33,6 +34,14 @@ enum Is {
     /// The shape of the list whose place in `columns` this is.
     Shape,
     Check,
+}
+
+/// Columns of the table that a tensor's rows are in.
+#[derive(Debug)]
+pub(super) enum Place {
+    List(usize),
+    /// Element by element.
+    Elements(Vec<usize>),
 }
 
 struct List {
@@ -60,7 +69,6 @@ impl Binding {
     /// When no column is a feature.
     pub(in crate::cli) fn new(features: &[Feature], table: &Table) -> Result<Self, Stop> {
         let mut columns: Vec<(usize, Is)> = Vec::new();
-        let mut notes = Vec::new();
         for (at, column) in table.columns.iter().enumerate() {
             match column.list {
                 false => {
@@ -79,23 +87,17 @@ impl Binding {
                 }
             }
         }
-        if columns.is_empty() {
+        let by_order = columns.is_empty();
+        if by_order {
             columns = in_order(features, table);
-            if !columns.is_empty() {
-                notes.push("no column has a feature's name: they are taken in their order".into());
-            }
         }
-        let unbound = unbound(features, &columns);
+        let lacking = lacking(features, &columns);
         if columns.is_empty() {
             return Err(Stop::usage(format_args!(
                 "'{}': no column is a feature; expected {}",
                 table.path().display(),
-                first_names(&unbound)
+                first_names(features, &lacking)
             )));
-        }
-        if !unbound.is_empty() {
-            let (count, names) = (unbound.len(), first_names(&unbound));
-            notes.push(format!("{count} features have no column: {names}"));
         }
         let mut checks = Vec::new();
         for (name, check) in CHECKS.iter().filter(|_| table.ledger) {
@@ -112,8 +114,56 @@ impl Binding {
             columns,
             checks,
             scored,
-            notes,
+            lacking,
+            by_order,
         })
+    }
+
+    /// What a reader should know; `filled` are features that have their values from elsewhere.
+    pub(in crate::cli) fn notes(&self, features: &[Feature], filled: &[usize]) -> Vec<String> {
+        let mut notes = Vec::new();
+        if self.by_order {
+            notes.push("no column has a feature's name: they are taken in their order".to_owned());
+        }
+        let without = self.lacking.iter().copied().filter(|number| !filled.contains(number));
+        let without: Vec<usize> = without.collect();
+        if !without.is_empty() {
+            let (count, names) = (without.len(), first_names(features, &without));
+            notes.push(format!("{count} features have no column: {names}"));
+        }
+        notes
+    }
+
+    /// Whether a tensor has no column at all.
+    pub(in crate::cli) fn lacks(&self, features: &[Feature], role: Role, tensor: &str) -> bool {
+        let of = |feature: &Feature| feature.role == role && feature.tensor == tensor;
+        let mut own = features.iter().enumerate().filter(|(_, f)| of(f) && !f.of_scores());
+        own.all(|(number, _)| self.lacking.contains(&number))
+    }
+
+    /// The columns that a tensor's elements are in, of `elements` each; `None` when some have none.
+    pub(super) fn place_of(
+        &self,
+        features: &[Feature],
+        (role, tensor): (Role, &str),
+        elements: Option<usize>,
+    ) -> Option<Place> {
+        let list = |(at, is): &(usize, Is)| match is {
+            Is::List(list) if list.role == role && list.tensor == tensor => Some(*at),
+            _ => None,
+        };
+        if let Some(at) = self.columns.iter().find_map(list) {
+            return Some(Place::List(at));
+        }
+        let element = |element: usize| {
+            let is_it = |number: usize| {
+                let of = &features[number];
+                of.role == role && of.tensor == tensor && of.part == Part::Element(element)
+            };
+            let bound = |is: &Is| matches!(is, Is::Feature(number) if is_it(*number));
+            self.columns.iter().find(|(_, is)| bound(is)).map(|(at, _)| *at)
+        };
+        (0..elements?).map(element).collect::<Option<_>>().map(Place::Elements)
     }
 
     /// Calls `put` with the number of a feature and its value, for each row of the table.
@@ -258,7 +308,7 @@ fn in_order(features: &[Feature], table: &Table) -> Vec<(usize, Is)> {
 }
 
 /// Features that no column is, those aside that follow from others.
-fn unbound<'a>(features: &'a [Feature], columns: &[(usize, Is)]) -> Vec<&'a Feature> {
+fn lacking(features: &[Feature], columns: &[(usize, Is)]) -> Vec<usize> {
     let bound = |(number, feature): &(usize, &Feature)| {
         columns.iter().any(|(_, is)| match is {
             Is::Feature(of) => of == number,
@@ -267,12 +317,12 @@ fn unbound<'a>(features: &'a [Feature], columns: &[(usize, Is)]) -> Vec<&'a Feat
         })
     };
     let all = features.iter().enumerate().filter(|(_, feature)| !feature.of_scores());
-    all.filter(|each| !bound(each)).map(|(_, feature)| feature).collect()
+    all.filter(|each| !bound(each)).map(|(number, _)| number).collect()
 }
 
-fn first_names(features: &[&Feature]) -> String {
-    let mut names: Vec<&str> = features.iter().take(8).map(|f| f.name.as_str()).collect();
-    if features.len() > names.len() {
+fn first_names(features: &[Feature], numbers: &[usize]) -> String {
+    let mut names: Vec<&str> = numbers.iter().take(8).map(|n| features[*n].name.as_str()).collect();
+    if numbers.len() > names.len() {
         names.push("…");
     }
     names.join(", ")

@@ -20,7 +20,7 @@ fn read(features: &[Feature], table: &Table) -> Result<Vec<String>, Stop> {
         };
         found.push(format!("{} {value}", features[number].label()));
     })?;
-    found.extend(binding.notes);
+    found.extend(binding.notes(features, &[]));
     Ok(found)
 }
 
