@@ -1,12 +1,11 @@
 //! `tidegate profile`: what a model's inputs and outputs look like, from a file, for drift.
 
 use std::fs::File;
-use std::io::{self, Read, Write as _};
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 
 use super::admin::{Stop, finish, table::Table as Shown};
 use super::frame::{self, Binding, Table};
@@ -100,10 +99,10 @@ fn profile(args: &Args) -> Result<String, Stop> {
     };
     let model = (args.model.clone(), version);
     let mut learnt = learn_with(predictor, &table, features, settings, model)?;
-    learnt.profile.source.sha256 = match args.reference.is_file() {
-        true => Some(sha256(&args.reference).map_err(Stop::failed)?),
-        false => None,
-    };
+    if args.reference.is_file() {
+        let file = File::open(&args.reference).and_then(Digest::of);
+        learnt.profile.source.sha256 = Some(file.map_err(Stop::failed)?.0);
+    }
     let bytes = learnt.profile.write().map_err(Stop::failed)?;
     // What is written has to be what a gateway reads.
     Profile::read(&bytes).map_err(Stop::failed)?;
@@ -182,17 +181,6 @@ impl Found {
         let model = onnx::read(&path)
             .map_err(|error| Stop::usage(format_args!("'{}': {error}", path.display())))?;
         Ok(Self { path, signature: model.signature, version })
-    }
-}
-
-fn sha256(path: &Path) -> io::Result<Digest> {
-    let (mut file, mut hash) = (File::open(path)?, Sha256::new());
-    let mut bytes = vec![0; 1 << 16];
-    loop {
-        match file.read(&mut bytes)? {
-            0 => return Ok(Digest::new(hash.finalize().into())),
-            len => hash.update(&bytes[..len]),
-        }
     }
 }
 

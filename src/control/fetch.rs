@@ -462,12 +462,6 @@ impl Drop for Staging {
     }
 }
 
-/// Digest and size of one file.
-pub(super) fn sha256_of(path: &Path) -> Result<(Digest, u64), FetchError> {
-    let (sha256, size) = hash(&mut File::open(path)?, u64::MAX, |_| Ok(()))?;
-    Ok((Digest::new(sha256), size))
-}
-
 pub(super) fn hex(bytes: &[u8; 32]) -> String {
     Digest::new(*bytes).hex()
 }

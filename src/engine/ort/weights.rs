@@ -16,10 +16,9 @@ use bytes::Bytes;
 use ort::session::builder::PrepackedWeights;
 use ort::value::{DynValue, PrimitiveTensorElementType};
 use prost::Message;
-use sha2::{Digest, Sha256};
 
 use super::{Recipe, Sharing, tensors};
-use crate::domain::DataType;
+use crate::domain::{DataType, Digest};
 use crate::engine::{Artifact, onnx};
 use crate::proto::onnx as pb;
 
@@ -99,10 +98,8 @@ fn optimised(
     version: &str,
 ) -> Result<PathBuf, String> {
     let io = |error: std::io::Error| format!("the derived graph cannot be kept: {error}");
-    let bytes = std::fs::read(model).map_err(io)?;
-    let digest = Sha256::digest(&bytes);
-    drop(bytes);
-    let digest: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    let digest = File::open(model).and_then(Digest::of).map_err(io)?.0.hex();
+    let digest = &digest[..32];
     let path = derived.join(format!("{digest}-{version}-{}.onnx", cpu()));
     if path.is_file() {
         return Ok(path);

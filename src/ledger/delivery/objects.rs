@@ -37,6 +37,7 @@ use super::pace::Pace;
 use super::stores;
 use super::{Cap, Models, OnCap, Settings, Shared, Source, now_ns};
 use crate::bucket::{Bucket, StoreSettings, chain};
+use crate::domain::Digest;
 
 /// Folder of the files, in the ledger's.
 const PARQUET: &str = "parquet";
@@ -436,14 +437,8 @@ fn digest(file: &Found) -> Result<(String, Option<Bytes>), Failed> {
         let bytes = fs::read(&file.path).map_err(local)?;
         return Ok((hex(&Sha256::digest(&bytes)), Some(bytes.into())));
     }
-    let mut from = File::open(&file.path).map_err(local)?;
-    let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
-    loop {
-        match from.read(&mut buffer).map_err(local)? {
-            0 => return Ok((hex(&hash.finalize()), None)),
-            read => hash.update(&buffer[..read]),
-        }
-    }
+    let digest = File::open(&file.path).and_then(Digest::of).map_err(local)?.0;
+    Ok((digest.hex(), None))
 }
 
 /// The digest of a Parquet file, by the manifest of its segment.

@@ -10,20 +10,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use ::parquet::file::metadata::ParquetMetaDataReader;
 use serde::Serialize;
-use sha2::{Digest as _, Sha256};
 
 use super::{LogReport, TRIES, TRY_AGAIN, VerifyError, fault, io_at};
-use crate::ledger::erase::hex;
+use crate::domain::Digest;
 use crate::ledger::parquet::{FileEntry, MANIFESTS, Manifest};
 use crate::ledger::reader;
-
-/// Bytes that are read at once.
-const CHUNK: usize = 1 << 20;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ParquetReport {
@@ -215,16 +211,8 @@ fn of_file(root: &Path, manifest: &Path, entry: &FileEntry) -> Result<(), Verify
         }
         Err(error) => return Err(io_at(&path)(error)),
     };
-    let (mut hash, mut bytes, mut buffer) = (Sha256::new(), 0_u64, vec![0; CHUNK]);
-    loop {
-        let read = file.read(&mut buffer).map_err(io_at(&path))?;
-        if read == 0 {
-            break;
-        }
-        hash.update(&buffer[..read]);
-        bytes += read as u64;
-    }
-    let sha256 = hex(&hash.finalize());
+    let (sha256, bytes) = Digest::of(&mut file).map_err(io_at(&path))?;
+    let sha256 = sha256.hex();
     if bytes != entry.bytes || sha256 != entry.sha256 {
         let what = format!(
             "{bytes} bytes with SHA-256 {sha256}, its manifest says {} with {}",
