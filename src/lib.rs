@@ -9,6 +9,7 @@ pub mod app;
 pub mod batch;
 pub mod bucket;
 pub mod cache;
+pub mod checksum;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -17,12 +17,13 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("bucket", &["secret"]),
     ("outbound", &["secret"]),
     ("admit", &["domain"]),
-    ("engine", &["domain", "proto"]),
+    ("checksum", &["domain"]),
+    ("engine", &["checksum", "domain", "proto"]),
     ("observe", &["domain"]),
     ("batch", &["domain", "engine", "observe", "panics"]),
     ("cache", &["domain"]),
     ("drift", &["domain"]),
-    ("ledger", &["bucket", "domain", "observe", "panics", "proto", "secret"]),
+    ("ledger", &["bucket", "checksum", "domain", "observe", "panics", "proto", "secret"]),
     ("monitor", &["domain", "drift", "observe", "panics"]),
     ("quality", &[]),
     ("feedback", &["domain", "ledger", "observe", "panics", "quality"]),
@@ -34,6 +35,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         &[
             "domain", "admit", "drift", "engine", "batch", "route", "shadow", "feedback", "ledger",
             "monitor", "observe", "outbound", "panics", "proto", "quality", "secret", "bucket",
+            "checksum",
         ],
     ),
     (
@@ -95,6 +97,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         &[
             "domain",
             "admit",
+            "checksum",
             "admin",
             "drift",
             "engine",

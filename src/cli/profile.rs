@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::admin::{Stop, finish, table::Table as Shown};
 use super::frame::{self, Binding, Table};
+use crate::checksum;
 use crate::domain::{Digest, EngineChoice, ModelName, Signature, Version};
 use crate::drift::feature::Feature;
 use crate::drift::grid::{CELLS, CELLS_MAX, CELLS_MIN};
@@ -100,7 +101,7 @@ fn profile(args: &Args) -> Result<String, Stop> {
     let model = (args.model.clone(), version);
     let mut learnt = learn_with(predictor, &table, features, settings, model)?;
     if args.reference.is_file() {
-        let file = File::open(&args.reference).and_then(Digest::of);
+        let file = File::open(&args.reference).and_then(checksum::sha256);
         learnt.profile.source.sha256 = Some(file.map_err(Stop::failed)?.0);
     }
     let bytes = learnt.profile.write().map_err(Stop::failed)?;

@@ -10,6 +10,7 @@ use super::probe::{self, Job, Report, TrialJob};
 use super::scan::{self, Repository};
 use super::version::{PrepareError, Preparer, open_model};
 use super::{ProbeLimits, manifest_of};
+use crate::checksum;
 use crate::domain::{Digest, EngineChoice, ModelName, ModelSettings, Signature, Version};
 use crate::engine::onnx::{self, OnnxModel};
 
@@ -46,7 +47,7 @@ pub fn inspect(
     let onnx = onnx::read(path)?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     onnx.confine_external_data(folder.unwrap_or(Path::new(".")))?;
-    let (digest, size) = File::open(path).and_then(Digest::of).map_err(FetchError::from)?;
+    let (digest, size) = File::open(path).and_then(checksum::sha256).map_err(FetchError::from)?;
     let program = std::env::current_exe().map_err(probe::ProbeError::Start)?;
     let try_on = |engine: EngineChoice| {
         let job = TrialJob {

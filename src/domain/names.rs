@@ -1,22 +1,18 @@
 //! Names that cross a boundary, checked once.
 
 use std::fmt;
-use std::io::{self, Read};
 use std::marker::PhantomData;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::de::{self, Deserialize, Deserializer};
 use serde::{Serialize, Serializer};
-use sha2::{Digest as _, Sha256};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 /// Longest model name or label, in bytes.
 const NAME_LEN_MAX: usize = 128;
-/// Bytes of a file that are hashed at a time.
-const HASHED_AT_ONCE: usize = 1 << 18;
 /// Longest version that the pattern takes: all of that length can be held.
 const VERSION_LEN_MAX: usize = 19;
 /// Of versions, in schemas.
@@ -272,26 +268,6 @@ pub struct Digest([u8; 32]);
 impl Digest {
     pub fn new(bytes: [u8; 32]) -> Self {
         Self(bytes)
-    }
-
-    /// Of all that a reader has, and how many bytes that were; no more of them is held than a buffer.
-    ///
-    /// # Errors
-    /// When it cannot be read to its end.
-    pub fn of(mut reader: impl Read) -> io::Result<(Self, u64)> {
-        let (mut hash, mut size) = (Sha256::new(), 0);
-        let mut buffer = vec![0; HASHED_AT_ONCE];
-        loop {
-            match reader.read(&mut buffer) {
-                Ok(0) => return Ok((Self(hash.finalize().into()), size)),
-                Ok(read) => {
-                    hash.update(&buffer[..read]);
-                    size += read as u64;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
     }
 
     pub fn as_bytes(&self) -> &[u8; 32] {

@@ -241,16 +241,23 @@ pub(super) fn each(
     mut take: impl FnMut(&Piece<'_>) -> io::Result<()>,
 ) -> Result<u64, ReadError> {
     let failed = |error| ReadError::Io { file: segment.path.clone(), error };
-    let mut unreadable = 0;
+    let (mut unreadable, mut to_its_end) = (0, false);
     let mut one = |piece: Piece<'_>| {
         if let Piece::Damage(Damage { seq: (from, to), .. }) = &piece {
             let lost = to.or(end).map_or(1, |to| to.saturating_sub(*from));
             unreadable += lost;
+            to_its_end |= to.is_none();
         }
         take(&piece).map_err(failed).map(ControlFlow::Continue)
     };
     match SegmentReader::open_cut(segment) {
-        Ok((mut reader, cut)) => reader.around(cut, |error| error, one)?,
+        Ok((mut reader, cut)) => {
+            reader.around(cut, |error| error, one)?;
+            // One that does not say how long it was may end between two records.
+            if !to_its_end {
+                unreadable += end.map_or(0, |end| end.saturating_sub(reader.next_seq()));
+            }
+        }
         Err(ReadError::Fault(fault)) if segment.sealed => {
             let (offset, seq) = ((0, None), (segment.first_seq, None));
             one(Piece::Damage(Damage { offset, seq, fault })).map(|_| ())?;

@@ -134,11 +134,12 @@ impl Binding {
         notes
     }
 
-    /// Whether a tensor has no column at all.
+    /// Whether a tensor has features, and no column of any.
     pub(in crate::cli) fn lacks(&self, features: &[Feature], role: Role, tensor: &str) -> bool {
         let of = |feature: &Feature| feature.role == role && feature.tensor == tensor;
-        let mut own = features.iter().enumerate().filter(|(_, f)| of(f) && !f.of_scores());
-        own.all(|(number, _)| self.lacking.contains(&number))
+        let own = features.iter().enumerate().filter(|(_, f)| of(f) && !f.of_scores());
+        let mut own = own.map(|(number, _)| self.lacking.contains(&number)).peekable();
+        own.peek().is_some() && own.all(|lacks| lacks)
     }
 
     /// The columns that a tensor's elements are in, of `elements` each; `None` when some have none.

@@ -65,7 +65,7 @@ impl Predictor {
         let wanted = features.iter().enumerate();
         let wanted: Vec<_> =
             wanted.filter(|(_, f)| f.role == Role::Output && is_wanted(&f.tensor)).collect();
-        if wanted.is_empty() {
+        if outputs.is_empty() {
             let note = "every output that is watched has a column: nothing was predicted";
             return Ok(Predicted { features: Vec::new(), notes: vec![note.to_owned()] });
         }

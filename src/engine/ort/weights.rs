@@ -18,7 +18,8 @@ use ort::value::{DynValue, PrimitiveTensorElementType};
 use prost::Message;
 
 use super::{Recipe, Sharing, tensors};
-use crate::domain::{DataType, Digest};
+use crate::checksum;
+use crate::domain::DataType;
 use crate::engine::{Artifact, onnx};
 use crate::proto::onnx as pb;
 
@@ -98,7 +99,7 @@ fn optimised(
     version: &str,
 ) -> Result<PathBuf, String> {
     let io = |error: std::io::Error| format!("the derived graph cannot be kept: {error}");
-    let digest = File::open(model).and_then(Digest::of).map_err(io)?.0.hex();
+    let digest = File::open(model).and_then(checksum::sha256).map_err(io)?.0.hex();
     let digest = &digest[..32];
     let path = derived.join(format!("{digest}-{version}-{}.onnx", cpu()));
     if path.is_file() {

@@ -37,7 +37,7 @@ use super::pace::Pace;
 use super::stores;
 use super::{Cap, Models, OnCap, Settings, Shared, Source, now_ns};
 use crate::bucket::{Bucket, StoreSettings, chain};
-use crate::domain::Digest;
+use crate::checksum;
 
 /// Folder of the files, in the ledger's.
 const PARQUET: &str = "parquet";
@@ -437,7 +437,7 @@ fn digest(file: &Found) -> Result<(String, Option<Bytes>), Failed> {
         let bytes = fs::read(&file.path).map_err(local)?;
         return Ok((hex(&Sha256::digest(&bytes)), Some(bytes.into())));
     }
-    let digest = File::open(&file.path).and_then(Digest::of).map_err(local)?.0;
+    let digest = File::open(&file.path).and_then(checksum::sha256).map_err(local)?.0;
     Ok((digest.hex(), None))
 }
 

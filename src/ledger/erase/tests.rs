@@ -230,6 +230,33 @@ fn what_is_damaged_holds_up_nothing_and_stays_as_it_is() {
 }
 
 #[test]
+fn a_segment_that_ends_between_two_records_lacks_those_that_follow() {
+    let bench = Bench::new();
+    let ledger = bench.open();
+    for id in 1..=3 {
+        add(&ledger, id, None, b"", "secret");
+    }
+    eventually(|| ledger.predictions().stats().synced_seq == 3);
+    ledger.predictions().seal();
+    let log = bench.dir().join(PREDICTIONS);
+    let segments = || reader::segments(&log).unwrap();
+    eventually(|| segments().len() == 2 && segments()[0].sealed);
+    let first = segments().remove(0);
+    let mut reader = SegmentReader::open(&first).unwrap();
+    reader.next_frame().unwrap();
+    let end = usize::try_from(reader.offset()).unwrap();
+    // As one of more than 4 GiB, it does not say how long it was.
+    spoil(&first, |bytes| {
+        bytes.truncate(end);
+        bytes[MARK].fill(0);
+    });
+    let wanted = Wanted { ids: vec![Uuid::from_u128(1)], subject: None };
+    let (found, unreadable) = find(&log, &wanted).unwrap();
+    assert_eq!((found.len(), unreadable), (1, 2));
+    bench.runtime.block_on(ledger.close());
+}
+
+#[test]
 fn ranges_are_merged_and_found() {
     let ranges = merged(vec![(5, 6), (1, 3), (3, 4), (9, 9), (2, 3)]);
     assert_eq!(ranges, [(1, 4), (5, 6)]);

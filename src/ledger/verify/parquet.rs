@@ -17,7 +17,7 @@ use ::parquet::file::metadata::ParquetMetaDataReader;
 use serde::Serialize;
 
 use super::{LogReport, TRIES, TRY_AGAIN, VerifyError, fault, io_at};
-use crate::domain::Digest;
+use crate::checksum;
 use crate::ledger::parquet::{FileEntry, MANIFESTS, Manifest};
 use crate::ledger::reader;
 
@@ -211,7 +211,7 @@ fn of_file(root: &Path, manifest: &Path, entry: &FileEntry) -> Result<(), Verify
         }
         Err(error) => return Err(io_at(&path)(error)),
     };
-    let (sha256, bytes) = Digest::of(&mut file).map_err(io_at(&path))?;
+    let (sha256, bytes) = checksum::sha256(&mut file).map_err(io_at(&path))?;
     let sha256 = sha256.hex();
     if bytes != entry.bytes || sha256 != entry.sha256 {
         let what = format!(
